@@ -1,0 +1,144 @@
+// Python's view of the engine: a verified program, a state per batch, products.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "../engine/rule.h"
+#include "../engine/sweep.h"
+
+namespace py = pybind11;
+
+namespace flatcore {
+namespace {
+
+ValueKind kind_named(const std::string& name) {
+    if (name == "parameter") return ValueKind::parameter;
+    if (name == "constant") return ValueKind::constant;
+    if (name == "activation") return ValueKind::activation;
+    throw py::value_error("value kind: expected parameter, constant or activation, got '" + name + "'");
+}
+
+Mode mode_named(const std::string& name) {
+    if (name == "hessian") return Mode::hessian;
+    if (name == "ggn") return Mode::ggn;
+    if (name == "covariance") return Mode::covariance;
+    throw py::value_error("mode: expected hessian, ggn or covariance, got '" + name + "'");
+}
+
+// bool before int: a Python bool is an int too.
+Attribute attribute_from(const py::handle& value) {
+    if (py::isinstance<py::bool_>(value)) return value.cast<bool>();
+    if (py::isinstance<py::int_>(value)) return value.cast<int64_t>();
+    if (py::isinstance<py::float_>(value)) return value.cast<double>();
+    if (py::isinstance<py::str>(value)) return value.cast<std::string>();
+    return value.cast<Integers>();
+}
+
+using PyValue = std::tuple<std::string, Integers>;
+using PyOp = std::tuple<std::string, std::vector<int>, int, py::dict, std::string>;
+
+std::shared_ptr<Program> make_program(const std::vector<PyValue>& py_values, const std::vector<PyOp>& py_ops,
+                                      const std::unordered_map<int, int64_t>& offsets, int64_t parameters, int loss,
+                                      std::vector<int> cut) {
+    std::vector<Value> values;
+    for (const auto& [kind, shape] : py_values) values.push_back({kind_named(kind), shape, 0});
+    for (const auto& [id, offset] : offsets) values.at(static_cast<size_t>(id)).offset = offset;
+    std::vector<Op> ops;
+    for (const auto& [kind, inputs, output, attributes, path] : py_ops) {
+        std::map<std::string, Attribute> entries;
+        for (const auto& [name, value] : attributes) entries[name.cast<std::string>()] = attribute_from(value);
+        ops.push_back({kind, inputs, output, Attributes(std::move(entries)), path});
+    }
+    return std::make_shared<Program>(std::move(values), std::move(ops), parameters, loss, std::move(cut));
+}
+
+void check_leaves(const Program& program, const std::unordered_map<int, at::Tensor>& leaves) {
+    for (size_t id = 0; id < program.values().size(); ++id) {
+        const Value& value = program.values()[id];
+        if (value.kind == ValueKind::activation) continue;
+        const auto leaf = leaves.find(static_cast<int>(id));
+        TORCH_CHECK_VALUE(leaf != leaves.end(), "leaves: value ", id, " of the program has no tensor");
+        TORCH_CHECK_VALUE(leaf->second.sizes().equals(value.shape), "leaves: value ", id, " expected shape ",
+                          at::IntArrayRef(value.shape), ", got ", leaf->second.sizes());
+    }
+}
+
+void check_directions(const State& state, const at::Tensor& t, const char* name) {
+    const int64_t P = state.program().parameters();
+    TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) == P && (P <= 1 || t.stride(1) == 1), name,
+                      ": expected (K, ", P, ") with unit stride along the parameters, got shape ", t.sizes(), " and strides ",
+                      t.strides());
+    TORCH_CHECK_TYPE(t.scalar_type() == state.options().dtype() && t.device() == state.options().device(), name,
+                     ": expected ", state.options().dtype(), " on ", state.options().device(), ", got ", t.scalar_type(),
+                     " on ", t.device());
+}
+
+// A state keeps its program alive.
+struct Linearization {
+    std::shared_ptr<Program> program;
+    std::unique_ptr<State> state;
+    double seed;
+};
+
+std::unique_ptr<Linearization> make_linearization(std::shared_ptr<Program> program,
+                                                  const std::unordered_map<int, at::Tensor>& leaves, double seed) {
+    check_leaves(*program, leaves);
+    py::gil_scoped_release release;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto state = std::make_unique<State>(*program, leaves, seed);
+    return std::make_unique<Linearization>(Linearization{std::move(program), std::move(state), seed});
+}
+
+void run_product(const Linearization& self, const at::Tensor& V, const at::Tensor& Y, const std::string& mode,
+                 bool accumulate, int64_t batch_examples, double examples) {
+    check_directions(*self.state, V, "V");
+    check_directions(*self.state, Y, "Y");
+    TORCH_CHECK_VALUE(V.size(0) == Y.size(0), "Y: expected ", V.size(0), " directions like V, got ", Y.size(0));
+    const Mode parsed = mode_named(mode);
+    TORCH_CHECK_VALUE(parsed == Mode::hessian || !self.program->cut().empty(), "mode: ", mode,
+                      " needs a program with a cut, got one without");
+    if (V.size(0) == 0) return;
+    py::gil_scoped_release release;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    product(*self.state, parsed, V, Y, accumulate, batch_examples, examples);
+}
+
+void run_gradient(const Linearization& self, const at::Tensor& y, bool accumulate) {
+    check_directions(*self.state, y.unsqueeze(0), "y");
+    py::gil_scoped_release release;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    gradient(*self.state, y, accumulate, self.seed);
+}
+
+}  // namespace
+
+void bind_engine(py::module_ m) {
+    auto engine = m.def_submodule("engine", "The second-order program and its sweeps.");
+    engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
+    py::class_<Program, std::shared_ptr<Program>>(engine, "Program")
+        .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"), py::arg("parameters"),
+             py::arg("loss"), py::arg("cut"))
+        .def("flops", [](const Program& p, const std::string& mode, int64_t K) { return p.flops(mode_named(mode), K); },
+             py::arg("mode"), py::arg("K"))
+        .def("peak_bytes",
+             [](const Program& p, const std::string& mode, int64_t K, int64_t itemsize) {
+                 return p.peak_bytes(mode_named(mode), K, itemsize);
+             },
+             py::arg("mode"), py::arg("K"), py::arg("itemsize"))
+        .def("state_bytes", &Program::state_bytes, py::arg("itemsize"))
+        .def("op_flops", [](const Program& p, size_t op, const std::string& mode,
+                            int64_t K) { return p.rule(op).flops(K, p.second_order(mode_named(mode), op)); },
+             py::arg("op"), py::arg("mode"), py::arg("K"));
+    py::class_<Linearization>(engine, "Linearization")
+        .def(py::init(&make_linearization), py::arg("program"), py::arg("leaves"), py::arg("seed"))
+        .def_property_readonly("loss", [](const Linearization& self) { return self.state->loss(); })
+        .def_property_readonly("bytes", [](const Linearization& self) { return self.state->bytes(); })
+        .def("value", [](const Linearization& self, int id) { return self.state->value(id); }, py::arg("id"))
+        .def("adjoint", [](const Linearization& self, int id) { return self.state->adjoint(id); }, py::arg("id"))
+        .def("product", &run_product, py::arg("V"), py::arg("Y"), py::arg("mode"), py::arg("accumulate"),
+             py::arg("batch_examples"), py::arg("examples"))
+        .def("gradient", &run_gradient, py::arg("y"), py::arg("accumulate"));
+}
+
+}  // namespace flatcore

@@ -1,0 +1,86 @@
+// What an op kind must say of itself. With x its inputs, y its output, d. an adjoint of the loss, t. a tangent:
+//   forward          y = f(x)
+//   tangent          ty = f'(x) tx                                            K directions at once
+//   adjoint          tdx += f'(x)^T tdy                        + (f'(x)^T)' applied to (tx, dy) where second_order
+// The backward sweep is `adjoint` for one direction with tdy = dy and no second-derivative term.
+// Every rule must be right for any subset of its inputs being active. Directions of a value of shape S are (K, *S).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "program.h"
+
+namespace flatcore {
+
+class State;
+
+// A buffer that a rule adds to: result = fresh ? written : added.
+struct Accumulator {
+    at::Tensor buffer;  // (K, *S); for a parameter a slice of the result, directions P apart
+    bool fresh;         // nothing in it yet: write, do not read
+};
+
+// One op's view of a pass over K directions.
+class Directions {
+ public:
+    virtual ~Directions() = default;
+    virtual int64_t K() const = 0;
+    virtual const State& state() const = 0;
+    virtual bool second_order() const = 0;
+    // Tangent of input i, contiguous within a direction; undefined where the input is not active.
+    virtual at::Tensor tangent(int i) const = 0;
+    // Tangent of the output's adjoint; undefined where it is zero.
+    virtual at::Tensor cotangent() const = 0;
+    // Is the adjoint-tangent of input i asked for?
+    virtual bool wants(int i) const = 0;
+    // Adds a contribution to the adjoint-tangent of input i. `owned`: no one else holds this memory.
+    virtual void add(int i, at::Tensor contribution, bool owned) = 0;
+    // The buffer itself, for rules that write or add in place. Once taken it counts as written.
+    virtual Accumulator accumulator(int i) = 0;
+};
+
+class Rule {
+ public:
+    Rule(const Program& program, const Op& op) : program_(program), op_(op) {}
+    virtual ~Rule() = default;
+
+    virtual at::Tensor forward(State& state) const = 0;
+    // Called once after the output's adjoint is final: turn what forward saved into what the products read.
+    virtual void finish_backward(State&) const {}
+    virtual at::Tensor tangent(const Directions& d) const = 0;
+    virtual void adjoint(Directions& d) const = 0;
+
+    // What tangent and adjoint read. Values and the output's adjoint are kept for it, tangents until it has run.
+    virtual bool reads_value(int /*input*/) const { return false; }
+    virtual bool reads_output_value() const { return false; }
+    virtual bool reads_output_adjoint() const { return false; }
+    virtual bool reads_tangent_in_adjoint(int /*input*/) const { return false; }
+    // The output's tangent is the first input's, seen through other strides: no memory of its own.
+    virtual bool aliases() const { return false; }
+    // Has a second derivative at all. Linear rules do not and are skipped where the cotangent is zero.
+    virtual bool has_second_order() const { return false; }
+
+    // Floating-point operations of tangent plus adjoint for K directions.
+    virtual double flops(int64_t K, bool second_order) const;
+    // Elements, not counting outputs, that tangent or adjoint hold at once; and that forward saves.
+    virtual int64_t workspace(int64_t /*K*/) const { return 0; }
+    virtual int64_t saved() const { return 0; }
+
+ protected:
+    bool has(int i) const { return i < static_cast<int>(op_.inputs.size()) && op_.inputs[i] >= 0; }
+    bool active(int i) const { return has(i) && input(i).active; }
+    const Value& input(int i) const { return program_.values()[op_.inputs[i]]; }
+    const Value& output() const { return program_.values()[op_.output]; }
+
+    const Program& program_;
+    const Op& op_;
+    friend class Program;
+};
+
+// Throws std::invalid_argument naming the kind when it is unknown, and on wrong attributes or arity.
+std::unique_ptr<Rule> make_rule(const Program& program, const Op& op);
+std::vector<std::string> rule_kinds();
+
+}  // namespace flatcore

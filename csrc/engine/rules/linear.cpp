@@ -1,0 +1,104 @@
+// y = x W^T + b over the last axis of x; N rows, `in` inputs, `out` outputs.
+//   ty_k = tx_k W^T + x V_k^T + tb_k
+//   tdx_k = tdy_k W + dy V_k ;  tdW_k = tdy_k^T x + dy^T tx_k ;  tdb_k = sum over rows of tdy_k
+// The terms in W alone fold K into the rows of one GEMM; V_k stays where the caller put it.
+#include <ATen/ops/linear.h>
+#include <ATen/ops/sum.h>
+
+#include "rules.h"
+
+namespace flatcore {
+
+LinearRule::LinearRule(const Program& program, const Op& op) : Rule(program, op), transposed_(op.attributes.flag("transposed")) {
+    if (input(1).shape.size() != 2) throw std::invalid_argument("weight must be a matrix");
+    in_ = input(1).shape[transposed_ ? 0 : 1];
+    out_ = input(1).shape[transposed_ ? 1 : 0];
+    if (input(0).shape.empty() || input(0).shape.back() != in_)
+        throw std::invalid_argument("the last axis of x must have " + std::to_string(in_) + " elements");
+    rows_ = in_ ? input(0).numel / in_ : 0;
+}
+
+at::Tensor LinearRule::weight_as_matrix(const at::Tensor& weight) const {
+    return transposed_ ? weight : weight.transpose(-2, -1);
+}
+
+at::Tensor LinearRule::forward(State& state) const {
+    const at::Tensor& x = state.value(op_.inputs[0]);
+    const at::Tensor& weight = state.value(op_.inputs[1]);
+    const at::Tensor bias = has(2) ? state.value(op_.inputs[2]) : at::Tensor();
+    return at::linear(x, transposed_ ? weight.t() : weight, bias);
+}
+
+at::Tensor LinearRule::tangent(const Directions& d) const {
+    const int64_t K = d.K();
+    at::Tensor ty = new_directions(K, output().shape, d.state().options());
+    const at::Tensor matrix = ty.view({K, rows_, out_});
+    bool started = false;
+    if (active(2)) {
+        ty.copy_(align_directions(d.tangent(2), static_cast<int64_t>(output().shape.size())));
+        started = true;
+    }
+    if (active(0)) {
+        gemm_shared(matrix, d.tangent(0).reshape({K, rows_, in_}), weight_as_matrix(d.state().value(op_.inputs[1])),
+                    started);
+        started = true;
+    }
+    if (active(1)) {
+        const at::Tensor x = d.state().value(op_.inputs[0]).reshape({rows_, in_});
+        const at::Tensor directions = weight_as_matrix(d.tangent(1));
+        for (int64_t k = 0; k < K; ++k) gemm(matrix.select(0, k), x, directions.select(0, k), started);
+    }
+    return ty;
+}
+
+void LinearRule::adjoint(Directions& d) const {
+    const int64_t K = d.K();
+    const State& state = d.state();
+    const bool cross = d.second_order() && has_second_order();
+    at::Tensor tdy = d.cotangent();
+    if (tdy.defined()) tdy = tdy.reshape({K, rows_, out_});
+    const at::Tensor dy = cross ? state.adjoint(op_.output).reshape({rows_, out_}) : at::Tensor();
+    if (d.wants(0)) {
+        auto [buffer, fresh] = d.accumulator(0);
+        const at::Tensor tdx = buffer.view({K, rows_, in_});
+        bool started = !fresh;
+        if (tdy.defined()) {
+            gemm_shared(tdx, tdy, weight_as_matrix(state.value(op_.inputs[1])).t(), started);
+            started = true;
+        }
+        if (cross) {
+            const at::Tensor directions = weight_as_matrix(d.tangent(1)).transpose(1, 2);
+            for (int64_t k = 0; k < K; ++k) gemm(tdx.select(0, k), dy, directions.select(0, k), started);
+        }
+    }
+    if (d.wants(1)) {
+        auto [buffer, fresh] = d.accumulator(1);
+        const at::Tensor tdw = weight_as_matrix(buffer);  // (K, in, out)
+        bool started = !fresh;
+        if (tdy.defined()) {
+            const at::Tensor x = state.value(op_.inputs[0]).reshape({rows_, in_}).t();
+            for (int64_t k = 0; k < K; ++k) gemm(tdw.select(0, k), x, tdy.select(0, k), started);
+            started = true;
+        }
+        if (cross) {
+            const at::Tensor tx = d.tangent(0).reshape({K, rows_, in_}).transpose(1, 2);
+            for (int64_t k = 0; k < K; ++k) gemm(tdw.select(0, k), tx.select(0, k), dy, started);
+        }
+    }
+    if (d.wants(2) && tdy.defined()) {
+        auto [buffer, fresh] = d.accumulator(2);
+        if (fresh)
+            at::sum_out(buffer, tdy, 1);
+        else
+            buffer.add_(tdy.sum(1));
+    }
+}
+
+double LinearRule::flops(int64_t K, bool second_order) const {
+    const int products = active(0) + active(1)                             // tangent
+                         + active(0) + active(1)                           // adjoint, first order
+                         + (second_order && has_second_order() ? 2 : 0);  // cross terms
+    return 2.0 * static_cast<double>(K * rows_ * in_ * out_) * products;
+}
+
+}  // namespace flatcore

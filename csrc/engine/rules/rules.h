@@ -1,0 +1,208 @@
+// The rule classes, one op family per file.
+#pragma once
+
+#include "../rule.h"
+#include "../state.h"
+#include "../tensor_ops.h"
+
+namespace flatcore {
+
+#define FLATCORE_RULE_METHODS                           \
+    at::Tensor forward(State& state) const override;    \
+    at::Tensor tangent(const Directions& d) const override; \
+    void adjoint(Directions& d) const override;
+
+// linear.cpp
+class LinearRule final : public Rule {
+ public:
+    LinearRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return active(0) && active(1); }
+    bool reads_value(int i) const override { return (i == 0 && active(1)) || (i == 1 && active(0)); }
+    bool reads_output_adjoint() const override { return has_second_order(); }
+    bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
+    double flops(int64_t K, bool second_order) const override;
+
+ private:
+    at::Tensor weight_as_matrix(const at::Tensor& weight) const;  // (in, out), a view
+    int64_t rows_, in_, out_;
+    bool transposed_;
+};
+
+// matmul.cpp
+class MatmulRule final : public Rule {
+ public:
+    using Rule::Rule;
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return active(0) && active(1); }
+    bool reads_value(int i) const override { return active(1 - i); }
+    bool reads_output_adjoint() const override { return has_second_order(); }
+    bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
+    double flops(int64_t K, bool second_order) const override;
+};
+
+// convolution.cpp
+class ConvolutionRule final : public Rule {
+ public:
+    ConvolutionRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return active(0) && active(1); }
+    bool reads_value(int i) const override { return (i == 0 && active(1)) || (i == 1 && active(0)); }
+    bool reads_output_adjoint() const override { return has_second_order(); }
+    bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
+    double flops(int64_t K, bool second_order) const override;
+    int64_t workspace(int64_t K) const override;
+
+ private:
+    at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) const;
+    at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef input_shape) const;
+    at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight_shape) const;
+    Integers stride_, padding_, dilation_;
+    int64_t groups_;
+};
+
+// batch_norm.cpp
+class BatchNormRule final : public Rule {
+ public:
+    BatchNormRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return active(0) && active(1); }
+    bool reads_value(int i) const override { return i == 0 && active(1); }
+    bool reads_output_adjoint() const override { return has_second_order(); }
+    bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
+
+ private:
+    double eps_;
+};
+
+// unary.cpp
+class UnaryRule final : public Rule {
+ public:
+    UnaryRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    void finish_backward(State& state) const override;
+    bool has_second_order() const override { return curved_; }
+    bool reads_tangent_in_adjoint(int) const override { return curved_; }
+    int64_t saved() const override { return output().numel * (curved_ ? 2 : 1); }
+
+ private:
+    int function_;
+    double a_, b_, c_;
+    bool curved_;
+};
+
+// arithmetic.cpp
+class AddRule final : public Rule {
+ public:
+    AddRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+
+ private:
+    double alpha_;
+};
+
+class MulRule final : public Rule {
+ public:
+    using Rule::Rule;
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return active(0) && active(1); }
+    bool reads_value(int i) const override { return active(1 - i); }
+    bool reads_output_adjoint() const override { return has_second_order(); }
+    bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
+};
+
+class AffineRule final : public Rule {
+ public:
+    AffineRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+
+ private:
+    double scale_, shift_;
+};
+
+class SumRule final : public Rule {
+ public:
+    SumRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+
+ private:
+    Integers dims_;
+    bool keepdim_;
+    double scale_;
+};
+
+// pooling.cpp
+class MaxPoolRule final : public Rule {
+ public:
+    MaxPoolRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    int64_t saved() const override { return 2 * output().numel; }  // 64-bit indices
+
+ private:
+    Integers kernel_, stride_, padding_, dilation_;
+    bool ceil_mode_;
+};
+
+class AveragePoolRule final : public Rule {
+ public:
+    AveragePoolRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+
+ private:
+    Integers kernel_, stride_, padding_;
+    bool ceil_mode_, count_include_pad_;
+    std::optional<int64_t> divisor_;
+};
+
+class AdaptiveAveragePoolRule final : public Rule {
+ public:
+    AdaptiveAveragePoolRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+
+ private:
+    Integers output_size_;
+};
+
+// shape.cpp
+class ViewRule final : public Rule {
+ public:
+    using Rule::Rule;
+    FLATCORE_RULE_METHODS
+    bool aliases() const override { return true; }
+};
+
+class PermuteRule final : public Rule {
+ public:
+    PermuteRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool aliases() const override { return true; }
+
+ private:
+    Integers dims_, inverse_;
+};
+
+class ExpandRule final : public Rule {
+ public:
+    using Rule::Rule;
+    FLATCORE_RULE_METHODS
+    bool aliases() const override { return true; }
+};
+
+// cross_entropy.cpp
+class CrossEntropyRule final : public Rule {
+ public:
+    CrossEntropyRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return true; }
+    bool reads_value(int i) const override { return i == 1; }
+    bool reads_output_adjoint() const override { return true; }
+    bool reads_tangent_in_adjoint(int) const override { return true; }
+    int64_t saved() const override { return rows_ * (classes_ + 1); }
+
+ private:
+    int64_t rows_, classes_;
+};
+
+#undef FLATCORE_RULE_METHODS
+
+}  // namespace flatcore

@@ -1,0 +1,49 @@
+#include "state.h"
+
+#include <unordered_set>
+
+#include "rule.h"
+#include "sweep.h"
+
+namespace flatcore {
+
+State::State(const Program& program, const std::unordered_map<int, at::Tensor>& leaves, double seed)
+    : program_(program),
+      values_(program.values().size()),
+      adjoints_(program.values().size()),
+      saved_(program.ops().size()) {
+    for (const auto& [id, tensor] : leaves) {
+        values_[static_cast<size_t>(id)] = tensor;
+        if (program.values()[static_cast<size_t>(id)].kind == ValueKind::parameter) options_ = tensor.options();
+    }
+    for (size_t i = 0; i < program.ops().size(); ++i) {
+        const Op& op = program.ops()[i];
+        values_[static_cast<size_t>(op.output)] = program.rule(i).forward(*this);
+    }
+    loss_ = value(program.loss()).item<double>();
+    backward_sweep(*this, seed);
+    for (const Op& op : program.ops())
+        if (!program.keeps_value(op.output)) values_[static_cast<size_t>(op.output)] = at::Tensor();
+}
+
+void State::release_after_backward(const Op& op) {
+    if (!program_.keeps_adjoint(op.output)) adjoints_[static_cast<size_t>(op.output)] = at::Tensor();
+}
+
+int64_t State::bytes() const {
+    std::unordered_set<const void*> seen;
+    int64_t total = 0;
+    const auto count = [&](const at::Tensor& t) {
+        if (t.defined() && seen.insert(t.storage().unsafeGetStorageImpl()).second) total += t.storage().nbytes();
+    };
+    for (size_t id = 0; id < values_.size(); ++id)
+        if (program_.values()[id].kind == ValueKind::activation) {
+            count(values_[id]);
+            count(adjoints_[id]);
+        }
+    for (const auto& tensors : saved_)
+        for (const at::Tensor& t : tensors) count(t);
+    return total;
+}
+
+}  // namespace flatcore
