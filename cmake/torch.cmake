@@ -1,0 +1,40 @@
+# The torch of the building Python, as the INTERFACE library flatcore_torch.
+# Sets TORCH_VERSION and TORCH_CUDA (its CUDA version, or "none"). torch is read, not imported, and its own CMake
+# package is not used: for a CUDA build of torch that demands the whole CUDA toolkit and overrides the architectures.
+execute_process(
+    COMMAND
+        ${CMAKE_COMMAND} -E env --unset=PYTHONPATH ${Python_EXECUTABLE} -c
+        [[
+import importlib.util, pathlib, runpy
+spec = importlib.util.find_spec("torch")
+assert spec, "flatcore: no torch in this Python; install torch first, then: pip install --no-build-isolation ."
+folder = pathlib.Path(spec.origin).parent
+version = runpy.run_path(str(folder / "version.py"))
+print(folder, version["__version__"], version["cuda"] or "none", sep=";", end="")
+]]
+    OUTPUT_VARIABLE TORCH_FACTS
+    COMMAND_ERROR_IS_FATAL ANY
+)
+list(GET TORCH_FACTS 0 TORCH_FOLDER)
+list(GET TORCH_FACTS 1 TORCH_VERSION)
+list(GET TORCH_FACTS 2 TORCH_CUDA)
+message(STATUS "torch ${TORCH_VERSION} (CUDA ${TORCH_CUDA}) in ${TORCH_FOLDER}")
+
+# Both sides must agree on std::string: torch's libraries show which ABI they were built with.
+file(STRINGS ${TORCH_FOLDER}/lib/libc10.so NEW_STRING_ABI REGEX "__cxx11" LIMIT_COUNT 1)
+if(NEW_STRING_ABI)
+    set(STRING_ABI 1)
+else()
+    set(STRING_ABI 0)
+endif()
+
+add_library(flatcore_torch INTERFACE)
+target_include_directories(
+    flatcore_torch
+    SYSTEM
+    INTERFACE ${TORCH_FOLDER}/include ${TORCH_FOLDER}/include/torch/csrc/api/include
+)
+target_compile_definitions(flatcore_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${STRING_ABI})
+foreach(name torch_cpu c10 torch_python)
+    target_link_libraries(flatcore_torch INTERFACE ${TORCH_FOLDER}/lib/lib${name}.so)
+endforeach()

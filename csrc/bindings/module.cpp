@@ -1,0 +1,15 @@
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace flatcore {
+
+void bind_engine(py::module_ m);
+void bind_krylov(py::module_ m);
+
+}  // namespace flatcore
+
+PYBIND11_MODULE(_C, m) {
+    flatcore::bind_engine(m);
+    flatcore::bind_krylov(m);
+}
