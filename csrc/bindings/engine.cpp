@@ -4,8 +4,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "../engine/rule.h"
-#include "../engine/sweep.h"
+#include "engine/rule.h"
+#include "engine/sweep.h"
 
 namespace py = pybind11;
 

@@ -16,6 +16,7 @@ Program::Program(std::vector<Value> values, std::vector<Op> ops, int64_t paramet
         ops_[i].index = static_cast<int>(i);
         try {
             rules_.push_back(make_rule(*this, ops_[i]));
+            values_[static_cast<size_t>(ops_[i].output)].channels_last = rules_.back()->channels_last_output();
         } catch (const std::exception& error) {
             throw std::invalid_argument("op " + std::to_string(i) + " (" + ops_[i].kind + ", " + ops_[i].path +
                                         "): " + error.what());

@@ -26,6 +26,7 @@ struct Value {
     int64_t numel;
     int64_t offset = -1;   // of a parameter in the flat vector
     bool active = false;   // depends on a parameter
+    bool channels_last = false;  // an image N C H W stored as N H W C
 };
 
 struct Op {

@@ -110,8 +110,8 @@ class Pass final : public Directions {
         at::Tensor& current = cotangents_[id];
         const bool fresh = !current.defined();
         if (fresh)
-            current = at::empty(with_directions(K_, program_.values()[id].shape), state_.options());
-        else if (!owned_[id] || !current.is_contiguous())
+            current = new_directions(K_, program_.values()[id], state_.options());
+        else if (!owned_[id])
             current = current.clone(at::MemoryFormat::Contiguous);
         owned_[id] = true;
         return {current, fresh};

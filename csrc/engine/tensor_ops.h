@@ -17,8 +17,27 @@ inline Integers with_directions(int64_t K, const Integers& shape) {
     return result;
 }
 
-inline at::Tensor new_directions(int64_t K, const Integers& shape, const at::TensorOptions& options) {
-    return at::empty(with_directions(K, shape), options);
+// The value's own memory layout: dense, channels last for images marked so.
+inline at::Tensor dense(const at::Tensor& t, const Value& value) {
+    return t.contiguous(value.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+// The same for directions: K is the slowest axis, each direction lies like the value.
+inline at::Tensor dense_directions(const at::Tensor& t, const Value& value) {
+    if (!value.channels_last) return t.contiguous();
+    return t.flatten(0, 1).contiguous(at::MemoryFormat::ChannelsLast).unflatten(0, {t.size(0), t.size(1)});
+}
+
+// Uninitialised directions (K, *shape) in the value's layout.
+inline at::Tensor new_directions(int64_t K, const Value& value, const at::TensorOptions& options) {
+    if (!value.channels_last) return at::empty(with_directions(K, value.shape), options);
+    const Integers& s = value.shape;
+    return at::empty({K * s[0], s[1], s[2], s[3]}, options, at::MemoryFormat::ChannelsLast).unflatten(0, {K, s[0]});
+}
+
+inline at::Tensor new_value(const Value& value, const at::TensorOptions& options) {
+    return at::empty(value.shape, options,
+                     value.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
 }
 
 // Directions t (K, *S) of a value of rank r, seen with `rank` axes behind K, so that they broadcast like the value does.

@@ -1,5 +1,7 @@
 #include "channel_affine.h"
 
+#include <algorithm>
+
 #include "macros.h"
 #include "parallel.h"
 
@@ -8,115 +10,119 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // elements per thread below which a second thread costs more than it saves
 
-int64_t grain(int64_t per_item) { return per_item >= kGrain ? 1 : kGrain / (per_item > 0 ? per_item : 1); }
+int64_t row_grain(int64_t C) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(C, 1)); }
 
-// ty = scale * tx + shift + slope * (x - mean); slope = 0 where weight is not active.
+// y = scale x + (slope (z - mean) inverse_std) + shift for one row; absent arrays count as zero.
 template <class T>
-FLATCORE_CLONES void tangent_plane(int64_t S, const T* tx, T scale, T shift, const T* x, T mean, T slope, T* ty) {
-    if (tx && x) {
+FLATCORE_CLONES void affine_row(int64_t C, const T* x, const T* scale, const T* z, const T* mean, const T* inverse_std,
+                                const T* slope, const T* shift, T* y) {
 #pragma omp simd
-        for (int64_t s = 0; s < S; ++s) ty[s] = scale * tx[s] + (slope * (x[s] - mean) + shift);
-    } else if (tx) {
-#pragma omp simd
-        for (int64_t s = 0; s < S; ++s) ty[s] = scale * tx[s] + shift;
-    } else if (x) {
-#pragma omp simd
-        for (int64_t s = 0; s < S; ++s) ty[s] = slope * (x[s] - mean) + shift;
-    } else {
-#pragma omp simd
-        for (int64_t s = 0; s < S; ++s) ty[s] = shift;
+    for (int64_t c = 0; c < C; ++c) {
+        T value = shift ? shift[c] : T(0);
+        if (x) value += scale[c] * x[c];
+        if (z) value += slope[c] * ((z[c] - mean[c]) * inverse_std[c]);
+        y[c] = value;
     }
 }
 
 template <class T>
-FLATCORE_CLONES void adjoint_plane(int64_t S, const T* tdy, T scale, const T* dy, T slope, T* tdx) {
-    if (tdy && dy) {
+FLATCORE_CLONES void forward_row(int64_t C, const ChannelAffine<T>& op, const T* x, T* y) {
 #pragma omp simd
-        for (int64_t s = 0; s < S; ++s) tdx[s] = scale * tdy[s] + slope * dy[s];
-    } else if (tdy) {
+    for (int64_t c = 0; c < C; ++c) y[c] = (x[c] - op.mean[c]) * op.scale[c] + (op.bias ? op.bias[c] : T(0));
+}
+
+template <class T>
+FLATCORE_CLONES void adjoint_row(int64_t C, const T* tdy, const T* scale, const T* dy, const T* slope,
+                                 const T* inverse_std, T* tdx) {
 #pragma omp simd
-        for (int64_t s = 0; s < S; ++s) tdx[s] = scale * tdy[s];
-    } else {
-#pragma omp simd
-        for (int64_t s = 0; s < S; ++s) tdx[s] = slope * dy[s];
+    for (int64_t c = 0; c < C; ++c) {
+        T value = tdy ? scale[c] * tdy[c] : T(0);
+        if (dy) value += slope[c] * inverse_std[c] * dy[c];
+        tdx[c] = value;
     }
 }
 
-// Sums in the type itself over one plane; planes are added in double so that N does not enter the rounding error.
 template <class T>
-FLATCORE_CLONES T sum_plane(int64_t S, const T* a) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t s = 0; s < S; ++s) sum += a[s];
-    return sum;
-}
-
-template <class T>
-FLATCORE_CLONES T centred_dot_plane(int64_t S, const T* a, const T* x, T mean) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t s = 0; s < S; ++s) sum += a[s] * (x[s] - mean);
-    return sum;
+FLATCORE_CLONES void add_row(int64_t C, const T* tdy, const T* x, const T* mean, const T* tx, const T* dy,
+                             double* weight_sums, double* bias_sums) {
+    if (weight_sums) {
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) {
+            T value = tdy ? (x[c] - mean[c]) * tdy[c] : T(0);
+            if (dy) value += tx[c] * dy[c];
+            weight_sums[c] += static_cast<double>(value);
+        }
+    }
+    if (bias_sums && tdy) {
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) bias_sums[c] += static_cast<double>(tdy[c]);
+    }
 }
 
 }  // namespace
 
 template <class T>
 void channel_affine_forward(const ChannelAffine<T>& op, T* y) {
-    const auto [N, C, S] = op.shape;
-    parallel_for(0, N * C, grain(S), [&, C = C, S = S](int64_t first, int64_t last) {
-        for (int64_t plane = first; plane < last; ++plane) {
-            const int64_t c = plane % C;
-            const T shift = op.bias ? op.bias[c] : T(0);
-            tangent_plane<T>(S, nullptr, T(0), shift, op.x + plane * S, op.mean[c], op.scale[c], y + plane * S);
-        }
+    parallel_for(0, op.rows, row_grain(op.C), [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) forward_row(op.C, op, op.x + row * op.C, y + row * op.C);
     });
 }
 
 template <class T>
 void channel_affine_tangent(const ChannelAffine<T>& op, int64_t K, const T* tx, const T* tweight, int64_t weight_stride,
                             const T* tbias, int64_t bias_stride, T* ty) {
-    const auto [N, C, S] = op.shape;
-    parallel_for(0, K * N * C, grain(S), [&, N = N, C = C, S = S](int64_t first, int64_t last) {
-        for (int64_t plane = first; plane < last; ++plane) {
-            const int64_t k = plane / (N * C), place = plane % (N * C), c = place % C;
-            const T shift = tbias ? tbias[k * bias_stride + c] : T(0);
-            const T slope = tweight ? tweight[k * weight_stride + c] * op.inverse_std[c] : T(0);
-            tangent_plane<T>(S, tx ? tx + plane * S : nullptr, op.scale[c], shift, tweight ? op.x + place * S : nullptr,
-                             op.mean[c], slope, ty + plane * S);
+    const int64_t rows = op.rows, C = op.C;
+    parallel_for(0, K * rows, row_grain(C), [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const int64_t k = row / rows, r = row % rows;
+            affine_row<T>(C, tx ? tx + row * C : nullptr, op.scale, tweight ? op.x + r * C : nullptr, op.mean,
+                          op.inverse_std, tweight ? tweight + k * weight_stride : nullptr,
+                          tbias ? tbias + k * bias_stride : nullptr, ty + row * C);
         }
     });
 }
 
 template <class T>
-void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const ChannelAffineAdjoint<T>& d) {
-    const auto [N, C, S] = op.shape;
-    // One task per (direction, channel): its sums need no other thread, so they do not depend on the thread count.
-    parallel_for(0, K * C, grain(N * S), [&, N = N, C = C, S = S](int64_t first, int64_t last) {
-        for (int64_t task = first; task < last; ++task) {
-            const int64_t k = task / C, c = task % C;
-            const T slope = d.dy && d.tweight ? d.tweight[k * d.weight_stride + c] * op.inverse_std[c] : T(0);
-            double weight_sum = 0, bias_sum = 0;
-            for (int64_t n = 0; n < N; ++n) {
-                const int64_t place = (n * C + c) * S, offset = k * N * C * S + place;
-                const T* tdy = d.tdy ? d.tdy + offset : nullptr;
-                const T* dy = d.dy && d.tweight ? d.dy + place : nullptr;
-                if (d.tdx && (tdy || dy)) adjoint_plane<T>(S, tdy, op.scale[c], dy, slope, d.tdx + offset);
-                if (d.tdweight && tdy) weight_sum += centred_dot_plane(S, tdy, op.x + place, op.mean[c]);
-                if (d.tdweight && d.dy && d.tx) weight_sum += centred_dot_plane(S, d.dy + place, d.tx + offset, T(0));
-                if (d.tdbias && tdy) bias_sum += sum_plane(S, tdy);
-            }
-            if (d.tdweight) d.tdweight[k * d.tdweight_stride + c] += static_cast<T>(weight_sum * op.inverse_std[c]);
-            if (d.tdbias) d.tdbias[k * d.tdbias_stride + c] += static_cast<T>(bias_sum);
+void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy, const T* tweight,
+                            int64_t weight_stride, T* tdx) {
+    const int64_t rows = op.rows, C = op.C;
+    parallel_for(0, K * rows, row_grain(C), [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const int64_t k = row / rows, r = row % rows;
+            adjoint_row<T>(C, tdy ? tdy + row * C : nullptr, op.scale, dy ? dy + r * C : nullptr,
+                           dy ? tweight + k * weight_stride : nullptr, op.inverse_std, tdx + row * C);
         }
     });
 }
 
-#define INSTANTIATE(T)                                                                                          \
-    template void channel_affine_forward(const ChannelAffine<T>&, T*);                                          \
-    template void channel_affine_tangent(const ChannelAffine<T>&, int64_t, const T*, const T*, int64_t, const T*, \
-                                         int64_t, T*);                                                          \
-    template void channel_affine_adjoint(const ChannelAffine<T>&, int64_t, const ChannelAffineAdjoint<T>&);
+template <class T>
+void channel_affine_sums(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy, const T* tx,
+                         double* weight_sums, double* bias_sums) {
+    const int64_t rows = op.rows, C = op.C, piece_rows = (rows + kChannelPieces - 1) / kChannelPieces;
+    parallel_for(0, K * kChannelPieces, 1, [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) {
+            const int64_t k = task / kChannelPieces, piece = task % kChannelPieces;
+            double* weight = weight_sums ? weight_sums + task * C : nullptr;
+            double* bias = bias_sums ? bias_sums + task * C : nullptr;
+            if (weight) std::fill(weight, weight + C, 0.0);
+            if (bias) std::fill(bias, bias + C, 0.0);
+            for (int64_t r = piece * piece_rows; r < std::min(rows, (piece + 1) * piece_rows); ++r) {
+                const int64_t at = (k * rows + r) * C;
+                add_row<T>(C, tdy ? tdy + at : nullptr, weight ? op.x + r * C : nullptr, op.mean, dy ? tx + at : nullptr,
+                           dy ? dy + r * C : nullptr, weight, bias);
+            }
+            if (weight)
+                for (int64_t c = 0; c < C; ++c) weight[c] *= static_cast<double>(op.inverse_std[c]);
+        }
+    });
+}
+
+#define INSTANTIATE(T)                                                                                             \
+    template void channel_affine_forward(const ChannelAffine<T>&, T*);                                             \
+    template void channel_affine_tangent(const ChannelAffine<T>&, int64_t, const T*, const T*, int64_t, const T*,  \
+                                         int64_t, T*);                                                             \
+    template void channel_affine_adjoint(const ChannelAffine<T>&, int64_t, const T*, const T*, const T*, int64_t, T*); \
+    template void channel_affine_sums(const ChannelAffine<T>&, int64_t, const T*, const T*, const T*, double*, double*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

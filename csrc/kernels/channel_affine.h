@@ -1,28 +1,24 @@
-// Batch normalisation in eval mode, y = (x - mean) * inverse_std * weight + bias per channel, through the sweeps.
+// Batch normalisation with fixed statistics, y = (x - mean) * inverse_std * weight + bias per channel, in the sweeps.
 // It is bilinear in x and weight, so the adjoint-tangent has cross terms:
 //   ty  = a tx + xhat tweight + tbias                a = inverse_std * weight,  xhat = (x - mean) * inverse_std
 //   tdx = a tdy + inverse_std tweight dy
 //   tdweight = sum (xhat tdy + inverse_std tx dy)    tdbias = sum tdy
-// x, y, dy are (N, C, S) contiguous, S the product of the axes behind the channel; directions have K in front;
-// per-channel arrays are (C), per-channel directions have stride `stride` between directions.
+// Channels are the fastest axis: x, y, dy are (rows, C), directions (K, rows, C), all contiguous. Per-channel arrays
+// are (C); per-channel directions have a stride between directions, for they lie in the flat vector.
 #pragma once
 
 #include <cstdint>
 
 namespace flatcore {
 
-struct ChannelShape {
-    int64_t N, C, S;
-};
-
 template <class T>
 struct ChannelAffine {
-    ChannelShape shape;
+    int64_t rows, C;
     const T* mean;
     const T* inverse_std;
     const T* scale;  // a
     const T* bias;   // may be null
-    const T* x;      // may be null where weight is not active
+    const T* x;      // read where weight is active
 };
 
 template <class T>
@@ -33,23 +29,17 @@ template <class T>
 void channel_affine_tangent(const ChannelAffine<T>& op, int64_t K, const T* tx, const T* tweight, int64_t weight_stride,
                             const T* tbias, int64_t bias_stride, T* ty);
 
-// tdy may be null (zero). dy null leaves the second-derivative terms out. tdx is written; tdweight and tdbias are
-// added to. Any of tdx, tdweight, tdbias may be null (not wanted).
+// tdx = a tdy + inverse_std tweight dy. Either term may be absent: tdy null, or dy and tweight null.
 template <class T>
-struct ChannelAffineAdjoint {
-    const T* tdy;
-    const T* dy;
-    const T* tx;
-    const T* tweight;
-    int64_t weight_stride;  // of tweight
-    T* tdx;
-    T* tdweight;
-    int64_t tdweight_stride;
-    T* tdbias;
-    int64_t tdbias_stride;
-};
+void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy, const T* tweight,
+                            int64_t weight_stride, T* tdx);
 
+// Sums over the rows, cut in kChannelPieces pieces that do not depend on the number of threads, in double:
+//   weight_sums[k, piece, c] = inverse_std sum ((x - mean) tdy + tx dy),  bias_sums[k, piece, c] = sum tdy.
+// tdy may be null; tx and dy may be null together; either output may be null.
+constexpr int64_t kChannelPieces = 8;
 template <class T>
-void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const ChannelAffineAdjoint<T>& d);
+void channel_affine_sums(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy, const T* tx,
+                         double* weight_sums, double* bias_sums);
 
 }  // namespace flatcore

@@ -1,16 +1,21 @@
-// Selection of elements within planes (max pooling): out[k, plane, o] = t[k, plane, index[plane, o]], and its transpose.
-// t is (K, planes, in), out (K, planes, out), index (planes, out); all contiguous.
+// Selection of pixels per image and channel (max pooling with known maxima), and its transpose.
+// Channels are the fastest axis. index[n, o, c] is the input pixel that output pixel o of channel c reads.
 #pragma once
 
 #include <cstdint>
 
 namespace flatcore {
 
-template <class T>
-void gather_planes(int64_t K, int64_t planes, int64_t in, int64_t out, const int64_t* index, const T* t, T* result);
+struct PixelShape {
+    int64_t images, in, out, channels;  // images per direction, pixels in and out of each
+};
 
-// result[k, plane, index[plane, o]] += t[k, plane, o]; result is zeroed first.
+// result[k, n, o, c] = t[k, n, index[n, o, c], c]
 template <class T>
-void scatter_planes(int64_t K, int64_t planes, int64_t in, int64_t out, const int64_t* index, const T* t, T* result);
+void gather_pixels(int64_t K, const PixelShape& shape, const int64_t* index, const T* t, T* result);
+
+// result[k, n, index[n, o, c], c] += t[k, n, o, c], from zero.
+template <class T>
+void scatter_pixels(int64_t K, const PixelShape& shape, const int64_t* index, const T* t, T* result);
 
 }  // namespace flatcore

@@ -1,93 +1,114 @@
 // Batch normalisation with fixed statistics: an affine map per channel (axis 1). See kernels/channel_affine.h.
-#include "../../kernels/channel_affine.h"
+#include <ATen/ops/empty.h>
+
+#include "kernels/channel_affine.h"
 #include "rules.h"
 
 namespace flatcore {
 
 namespace {
+
 enum Input { kX, kWeight, kBias, kMean, kVariance };
 enum Saved { kInverseStd, kScale, kMeanSaved };
+
+template <class T>
+T* writable_or_null(const at::Tensor& t) {
+    return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
+}
+
+int64_t stride_or_zero(const at::Tensor& t) { return t.defined() ? t.stride(0) : 0; }
+
+template <class T>
+ChannelAffine<T> kernel_of(const State& state, const Op& op, int64_t rows, int64_t channels, const at::Tensor& x) {
+    const auto& saved = state.saved(op);
+    const at::Tensor bias = op.inputs[kBias] >= 0 ? state.value(op.inputs[kBias]) : at::Tensor();
+    return {rows,
+            channels,
+            saved[kMeanSaved].const_data_ptr<T>(),
+            saved[kInverseStd].const_data_ptr<T>(),
+            saved[kScale].const_data_ptr<T>(),
+            pointer_or_null<T>(bias),
+            pointer_or_null<T>(x)};
+}
+
 }  // namespace
 
 BatchNormRule::BatchNormRule(const Program& program, const Op& op) : Rule(program, op), eps_(op.attributes.real("eps")) {
     if (input(kX).shape.size() < 2) throw std::invalid_argument("x must have a channel axis");
     if (active(kMean) || active(kVariance)) throw std::invalid_argument("mean and variance must be constants");
+    channels_ = input(kX).shape[1];
+    rows_ = channels_ == 0 ? 0 : input(kX).numel / channels_;
 }
 
-namespace {
-
-template <class T>
-ChannelAffine<T> kernel_of(const State& state, const Op& op, const Value& x) {
-    const auto& saved = state.saved(op);
-    const int64_t N = x.shape[0], C = x.shape[1];
-    return {{N, C, N * C == 0 ? 0 : x.numel / (N * C)},
-            saved[kMeanSaved].const_data_ptr<T>(),
-            saved[kInverseStd].const_data_ptr<T>(),
-            saved[kScale].const_data_ptr<T>(),
-            op.inputs[kBias] >= 0 ? state.value(op.inputs[kBias]).const_data_ptr<T>() : nullptr,
-            pointer_or_null<T>(state.value(op.inputs[kX]))};
+// Channels moved to the end: free for images stored channels last and for (N, C).
+at::Tensor BatchNormRule::rows_of(const at::Tensor& t) const {
+    const bool directions = t.dim() > static_cast<int64_t>(input(kX).shape.size());
+    return t.movedim(directions ? 2 : 1, -1).contiguous();
 }
 
-}  // namespace
+at::Tensor BatchNormRule::value_of(const at::Tensor& rows, int64_t K) const {
+    Integers shape = input(kX).shape;
+    shape.erase(shape.begin() + 1);
+    shape.push_back(channels_);
+    if (K > 0) shape = with_directions(K, shape);
+    return rows.view(shape).movedim(-1, K > 0 ? 2 : 1);
+}
 
 at::Tensor BatchNormRule::forward(State& state) const {
-    const at::Tensor x = state.value(op_.inputs[kX]).contiguous();
+    const at::Tensor x = rows_of(state.value(op_.inputs[kX]));
     const at::Tensor inverse_std = (state.value(op_.inputs[kVariance]) + eps_).rsqrt_();
     const at::Tensor scale = has(kWeight) ? inverse_std * state.value(op_.inputs[kWeight]) : inverse_std;
     state.saved(op_) = {inverse_std, scale, state.value(op_.inputs[kMean]).contiguous()};
-    at::Tensor y = at::empty(output().shape, x.options());
+    at::Tensor y = at::empty({rows_, channels_}, x.options());
     FLATCORE_DISPATCH(y, "batch_norm", [&] {
-        auto kernel = kernel_of<scalar_t>(state, op_, input(kX));
-        kernel.x = x.const_data_ptr<scalar_t>();
-        channel_affine_forward(kernel, y.mutable_data_ptr<scalar_t>());
+        channel_affine_forward(kernel_of<scalar_t>(state, op_, rows_, channels_, x), y.mutable_data_ptr<scalar_t>());
     });
-    return y;
+    return value_of(y, 0);
 }
 
 at::Tensor BatchNormRule::tangent(const Directions& d) const {
-    at::Tensor ty = new_directions(d.K(), output().shape, d.state().options());
-    const at::Tensor tx = active(kX) ? d.tangent(kX).contiguous() : at::Tensor();
-    const at::Tensor x = active(kWeight) ? d.state().value(op_.inputs[kX]).contiguous() : at::Tensor();
+    const int64_t K = d.K();
+    at::Tensor ty = at::empty({K * rows_, channels_}, d.state().options());
+    const at::Tensor tx = active(kX) ? rows_of(d.tangent(kX)) : at::Tensor();
+    const at::Tensor x = active(kWeight) ? rows_of(d.state().value(op_.inputs[kX])) : at::Tensor();
     const at::Tensor tweight = active(kWeight) ? d.tangent(kWeight) : at::Tensor();
     const at::Tensor tbias = active(kBias) ? d.tangent(kBias) : at::Tensor();
     FLATCORE_DISPATCH(ty, "batch_norm", [&] {
-        auto kernel = kernel_of<scalar_t>(d.state(), op_, input(kX));
-        kernel.x = pointer_or_null<scalar_t>(x);
-        channel_affine_tangent(kernel, d.K(), pointer_or_null<scalar_t>(tx), pointer_or_null<scalar_t>(tweight),
-                               tweight.defined() ? tweight.stride(0) : 0, pointer_or_null<scalar_t>(tbias),
-                               tbias.defined() ? tbias.stride(0) : 0, ty.mutable_data_ptr<scalar_t>());
+        channel_affine_tangent(kernel_of<scalar_t>(d.state(), op_, rows_, channels_, x), K, pointer_or_null<scalar_t>(tx),
+                               pointer_or_null<scalar_t>(tweight), stride_or_zero(tweight),
+                               pointer_or_null<scalar_t>(tbias), stride_or_zero(tbias), ty.mutable_data_ptr<scalar_t>());
     });
-    return ty;
+    return value_of(ty, K);
 }
 
 void BatchNormRule::adjoint(Directions& d) const {
+    const int64_t K = d.K();
     const State& state = d.state();
     const bool cross = d.second_order() && has_second_order();
-    const at::Tensor tdy = d.cotangent().defined() ? d.cotangent().contiguous() : at::Tensor();
-    const at::Tensor dy = cross ? state.adjoint(op_.output).contiguous() : at::Tensor();
-    const at::Tensor x = active(kWeight) ? state.value(op_.inputs[kX]).contiguous() : at::Tensor();
-    const at::Tensor tx = cross ? d.tangent(kX).contiguous() : at::Tensor();
+    if (!d.cotangent().defined() && !cross) return;
+    const at::Tensor tdy = d.cotangent().defined() ? rows_of(d.cotangent()) : at::Tensor();
+    const at::Tensor dy = cross ? rows_of(state.adjoint(op_.output)) : at::Tensor();
+    const at::Tensor x = active(kWeight) ? rows_of(state.value(op_.inputs[kX])) : at::Tensor();
+    const at::Tensor tx = cross ? rows_of(d.tangent(kX)) : at::Tensor();
     const at::Tensor tweight = cross ? d.tangent(kWeight) : at::Tensor();
-    const bool wants_x = d.wants(kX) && (tdy.defined() || cross);
-    at::Tensor tdx = wants_x ? new_directions(d.K(), input(kX).shape, state.options()) : at::Tensor();
-    const auto sums = [&](int i) {  // the kernel adds
-        if (!d.wants(i)) return at::Tensor();
-        auto [buffer, fresh] = d.accumulator(i);
-        return fresh ? buffer.zero_() : buffer;
+    const auto sums = [&](int i) {
+        return d.wants(i) ? at::empty({K, kChannelPieces, channels_}, state.options().dtype(at::kDouble)) : at::Tensor();
     };
-    at::Tensor tdweight = sums(kWeight), tdbias = sums(kBias);
-    FLATCORE_DISPATCH(state.value(op_.inputs[kMean]), "batch_norm", [&] {
-        auto kernel = kernel_of<scalar_t>(state, op_, input(kX));
-        kernel.x = pointer_or_null<scalar_t>(x);
-        const auto writable = [](at::Tensor& t) { return t.defined() ? t.mutable_data_ptr<scalar_t>() : nullptr; };
-        channel_affine_adjoint(
-            kernel, d.K(),
-            {pointer_or_null<scalar_t>(tdy), pointer_or_null<scalar_t>(dy), pointer_or_null<scalar_t>(tx),
-             pointer_or_null<scalar_t>(tweight), tweight.defined() ? tweight.stride(0) : 0, writable(tdx),
-             writable(tdweight), tdweight.defined() ? tdweight.stride(0) : 0, writable(tdbias),
-             tdbias.defined() ? tdbias.stride(0) : 0});
+    const at::Tensor weight_sums = sums(kWeight), bias_sums = sums(kBias);
+    const at::Tensor tdx = d.wants(kX) ? at::empty({K * rows_, channels_}, state.options()) : at::Tensor();
+    FLATCORE_DISPATCH(state.saved(op_)[kScale], "batch_norm", [&] {
+        const auto kernel = kernel_of<scalar_t>(state, op_, rows_, channels_, x);
+        const scalar_t *tdy_data = pointer_or_null<scalar_t>(tdy), *dy_data = pointer_or_null<scalar_t>(dy);
+        if (tdx.defined())
+            channel_affine_adjoint(kernel, K, tdy_data, dy_data, pointer_or_null<scalar_t>(tweight),
+                                   stride_or_zero(tweight), tdx.mutable_data_ptr<scalar_t>());
+        if (weight_sums.defined() || bias_sums.defined())
+            channel_affine_sums(kernel, K, tdy_data, dy_data, pointer_or_null<scalar_t>(tx),
+                                writable_or_null<double>(weight_sums), writable_or_null<double>(bias_sums));
     });
-    if (tdx.defined()) d.add(kX, tdx, true);
+    if (tdx.defined()) d.add(kX, value_of(tdx, K), true);
+    if (weight_sums.defined()) d.add(kWeight, weight_sums.sum(1).to(state.options().dtype()), true);
+    if (bias_sums.defined() && tdy.defined()) d.add(kBias, bias_sums.sum(1).to(state.options().dtype()), true);
 }
 
 }  // namespace flatcore

@@ -1,8 +1,8 @@
-// y = x * W + b (cross-correlation, N C H W).
+// y = x * W + b (cross-correlation, N C H W, stored channels last).
 //   ty_k = tx_k * W + x * V_k + tb_k
 //   tdx_k = tdy_k *' W + dy *' V_k ;  tdW_k = wgrad(tdy_k, x) + wgrad(dy, tx_k) ;  tdb_k = sum of tdy_k
-// Where W is shared, K folds into the batch axis. Where x or dy is shared, K folds into the channel axis of the other
-// operand, inside each group, so that the shared tensor is read once: (N, g K c, H, W). No grouped convolution is made.
+// Where W is shared, K folds into the batch axis. The other terms run one direction at a time: channels last needs no
+// reordering of x or dy, and one direction's working set stays in the cache.
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/sum.h>
@@ -10,6 +10,14 @@
 #include "rules.h"
 
 namespace flatcore {
+
+namespace {
+
+enum Saved { kX, kWeight };
+
+at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
+
+}  // namespace
 
 ConvolutionRule::ConvolutionRule(const Program& program, const Op& op)
     : Rule(program, op),
@@ -24,119 +32,102 @@ ConvolutionRule::ConvolutionRule(const Program& program, const Op& op)
 }
 
 at::Tensor ConvolutionRule::convolve(const at::Tensor& x, const at::Tensor& weight) const {
-    return at::convolution(x, weight, std::nullopt, stride_, padding_, dilation_, false, {0, 0}, groups_);
+    return channels_last(at::convolution(x, weight, std::nullopt, stride_, padding_, dilation_, false, {0, 0}, groups_));
 }
 
-at::Tensor ConvolutionRule::input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef input_shape) const {
-    const at::Tensor shape_only = at::empty({1}, dy.options()).expand(input_shape);
-    return std::get<0>(at::convolution_backward(dy, shape_only, weight, at::OptionalIntArrayRef(), stride_, padding_,
-                                                dilation_, false, {0, 0}, groups_, {true, false, false}));
+// Of x, only the shape is read.
+at::Tensor ConvolutionRule::input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const {
+    return channels_last(std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
+                                                              dilation_, false, {0, 0}, groups_, {true, false, false})));
 }
 
-at::Tensor ConvolutionRule::weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight_shape) const {
-    const at::Tensor shape_only = at::empty({1}, dy.options()).expand(weight_shape);
-    return std::get<1>(at::convolution_backward(dy, x, shape_only, at::OptionalIntArrayRef(), stride_, padding_, dilation_,
+// Of weight, only the shape is read.
+at::Tensor ConvolutionRule::weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const {
+    return std::get<1>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_, dilation_,
                                                 false, {0, 0}, groups_, {false, true, false}));
 }
 
-namespace {
-
-// (K, N, C, H, W) -> (N, g K c, H, W): direction k of a group's channels lies behind direction k - 1's.
-at::Tensor fold_channels(const at::Tensor& t, int64_t groups) {
-    const int64_t K = t.size(0), N = t.size(1), C = t.size(2), H = t.size(3), W = t.size(4);
-    if (K == 1) return t.select(0, 0);
-    return t.reshape({K, N, groups, C / groups, H, W}).permute({1, 2, 0, 3, 4, 5}).reshape({N, K * C, H, W});
-}
-
-// The inverse, as a view.
-at::Tensor unfold_channels(const at::Tensor& t, int64_t K, int64_t groups) {
-    const int64_t N = t.size(0), C = t.size(1) / K, H = t.size(2), W = t.size(3);
-    if (K == 1) return t.unsqueeze(0);
-    const at::Tensor split = t.reshape({N, groups, K, C / groups, H, W}).permute({2, 0, 1, 3, 4, 5});
-    return groups == 1 ? split.squeeze(2) : split.reshape({K, N, C, H, W});
-}
-
-at::Tensor fold_batch(const at::Tensor& t) { return t.reshape({t.size(0) * t.size(1), t.size(2), t.size(3), t.size(4)}); }
-
-// V (K, o, c, kh, kw) with K in the output channels of each group: (g K o', c, kh, kw).
-at::Tensor fold_outputs(const at::Tensor& V, int64_t groups) {
-    const int64_t K = V.size(0), o = V.size(1);
-    return V.reshape({K, groups, o / groups, V.size(2), V.size(3), V.size(4)})
-        .transpose(0, 1)
-        .reshape({K * o, V.size(2), V.size(3), V.size(4)});
-}
-
-// V with K in the input channels: (o, K c, kh, kw).
-at::Tensor fold_inputs(const at::Tensor& V) {
-    return V.transpose(0, 1).reshape({V.size(1), V.size(0) * V.size(2), V.size(3), V.size(4)});
-}
-
-at::Tensor add_to(const at::Tensor& sum, const at::Tensor& term) { return sum.defined() ? sum.add_(term) : term; }
-
-}  // namespace
-
 at::Tensor ConvolutionRule::forward(State& state) const {
-    const std::optional<at::Tensor> bias =
-        has(2) ? std::optional<at::Tensor>(state.value(op_.inputs[2])) : std::nullopt;
-    return at::convolution(state.value(op_.inputs[0]), state.value(op_.inputs[1]), bias, stride_, padding_, dilation_,
-                           false, {0, 0}, groups_);
+    const at::Tensor x = channels_last(state.value(op_.inputs[0])), weight = channels_last(state.value(op_.inputs[1]));
+    state.saved(op_) = {active(1) ? x : at::Tensor(), weight};
+    const std::optional<at::Tensor> bias = has(2) ? std::optional<at::Tensor>(state.value(op_.inputs[2])) : std::nullopt;
+    return channels_last(at::convolution(x, weight, bias, stride_, padding_, dilation_, false, {0, 0}, groups_));
 }
 
 at::Tensor ConvolutionRule::tangent(const Directions& d) const {
     const int64_t K = d.K();
-    const Integers shape = with_directions(K, output().shape);
+    const auto& saved = d.state().saved(op_);
     at::Tensor ty;
-    if (active(0)) ty = convolve(fold_batch(d.tangent(0)), d.state().value(op_.inputs[1])).view(shape);
-    if (active(1))
-        ty = add_to(ty, unfold_channels(convolve(d.state().value(op_.inputs[0]), fold_outputs(d.tangent(1), groups_)), K,
-                                        groups_));
+    if (active(0)) {
+        const at::Tensor tx = d.tangent(0).flatten(0, 1);
+        ty = convolve(channels_last(tx), saved[kWeight]).unflatten(0, {K, output().shape[0]});
+    }
+    if (active(1)) {
+        const bool started = ty.defined();
+        if (!started) ty = new_directions(K, output(), d.state().options());
+        for (int64_t k = 0; k < K; ++k) {
+            const at::Tensor term = convolve(saved[kX], channels_last(d.tangent(1).select(0, k)));
+            if (started)
+                ty.select(0, k).add_(term);
+            else
+                ty.select(0, k).copy_(term);
+        }
+    }
     if (active(2)) {
         const at::Tensor bias = d.tangent(2).reshape({K, 1, output().shape[1], 1, 1});
-        ty = ty.defined() ? ty.add_(bias) : bias.expand(shape).contiguous();
+        if (ty.defined())
+            ty.add_(bias);
+        else
+            ty = new_directions(K, output(), d.state().options()).copy_(bias.expand(with_directions(K, output().shape)));
     }
-    return ty.contiguous();
+    return ty;
 }
 
 void ConvolutionRule::adjoint(Directions& d) const {
     const int64_t K = d.K();
     const State& state = d.state();
+    const auto& saved = state.saved(op_);
     const bool cross = d.second_order() && has_second_order();
-    const at::Tensor tdy = d.cotangent();
-    const at::Tensor dy = cross ? state.adjoint(op_.output) : at::Tensor();
-    if (d.wants(0)) {
+    const at::Tensor tdy = d.cotangent().defined() ? dense_directions(d.cotangent(), output()) : at::Tensor();
+    const at::Tensor dy = cross ? dense(state.adjoint(op_.output), output()) : at::Tensor();
+    // Stands in where an operand is asked for its shape alone.
+    const at::Tensor nothing = at::empty({1}, state.options());
+    if (d.wants(0) && (tdy.defined() || cross)) {
         const Integers& shape = input(0).shape;
         at::Tensor tdx;
         if (tdy.defined()) {
-            Integers folded = shape;
-            folded[0] *= K;
-            tdx = input_gradient(fold_batch(tdy), state.value(op_.inputs[1]), folded).view(with_directions(K, shape));
+            const at::Tensor folded = nothing.expand({K * shape[0], shape[1], shape[2], shape[3]});
+            tdx = input_gradient(tdy.flatten(0, 1), folded, saved[kWeight]).unflatten(0, {K, shape[0]});
         }
         if (cross) {
-            Integers folded = shape;
-            folded[1] *= K;
-            tdx = add_to(tdx, unfold_channels(input_gradient(dy, fold_inputs(d.tangent(1)), folded), K, groups_));
+            const bool started = tdx.defined();
+            if (!started) tdx = at::empty(with_directions(K, shape), state.options());
+            for (int64_t k = 0; k < K; ++k) {
+                const at::Tensor term =
+                    input_gradient(dy, nothing.expand(shape), channels_last(d.tangent(1).select(0, k)));
+                if (started)
+                    tdx.select(0, k).add_(term);
+                else
+                    tdx.select(0, k).copy_(term);
+            }
         }
-        if (tdx.defined()) d.add(0, tdx, true);
+        d.add(0, tdx, true);
     }
-    if (d.wants(1)) {
-        const Integers& shape = input(1).shape;
-        if (tdy.defined()) {
-            Integers folded = shape;
-            folded[0] *= K;
-            const at::Tensor gradient =
-                weight_gradient(fold_channels(tdy, groups_), state.value(op_.inputs[0]), folded);
-            d.add(1,
-                  gradient.view({groups_, K, shape[0] / groups_, shape[1], shape[2], shape[3]})
-                      .transpose(0, 1)
-                      .reshape(with_directions(K, shape)),
-                  true);
+    if (d.wants(1) && (tdy.defined() || cross)) {
+        const at::Tensor weight_shape = nothing.expand(input(1).shape);
+        at::Tensor tdw = at::empty(with_directions(K, input(1).shape), state.options());
+        const at::Tensor tx = cross ? d.tangent(0) : at::Tensor();
+        for (int64_t k = 0; k < K; ++k) {
+            at::Tensor target = tdw.select(0, k);
+            if (tdy.defined()) target.copy_(weight_gradient(tdy.select(0, k), saved[kX], weight_shape));
+            if (!cross) continue;
+            const at::Tensor term = weight_gradient(dy, channels_last(tx.select(0, k)), weight_shape);
+            if (tdy.defined())
+                target.add_(term);
+            else
+                target.copy_(term);
         }
-        if (cross) {
-            Integers folded = shape;
-            folded[1] *= K;
-            const at::Tensor gradient = weight_gradient(dy, fold_channels(d.tangent(0), groups_), folded);
-            d.add(1, gradient.view({shape[0], K, shape[1], shape[2], shape[3]}).transpose(0, 1), false);
-        }
+        d.add(1, tdw, true);
     }
     if (d.wants(2) && tdy.defined()) d.add(2, tdy.sum(Integers{1, 3, 4}), true);
 }
@@ -148,8 +139,12 @@ double ConvolutionRule::flops(int64_t K, bool second_order) const {
 }
 
 int64_t ConvolutionRule::workspace(int64_t K) const {
-    // The folded copy of tdy or tx, or the second convolution's result before it is added.
-    return active(1) ? K * std::max(output().numel, active(0) ? input(0).numel : 0) : 0;
+    // One direction's term before it is added, and the weights' products before they are.
+    return std::max(output().numel, input(0).numel) + (active(1) ? K * input(1).numel : 0);
+}
+
+int64_t ConvolutionRule::saved() const {
+    return (active(1) && !input(0).channels_last ? input(0).numel : 0) + input(1).numel;
 }
 
 }  // namespace flatcore

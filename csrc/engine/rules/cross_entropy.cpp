@@ -1,5 +1,5 @@
 // Cross-entropy per row of the last axis against constant target masses. See kernels/cross_entropy.h.
-#include "../../kernels/cross_entropy.h"
+#include "kernels/cross_entropy.h"
 
 #include "rules.h"
 
@@ -33,7 +33,7 @@ at::Tensor CrossEntropyRule::forward(State& state) const {
 at::Tensor CrossEntropyRule::tangent(const Directions& d) const {
     const at::Tensor mass = d.state().value(op_.inputs[1]).contiguous(), tz = d.tangent(0).contiguous();
     const auto& saved = d.state().saved(op_);
-    at::Tensor tloss = new_directions(d.K(), output().shape, tz.options());
+    at::Tensor tloss = new_directions(d.K(), output(), tz.options());
     FLATCORE_DISPATCH(tz, "cross_entropy", [&] {
         cross_entropy_tangent<scalar_t>(d.K(), rows_, classes_, mass.const_data_ptr<scalar_t>(),
                                         saved[kProbability].const_data_ptr<scalar_t>(),
@@ -51,7 +51,7 @@ void CrossEntropyRule::adjoint(Directions& d) const {
     const at::Tensor tz = d.second_order() ? d.tangent(0).contiguous() : at::Tensor();
     const at::Tensor dloss = d.second_order() ? state.adjoint(op_.output).contiguous() : at::Tensor();
     const auto& saved = state.saved(op_);
-    at::Tensor tdz = new_directions(d.K(), input(0).shape, state.options());
+    at::Tensor tdz = at::empty(with_directions(d.K(), input(0).shape), state.options());
     FLATCORE_DISPATCH(tdz, "cross_entropy", [&] {
         cross_entropy_adjoint<scalar_t>(d.K(), rows_, classes_, mass.const_data_ptr<scalar_t>(),
                                         saved[kProbability].const_data_ptr<scalar_t>(),

@@ -31,7 +31,7 @@ at::Tensor LinearRule::forward(State& state) const {
 
 at::Tensor LinearRule::tangent(const Directions& d) const {
     const int64_t K = d.K();
-    at::Tensor ty = new_directions(K, output().shape, d.state().options());
+    at::Tensor ty = new_directions(K, output(), d.state().options());
     const at::Tensor matrix = ty.view({K, rows_, out_});
     bool started = false;
     if (active(2)) {

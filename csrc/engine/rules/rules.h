@@ -1,9 +1,9 @@
 // The rule classes, one op family per file.
 #pragma once
 
-#include "../rule.h"
-#include "../state.h"
-#include "../tensor_ops.h"
+#include "engine/rule.h"
+#include "engine/state.h"
+#include "engine/tensor_ops.h"
 
 namespace flatcore {
 
@@ -47,16 +47,17 @@ class ConvolutionRule final : public Rule {
     ConvolutionRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
-    bool reads_value(int i) const override { return (i == 0 && active(1)) || (i == 1 && active(0)); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
+    bool channels_last_output() const override { return true; }
     double flops(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
+    int64_t saved() const override;
 
  private:
     at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) const;
-    at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef input_shape) const;
-    at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight_shape) const;
+    at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
+    at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
     Integers stride_, padding_, dilation_;
     int64_t groups_;
 };
@@ -70,9 +71,13 @@ class BatchNormRule final : public Rule {
     bool reads_value(int i) const override { return i == 0 && active(1); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
+    bool channels_last_output() const override { return output().shape.size() == 4; }
 
  private:
+    at::Tensor rows_of(const at::Tensor& t) const;             // (..., C) contiguous, from a value or directions
+    at::Tensor value_of(const at::Tensor& rows, int64_t K) const;  // the inverse
     double eps_;
+    int64_t rows_, channels_;
 };
 
 // unary.cpp
@@ -83,6 +88,7 @@ class UnaryRule final : public Rule {
     void finish_backward(State& state) const override;
     bool has_second_order() const override { return curved_; }
     bool reads_tangent_in_adjoint(int) const override { return curved_; }
+    bool channels_last_output() const override { return input(0).channels_last; }
     int64_t saved() const override { return output().numel * (curved_ ? 2 : 1); }
 
  private:
@@ -96,6 +102,7 @@ class AddRule final : public Rule {
  public:
     AddRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
+    bool channels_last_output() const override { return either_channels_last(); }
 
  private:
     double alpha_;
@@ -105,6 +112,7 @@ class MulRule final : public Rule {
  public:
     using Rule::Rule;
     FLATCORE_RULE_METHODS
+    bool channels_last_output() const override { return either_channels_last(); }
     bool has_second_order() const override { return active(0) && active(1); }
     bool reads_value(int i) const override { return active(1 - i); }
     bool reads_output_adjoint() const override { return has_second_order(); }
@@ -115,6 +123,7 @@ class AffineRule final : public Rule {
  public:
     AffineRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
+    bool channels_last_output() const override { return input(0).channels_last; }
 
  private:
     double scale_, shift_;
@@ -136,6 +145,7 @@ class MaxPoolRule final : public Rule {
  public:
     MaxPoolRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
+    bool channels_last_output() const override { return true; }
     int64_t saved() const override { return 2 * output().numel; }  // 64-bit indices
 
  private:
@@ -147,6 +157,7 @@ class AveragePoolRule final : public Rule {
  public:
     AveragePoolRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
+    bool channels_last_output() const override { return true; }
 
  private:
     Integers kernel_, stride_, padding_;
@@ -158,6 +169,7 @@ class AdaptiveAveragePoolRule final : public Rule {
  public:
     AdaptiveAveragePoolRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
+    bool channels_last_output() const override { return true; }
 
  private:
     Integers output_size_;

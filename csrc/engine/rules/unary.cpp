@@ -1,6 +1,6 @@
 // y = f(z), element by element. Forward saves f' and f''; the backward sweep turns f'' into h = f'' dy, the only other
 // thing a product needs, so neither z, y nor dy is kept for it.
-#include "../../kernels/pointwise.h"
+#include "kernels/pointwise.h"
 #include "rules.h"
 
 namespace flatcore {
@@ -18,9 +18,9 @@ UnaryRule::UnaryRule(const Program& program, const Op& op)
       curved_(is_curved(static_cast<Function>(function_))) {}
 
 at::Tensor UnaryRule::forward(State& state) const {
-    const at::Tensor z = state.value(op_.inputs[0]).contiguous();
-    at::Tensor y = at::empty(z.sizes(), z.options()), first = at::empty(z.sizes(), z.options());
-    at::Tensor second = curved_ ? at::empty(z.sizes(), z.options()) : at::Tensor();
+    const at::Tensor z = dense(state.value(op_.inputs[0]), input(0));
+    at::Tensor y = new_value(output(), z.options()), first = new_value(output(), z.options());
+    at::Tensor second = curved_ ? new_value(output(), z.options()) : at::Tensor();
     FLATCORE_DISPATCH(z, "unary", [&] {
         unary_forward<scalar_t>(static_cast<Function>(function_), {a_, b_, c_}, z.numel(), z.const_data_ptr<scalar_t>(),
                                 y.mutable_data_ptr<scalar_t>(), first.mutable_data_ptr<scalar_t>(),
@@ -41,9 +41,9 @@ void UnaryRule::finish_backward(State& state) const {
 }
 
 at::Tensor UnaryRule::tangent(const Directions& d) const {
-    const at::Tensor tz = d.tangent(0).contiguous();
+    const at::Tensor tz = dense_directions(d.tangent(0), input(0));
     const at::Tensor& first = d.state().saved(op_)[kFirst];
-    at::Tensor ty = at::empty(tz.sizes(), tz.options());
+    at::Tensor ty = new_directions(d.K(), output(), tz.options());
     FLATCORE_DISPATCH(ty, "unary", [&] {
         scale_directions<scalar_t>(d.K(), output().numel, first.const_data_ptr<scalar_t>(), tz.const_data_ptr<scalar_t>(),
                                    ty.mutable_data_ptr<scalar_t>());
@@ -55,9 +55,9 @@ void UnaryRule::adjoint(Directions& d) const {
     if (!d.wants(0)) return;
     const bool cross = d.second_order() && curved_;
     const auto& saved = d.state().saved(op_);
-    const at::Tensor tdy = d.cotangent().defined() ? d.cotangent().contiguous() : at::Tensor();
-    const at::Tensor tz = cross ? d.tangent(0).contiguous() : at::Tensor();
-    at::Tensor tdz = new_directions(d.K(), input(0).shape, d.state().options());
+    const at::Tensor tdy = d.cotangent().defined() ? dense_directions(d.cotangent(), output()) : at::Tensor();
+    const at::Tensor tz = cross ? dense_directions(d.tangent(0), input(0)) : at::Tensor();
+    at::Tensor tdz = new_directions(d.K(), input(0), d.state().options());
     FLATCORE_DISPATCH(tdz, "unary", [&] {
         adjoint_directions<scalar_t>(d.K(), output().numel, saved[kFirst].const_data_ptr<scalar_t>(),
                                      pointer_or_null<scalar_t>(tdy),
