@@ -1,0 +1,110 @@
+#include "tensor_space.h"
+
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+
+#include "../kernels/probes.h"
+
+namespace flatcore {
+
+at::Tensor TensorSpace::to_tensor(const Matrix &B) const {
+    at::Tensor host = at::empty({B.rows, B.cols}, at::kDouble);
+    std::copy(B.data.begin(), B.data.end(), host.mutable_data_ptr<double>());
+    return host.to(options_);
+}
+
+krylov::Matrix TensorSpace::to_matrix(const at::Tensor &B) {
+    const at::Tensor host = B.to(at::kCPU, at::kDouble).contiguous();
+    Matrix result(host.size(0), host.size(1));
+    std::copy_n(host.const_data_ptr<double>(), host.numel(), result.data.begin());
+    return result;
+}
+
+at::Tensor TensorSpace::allocate(int64_t p) const { return at::empty({p, P_}, options_); }
+
+at::Tensor TensorSpace::random(int64_t p) {
+    at::Tensor host = at::empty({p, P_}, options_.device(at::kCPU));
+    if (host.scalar_type() == at::kFloat)
+        normal_rows(seed_, random_rows_, p, P_, host.mutable_data_ptr<float>());
+    else
+        normal_rows(seed_, random_rows_, p, P_, host.mutable_data_ptr<double>());
+    random_rows_ += p;
+    return host.to(options_);
+}
+
+at::Tensor TensorSpace::select(const Block &X, const std::vector<int64_t> &indices) const {
+    Block Y = allocate(static_cast<int64_t>(indices.size()));
+    for (size_t i = 0; i < indices.size(); ++i)
+        Y.select(0, static_cast<int64_t>(i)).copy_(X.select(0, indices[i]));
+    return Y;
+}
+
+void TensorSpace::scatter(Block &X, const std::vector<int64_t> &indices, const Block &Y) const {
+    for (size_t i = 0; i < indices.size(); ++i)
+        X.select(0, indices[i]).copy_(Y.select(0, static_cast<int64_t>(i)));
+}
+
+at::Tensor TensorSpace::apply(const Block &X) const {
+    // The recurrence overwrites what it gets, so a result that is the operator's own storage, or X's, is
+    // copied.
+    at::Tensor Y = apply_(X).detach().to(options_);
+    const bool own = Y.storage().use_count() == 1 && !Y.is_alias_of(X);
+    return own && Y.is_contiguous() ? Y : Y.clone(at::MemoryFormat::Contiguous);
+}
+
+krylov::Matrix TensorSpace::gram(const Block &X, const Block &Y) const { return to_matrix(at::mm(X, Y.t())); }
+
+void TensorSpace::update(Block &X, const Matrix &B, const Block &Y) const {
+    if (B.rows > 0 && B.cols > 0)
+        X.addmm_(to_tensor(B), Y, 1, -1);
+}
+
+at::Tensor TensorSpace::combine(const Matrix &B, const Block &Y) const { return at::mm(to_tensor(B), Y); }
+
+void TensorSpace::rotate(Block X, const Matrix &B) const {
+    // By column pieces: the temporary stays small beside the basis.
+    const at::Tensor coefficients = to_tensor(B);
+    const int64_t piece = std::max<int64_t>(1, (int64_t{1} << 22) / std::max<int64_t>(B.rows, 1));
+    for (int64_t first = 0; first < P_; first += piece) {
+        const at::Tensor part = X.narrow(1, first, std::min(piece, P_ - first));
+        part.narrow(0, 0, B.rows).copy_(at::mm(coefficients, part));
+    }
+}
+
+krylov::Spectral TensorSpace::eigh(const Matrix &T) const {
+    at::Tensor host = at::empty({T.rows, T.cols}, at::kDouble);
+    std::copy(T.data.begin(), T.data.end(), host.mutable_data_ptr<double>());
+    const auto [values, vectors] = at::linalg_eigh(host);
+    const double *first = values.const_data_ptr<double>();
+    return {std::vector<double>(first, first + values.numel()), to_matrix(vectors)};
+}
+
+at::Tensor TensorSpace::allocate_bases(int64_t K, int64_t steps) const {
+    return at::empty({K, steps, P_}, options_);
+}
+
+krylov::Matrix TensorSpace::gram_each(const Block &bases, int64_t j, const Block &X) const {
+    return to_matrix(at::bmm(bases.narrow(1, 0, j), X.unsqueeze(2)).squeeze(2));
+}
+
+void TensorSpace::update_each(Block &X, const Matrix &B, const Block &bases, int64_t j) const {
+    at::Tensor rows = X.unsqueeze(1);
+    rows.baddbmm_(to_tensor(B).unsqueeze(1), bases.narrow(1, 0, j), 1, -1);
+}
+
+std::vector<double> TensorSpace::dot_each(const Block &X, const Block &Y) const {
+    return to_matrix(at::bmm(X.unsqueeze(1), Y.unsqueeze(2)).squeeze(2)).data;
+}
+
+void TensorSpace::scale_each(Block &X, const std::vector<double> &factors) const {
+    Matrix column(static_cast<int64_t>(factors.size()), 1);
+    column.data = factors;
+    X.mul_(to_tensor(column));
+}
+
+} // namespace flatcore
