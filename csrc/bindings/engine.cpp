@@ -4,8 +4,13 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <mutex>
+#include <set>
+#include <thread>
+
 #include "engine/rule.h"
 #include "engine/sweep.h"
+#include "kernels/parallel.h"
 
 namespace py = pybind11;
 
@@ -115,6 +120,18 @@ void run_gradient(const Linearization& self, const at::Tensor& y, bool accumulat
 
 void bind_engine(py::module_ m) {
     auto engine = m.def_submodule("engine", "The second-order program and its sweeps.");
+    engine.def(
+        "threads_used",
+        [] {
+            std::set<std::thread::id> ids;
+            std::mutex mutex;
+            parallel_for(0, 1 << 16, 1, [&](int64_t, int64_t) {
+                const std::lock_guard lock(mutex);
+                ids.insert(std::this_thread::get_id());
+            });
+            return ids.size();
+        },
+        "Number of threads that a large kernel loop really runs on.");
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
     py::class_<Program, std::shared_ptr<Program>>(engine, "Program")
         .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"), py::arg("parameters"),

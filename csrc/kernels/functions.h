@@ -63,9 +63,12 @@ FLATCORE_FUNCTION(Gelu, true) {  // z Phi(z), Phi the normal distribution functi
 
 FLATCORE_FUNCTION(GeluTanh, true) {  // z (1 + tanh u) / 2, u = k (z + q z^3), k = sqrt(2/pi)
     const T k = T(0.79788456080286535588), q = T(0.044715);
-    const T t = std::tanh(k * z * (T(1) + q * z * z));
+    const T u = k * z * (T(1) + q * z * z);
+    // tanh u and its derivative s through e = exp(-2|u|): s as 1 - t^2 would lose all its digits where t nears 1.
+    const T e = std::exp(T(-2) * (u < T(0) ? -u : u)), r = T(1) / (T(1) + e);
+    const T magnitude = (T(1) - e) * r, t = u < T(0) ? -magnitude : magnitude;
+    const T s = T(4) * e * r * r;
     const T du = k * (T(1) + T(3) * q * z * z), ddu = T(6) * k * q * z;
-    const T s = T(1) - t * t;  // derivative of tanh at u
     y = T(0.5) * z * (T(1) + t);
     d1 = T(0.5) * (T(1) + t) + T(0.5) * z * s * du;
     d2 = s * (du + T(0.5) * z * ddu - z * t * du * du);
