@@ -1,24 +1,32 @@
 # The torch of the building Python, as the INTERFACE library flatcore_torch.
 # Sets TORCH_VERSION and TORCH_CUDA (its CUDA version, or "none"). torch is read, not imported, and its own CMake
 # package is not used: for a CUDA build of torch that demands the whole CUDA toolkit and overrides the architectures.
+# PYTHONPATH is unset because pip points it at an isolated environment that holds no torch.
 execute_process(
     COMMAND
         ${CMAKE_COMMAND} -E env --unset=PYTHONPATH ${Python_EXECUTABLE} -c
         [[
-import importlib.util, pathlib, runpy
-spec = importlib.util.find_spec("torch")
-assert spec, "flatcore: no torch in this Python; install torch first, then: pip install --no-build-isolation ."
+import importlib.util, pathlib, runpy, sys
+spec = importlib.util.find_spec("torch") or sys.exit(1)
 folder = pathlib.Path(spec.origin).parent
 version = runpy.run_path(str(folder / "version.py"))
 print(folder, version["__version__"], version["cuda"] or "none", sep=";", end="")
 ]]
     OUTPUT_VARIABLE TORCH_FACTS
-    COMMAND_ERROR_IS_FATAL ANY
+    RESULT_VARIABLE TORCH_MISSING
 )
+if(TORCH_MISSING)
+    message(
+        FATAL_ERROR
+        "No torch in ${Python_EXECUTABLE}: install torch first, then flatcore with `pip install --no-build-isolation .`"
+    )
+endif()
 list(GET TORCH_FACTS 0 TORCH_FOLDER)
 list(GET TORCH_FACTS 1 TORCH_VERSION)
 list(GET TORCH_FACTS 2 TORCH_CUDA)
 message(STATUS "torch ${TORCH_VERSION} (CUDA ${TORCH_CUDA}) in ${TORCH_FOLDER}")
+# Another torch put in the same place is noticed by the next build.
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${TORCH_FOLDER}/version.py)
 
 # Both sides must agree on std::string: torch's libraries show which ABI they were built with.
 file(STRINGS ${TORCH_FOLDER}/lib/libc10.so NEW_STRING_ABI REGEX "__cxx11" LIMIT_COUNT 1)

@@ -1,0 +1,5 @@
+"""How curved is the loss of a torch model: Hessian products in blocks, spectra, traces, densities."""
+
+from flatcore import _load as _load  # isort: skip  # first: explains a torch that does not fit the build
+
+__version__ = "0.1.0"
