@@ -134,14 +134,13 @@ template <class Space> class EigenSolver {
             return true;
         if (copies < all)
             return false;
-        const int64_t widest = (lanczos_.capacity() - options_.k) / 3;
-        const int64_t block =
-            std::min(widest, lanczos_.block_rows() + std::max(options_.block, copies + 1 - all));
-        copies_not_checked_ = block <= lanczos_.block_rows();
-        if (copies_not_checked_)
-            return true;
-        if (lanczos_.basis_rows() + 2 * block > lanczos_.capacity())
-            restart(ritz, order, block);
+        int64_t block = lanczos_.block_rows() + std::max(options_.block, copies + 1 - all);
+        if (lanczos_.capacity() < space_.dimension()) {
+            block = std::min(block, (lanczos_.capacity() - options_.k) / 3);
+            copies_not_checked_ = block <= lanczos_.block_rows();
+            if (copies_not_checked_) return true;
+            if (lanczos_.basis_rows() + 2 * block > lanczos_.capacity()) restart(ritz, order, block);
+        }
         lanczos_.fill(block);
         return false;
     }

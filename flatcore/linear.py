@@ -1,0 +1,116 @@
+"""One view of "anything with .shape and @": blocks of rows (K, P) in, blocks of rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["LinearView", "as_operator", "check_count", "check_seed"]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class LinearView:
+    """A symmetric operator of P rows: ``apply`` maps (K, P), contiguous, to its K products, (K, P), contiguous."""
+
+    def __init__(
+        self,
+        P: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        parameter_slices: dict[str, slice] | None,
+    ) -> None:
+        self.P, self.dtype, self.device = P, dtype, device
+        self.parameter_slices = parameter_slices
+        self._product = product
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """Row k of the result is A @ rows[k]."""
+        result = self._product(rows)
+        if not isinstance(result, torch.Tensor) or result.shape != rows.shape:
+            got = tuple(reversed(result.shape)) if isinstance(result, torch.Tensor) else type(result).__name__
+            raise ValueError(
+                f"A: expected A @ V of shape {tuple(reversed(rows.shape))} for V of that shape, got {got}; "
+                "the operator must map (P, K) to (P, K)"
+            )
+        return result.detach().to(dtype=self.dtype, device=self.device).contiguous()
+
+
+def as_operator(A: Any) -> LinearView:
+    """Adapts a flatcore operator, a dense tensor or array, a scipy LinearOperator or anything with .shape and @.
+
+    Raises TypeError where A has no .shape and @ or is not float32 or float64, ValueError where it is not square or empty.
+    """
+    shape = getattr(A, "shape", None)
+    if shape is None or not hasattr(A, "__matmul__"):
+        raise TypeError(
+            f"A: expected an operator with .shape and @, got {type(A).__name__}; give e.g. fc.Hessian(objective), "
+            "a square tensor or a scipy LinearOperator"
+        )
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"A: expected a square operator of shape (P, P), got {tuple(shape)}; give a symmetric one")
+    P = int(shape[0])
+    if P == 0:
+        raise ValueError("A: expected at least one row, got shape (0, 0); give a non-empty operator")
+    slices = getattr(A, "parameter_slices", None)
+    if isinstance(A, torch.Tensor):
+        dense = A.detach()
+        return LinearView(P, _torch_dtype(A.dtype), A.device, lambda rows: rows @ dense.T, slices)
+    dtype, is_torch = _arithmetic(A, P)
+    device = torch.device(getattr(A, "device", "cpu")) if is_torch else torch.device("cpu")
+    product = (lambda rows: (A @ rows.T).T) if is_torch else _numpy_product(A)
+    return LinearView(P, dtype, device, product, slices)
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise TypeError(f"A: expected dtype float32 or float64, got {dtype}; convert it, e.g. A.to(torch.float64)")
+    return found
+
+
+def _arithmetic(A: Any, P: int) -> tuple[torch.dtype, bool]:
+    """A's precision, and whether it takes torch tensors; an operator that does not say is asked for one product."""
+    dtype = getattr(A, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return _torch_dtype(dtype), True
+    if isinstance(A, np.ndarray) or type(A).__module__.partition(".")[0] == "scipy":
+        return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype))), False
+    try:
+        answer = A @ torch.zeros(P, 1)
+    except (TypeError, AttributeError):
+        return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype))), False
+    if isinstance(answer, torch.Tensor):
+        return _torch_dtype(answer.dtype), True
+    return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype))), False
+
+
+def _numpy_product(A: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        result = np.asarray(A @ rows.numpy().T)
+        if not np.issubdtype(result.dtype, np.floating):
+            raise TypeError(f"A: expected real products in floating point, got dtype {result.dtype}; give a real operator")
+        return torch.from_numpy(np.ascontiguousarray(result.T))
+
+    return product
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """``value`` as an int, refused with a sentence if it is not a whole number >= least."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}; give an int")
+    if int(value) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {int(value)}; give a larger number")
+    return int(value)
+
+
+def check_seed(seed: Any) -> int:
+    """A seed the counter-based generator takes: a whole number in [0, 2**64)."""
+    seed = check_count("seed", seed, 0)
+    if seed >= 2**64:
+        raise ValueError(f"seed: expected less than 2**64, got {seed}; give a smaller number")
+    return seed
