@@ -1,0 +1,23 @@
+"""Capture: a torch model and its loss become a program of a small vocabulary."""
+
+from .batch import batch_leaves, flatten_batch, split_batch
+from .export import capture
+from .interpreter import interpret
+from .prelude import Prelude, named_tensors
+from .program import Op, Program, Value
+from .verify import VerificationError, verify
+
+__all__ = [
+    "Op",
+    "Prelude",
+    "Program",
+    "Value",
+    "VerificationError",
+    "batch_leaves",
+    "capture",
+    "flatten_batch",
+    "interpret",
+    "named_tensors",
+    "split_batch",
+    "verify",
+]

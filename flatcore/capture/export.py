@@ -1,0 +1,160 @@
+"""torch.export of a model and its loss on one batch, and from there to the program."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from .assemble import assemble
+from .batch import Structure, flatten_batch, split_batch
+from .graph import Names
+from .prelude import named_tensors
+from .program import Program
+from .refusals import refuse_stopped_gradients
+
+LossKind = Literal["output_target", "model_batch"]
+
+
+def capture(
+    model: nn.Module, loss: Callable[..., Tensor], batch: Any, *, selected: Sequence[str], loss_kind: LossKind
+) -> Program:
+    """The program of `loss` on `batch` as a function of the selected parameters.
+
+    selected:  names as `model.named_parameters()` gives them; their order there is the order of the flat vector.
+    loss_kind: "output_target": loss(model(*inputs), target), the batch being (inputs..., target) or a mapping that
+               `split_batch` understands; "model_batch": loss(model, batch).
+    Runs the model once on fake tensors; leaves model, loss and batch as they were. Shapes are those of this batch.
+
+    Raises CaptureError, naming operation and module, for what the vocabulary cannot say: an unsupported or random
+    operation, a stopped gradient, a changed buffer, a model that torch.export refuses. ValueError for unknown names, a
+    batch of another form, or a loss that is not one number.
+    """
+    named = dict(model.named_parameters())
+    unknown = [name for name in selected if name not in named]
+    if unknown or not selected:
+        raise ValueError(f"selected: expected names of parameters of the model, got {unknown or 'none'}")
+    chosen = {name: t for name, t in named.items() if name in set(selected)}
+    _check_dtypes(chosen)
+    leaves, structure = flatten_batch(batch)
+    wrapper = _Wrapper(model, loss, structure, loss_kind)
+    with _unchanged(model, loss):
+        raw = _export(wrapper, leaves)
+        exported = _decompose(raw)
+    names = Names(wrapper, {id(t): name for name, t in named_tensors(model, loss).items()}, chosen)
+    refuse_stopped_gradients(raw, names)
+    return assemble(exported, names, loss_kind == "output_target", _examples(batch, leaves, loss_kind))
+
+
+def _check_dtypes(chosen: dict[str, Tensor]) -> None:
+    dtypes = {t.dtype for t in chosen.values()}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise CaptureError(
+            f"expected the selected parameters all in float32 or all in float64, got {', '.join(map(str, dtypes))}"
+        )
+
+
+def _examples(batch: Any, leaves: list[Tensor], loss_kind: LossKind) -> int:
+    """Length of axis 0 of the target, or of the batch's first tensor that has axes; 1 for a batch of one example."""
+    if loss_kind == "output_target":
+        target = split_batch(batch)[2]
+        leaves = [leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor)] or leaves
+        return int(leaves[0].shape[0]) if leaves and leaves[0].dim() else 1
+    return next((int(leaf.shape[0]) for leaf in leaves if leaf.dim()), 1)
+
+
+class _Wrapper(nn.Module):
+    """forward(tensors of the batch) -> (loss, tensors of the model's output).
+
+    The model's outputs are copied twice, once to mark where they stand and once for the loss, which may write into them.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], structure: Structure, loss_kind: LossKind) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.structure = structure
+        self.loss_kind = loss_kind
+
+    def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
+        batch = self.structure.rebuild(leaves)
+        if self.loss_kind == "model_batch":
+            return (_scalar(self.loss(self.model, batch)),)
+        args, kwargs, target = split_batch(batch)
+        outputs, spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        marks = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in outputs]
+        handed = [mark.clone() if isinstance(mark, Tensor) else mark for mark in marks]
+        value = _scalar(self.loss(pytree.tree_unflatten(handed, spec), target))
+        return value, *(mark for mark in marks if isinstance(mark, Tensor))
+
+
+class _NotScalar(ValueError):
+    pass
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise _NotScalar(f"loss: expected one number, got {got}; take its mean over the examples")
+    return loss.reshape(())
+
+
+def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
+    was_training = wrapper.model.training
+    wrapper.training = was_training
+    try:
+        with _quiet(), torch.enable_grad():
+            return torch.export.export(wrapper, tuple(leaves), strict=False)
+    except _NotScalar as error:
+        raise ValueError(str(error)) from None
+    except CaptureError:
+        raise
+    except Exception as error:  # whatever the user's own code or torch raises while it is traced
+        if isinstance(error, ValueError) and str(error).startswith("batch: "):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        hint = "its control flow depends on tensor values: " if "data-dependent" in lines[0] else ""
+        raise CaptureError(f"torch.export refused it ({hint}{type(error).__name__}: {lines[0][:200]})") from error
+
+
+def _decompose(exported: ExportedProgram) -> ExportedProgram:
+    """Functional ATen with whole ops kept: an empty table decomposes nothing."""
+    with _quiet():
+        return exported.run_decompositions({})
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no logs of torch.export, which speak of its internals: what matters is raised."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def _unchanged(*objects: object) -> Iterator[None]:
+    """Attributes that a forward pass sets on a module (a cache, say) would hold fake tensors: put the old ones back."""
+    modules = [m for thing in objects if isinstance(thing, nn.Module) for m in thing.modules()]
+    saved = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in saved:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)

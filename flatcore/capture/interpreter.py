@@ -1,0 +1,81 @@
+"""The definition of the vocabulary: what each op means, in plain torch. Slow; the engine is held to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .program import Program
+
+# unary: function -> f(x, a, b, c)
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda x, a, b, c: F.relu(x),
+    "leaky_relu": lambda x, a, b, c: F.leaky_relu(x, a),
+    "elu": lambda x, a, b, c: torch.ops.aten.elu(x, a, b, c),
+    "gelu": lambda x, a, b, c: F.gelu(x),
+    "gelu_tanh": lambda x, a, b, c: F.gelu(x, approximate="tanh"),
+    "silu": lambda x, a, b, c: F.silu(x),
+    "tanh": lambda x, a, b, c: torch.tanh(x),
+    "sigmoid": lambda x, a, b, c: torch.sigmoid(x),
+    # F.softplus overflows in the branch it does not take when the threshold is infinite.
+    "softplus": lambda x, a, b, c: torch.where(a * x > b, x, torch.logaddexp(a * x, torch.zeros_like(x)) / a),
+    "square": lambda x, a, b, c: x * x,
+    "abs": lambda x, a, b, c: x.abs(),
+    "smooth_l1": lambda x, a, b, c: torch.where(x.abs() < a, 0.5 * x * x / a, x.abs() - 0.5 * a),
+    "huber": lambda x, a, b, c: torch.where(x.abs() <= a, 0.5 * x * x, a * (x.abs() - 0.5 * a)),
+    "exp": lambda x, a, b, c: x.exp(),
+    "log": lambda x, a, b, c: x.log(),
+    "sqrt": lambda x, a, b, c: x.sqrt(),
+    "rsqrt": lambda x, a, b, c: x.rsqrt(),
+    "reciprocal": lambda x, a, b, c: x.reciprocal(),
+    "pow": lambda x, a, b, c: x**a,
+    "sin": lambda x, a, b, c: x.sin(),
+    "cos": lambda x, a, b, c: x.cos(),
+}
+
+# kind -> meaning(*inputs, **attrs); an absent input is None.
+MEANING: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda x, w, bias, transposed: F.linear(x, w.t() if transposed else w, bias),
+    "matmul": lambda a, b: torch.matmul(a, b),
+    "conv2d": lambda x, w, bias, **attrs: F.conv2d(x, w, bias, **attrs),
+    "batch_norm": lambda x, w, bias, mean, var, eps: F.batch_norm(x, mean, var, w, bias, eps=eps),
+    "unary": lambda x, function, a, b, c: FUNCTIONS[function](x, a, b, c),
+    "add": lambda a, b, alpha: torch.add(a, b, alpha=alpha),
+    "mul": lambda a, b: a * b,
+    "affine": lambda x, scale, shift: scale * x + shift,
+    "sum": lambda x, dims, keepdim, scale: scale * x.sum(dims, keepdim),
+    "max_pool2d": lambda x, kernel, stride, padding, dilation, ceil_mode: F.max_pool2d(
+        x, kernel, stride, padding, dilation, ceil_mode
+    ),
+    "avg_pool2d": lambda x, kernel, stride, padding, ceil_mode, count_include_pad, divisor: F.avg_pool2d(
+        x, kernel, stride, padding, ceil_mode, count_include_pad, divisor or None
+    ),
+    "adaptive_avg_pool2d": lambda x, output_size: F.adaptive_avg_pool2d(x, output_size),
+    "view": lambda x, shape: x.reshape(shape),
+    "permute": lambda x, dims: x.permute(dims),
+    "expand": lambda x, shape: x.expand(shape),
+    "cross_entropy": lambda z, mass: (mass * (z.logsumexp(-1, keepdim=True) - z)).sum(-1),
+}
+
+
+def interpret(
+    program: Program, parameters: Mapping[str, Tensor], constants: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Every value of the program by its id; `values[program.loss]` is the loss.
+
+    parameters: tensors by name, as `program.parameters` names them. constants: as `program.prelude.run` gives them.
+    Differentiable by autograd and torch.func, to any order.
+    """
+    values = {i: parameters[name] for i, name in program.parameters.items()} | dict(constants)
+    for op in program.ops:
+        values[op.output] = meaning(op.kind, op.attrs, [None if i is None else values[i] for i in op.inputs])
+    return values
+
+
+def meaning(kind: str, attrs: Mapping[str, Any], inputs: list[Tensor | None]) -> Tensor:
+    """One op applied to its inputs."""
+    return MEANING[kind](*inputs, **attrs)

@@ -1,0 +1,264 @@
+"""Lowering: a functional ATen graph, split by what depends on the parameters, becomes prelude and program.
+
+A lowering is a function (lower, node, a) -> value id, or a tuple of them for an op with several outputs; `a` holds the
+arguments of the ATen call by the names of its schema. The families stand in `lowerings/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import CaptureError
+from .prelude import PreludeBuilder, Source
+from .program import Attribute, Op, Value, ValueKind
+from .verify import infer
+
+Result = Any  # a value id, a LogSoftmax, or a tuple with None for outputs that have no meaning here
+Lowered = Callable[["Lowering", fx.Node, SimpleNamespace], Result]
+LOWERINGS: dict[str, Lowered] = {}
+
+# Ops that read only the shape of their first input: what they give does not depend on the parameters.
+FILL_VALUES: dict[str, Callable[[SimpleNamespace], Any]] = {
+    "zeros_like.default": lambda a: 0,
+    "ones_like.default": lambda a: 1,
+    "full_like.default": lambda a: a.fill_value,
+    "new_zeros.default": lambda a: 0,
+    "new_ones.default": lambda a: 1,
+    "new_full.default": lambda a: a.fill_value,
+}
+
+
+def lowers(*names: str) -> Callable[[Lowered], Lowered]:
+    """Registers a lowering for ATen overloads, e.g. "add.Tensor"."""
+
+    def register(function: Lowered) -> Lowered:
+        for name in names:
+            assert name not in LOWERINGS, name
+            LOWERINGS[name] = function
+        return function
+
+    return register
+
+
+def aten_name(node: fx.Node) -> str:
+    """"add.Tensor" for a call of torch.ops.aten.add.Tensor."""
+    return str(node.target).removeprefix("aten.")
+
+
+def arguments(node: fx.Node) -> SimpleNamespace:
+    """The arguments of an ATen call by the names of its schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    return SimpleNamespace(**{s.name: given.get(s.name, s.default_value) for s in schema.arguments})
+
+
+def fill_value(node: fx.Node) -> Any:
+    """The number with which a shape-only op fills its output; None for any other op."""
+    rule = FILL_VALUES.get(aten_name(node)) if node.op == "call_function" else None
+    return rule(arguments(node)) if rule else None
+
+
+def active_nodes(graph: fx.Graph, parameters: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """The nodes whose numbers depend on a selected parameter."""
+    active: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in parameters or (fill_value(node) is None and any(n in active for n in node.all_input_nodes)):
+            active.add(node)
+    return active
+
+
+def needed_nodes(outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that `outputs` need, themselves included."""
+    needed: set[fx.Node] = set()
+    pending = list(outputs)
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes if fill_value(node) is None else ())
+    return needed
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSoftmax:
+    """The log-softmax of value `logits` over axis `dim`: only nll_loss reads it, and together they are a cross-entropy."""
+
+    logits: int
+    dim: int
+
+
+class Lowering:
+    """Builds values, ops and prelude while walking the graph once."""
+
+    def __init__(
+        self,
+        parameters: Mapping[fx.Node, str],
+        sources: Mapping[fx.Node, Source],
+        active: set[fx.Node],
+        selected: Mapping[str, torch.Tensor],
+        path_of: Callable[[fx.Node], str],
+    ) -> None:
+        self.values: list[Value] = []
+        self.ops: list[Op] = []
+        self.prelude = PreludeBuilder(sources, fill_value)
+        self.constants: dict[int, fx.Node] = {}  # value id -> handle
+        self.normalisers: dict[int, fx.Node] = {}  # id of a mean cross-entropy -> handle of what it divides by
+        self.marks: set[int] = set()  # ids of the values that stand for the model's outputs
+        self.dtype = next(iter(selected.values())).dtype
+        self._active = active
+        self._path_of = path_of
+        self._results: dict[fx.Node, Result] = {}
+        self._constant_ids: dict[fx.Node, int] = {}
+        self._producers: dict[int, Op] = {}
+        self._node: fx.Node | None = None
+        ids = {name: self._new("parameter", tuple(t.shape), name) for name, t in selected.items()}
+        for node, name in parameters.items():
+            self._results[node] = ids[name]
+
+    # --- walking ---
+
+    def lower(self, node: fx.Node, mark: bool = False) -> None:
+        """Lower one active node. A `mark` stands where the model hands a value to the loss: it keeps a value of its own."""
+        if node in self._results:
+            return
+        self._node = node
+        if node.target is operator.getitem:
+            source, position = node.args
+            self._results[node] = self._results[source][position]  # type: ignore[index]
+        elif mark:
+            self._results[node] = self._mark(self._results[node.args[0]])  # type: ignore[index]
+        else:
+            rule = LOWERINGS.get(aten_name(node))
+            if rule is None:
+                raise self.error("no second-order rule for this operation")
+            self._results[node] = rule(self, node, arguments(node))
+        self._check(node)
+
+    def result(self, node: fx.Node) -> Result:
+        """What an active node was lowered to."""
+        return self._results[node]
+
+    def error(self, reason: str) -> CaptureError:
+        """A CaptureError that names the operation being lowered and the module it stands in."""
+        assert self._node is not None
+        name = "operator" if self._node.target is operator.getitem else f"aten.{aten_name(self._node)}"
+        return CaptureError(reason, op=name, path=self._path_of(self._node))
+
+    def _mark(self, result: Result) -> Result:
+        if isinstance(result, LogSoftmax):  # a closing log-softmax counts to the loss, so the cut holds the logits
+            return LogSoftmax(self._mark(result.logits), result.dim)
+        output = self.emit("view", result, shape=self.values[result].shape)
+        self.marks.add(output)
+        return output
+
+    def _check(self, node: fx.Node) -> None:
+        """What was lowered must have the shape and dtype that the exported graph recorded."""
+        result, expected = self._results[node], node.meta.get("val")
+        if not isinstance(result, int) or not isinstance(expected, torch.Tensor):
+            return
+        if expected.dtype != self.dtype:
+            raise self.error(f"gives {expected.dtype} where the selected parameters are {self.dtype}")
+        assert self.values[result].shape == tuple(expected.shape), (node, self.values[result].shape, expected.shape)
+
+    # --- what lowerings use ---
+
+    def is_active(self, argument: Any) -> bool:
+        return isinstance(argument, fx.Node) and argument in self._active
+
+    def operand(self, argument: Any) -> int:
+        """The value id of a tensor argument; a tensor of the prelude becomes a constant of the program's dtype."""
+        if not isinstance(argument, fx.Node):
+            raise self.error(f"expected a tensor, got {argument!r}")
+        if argument not in self._active:
+            return self.constant(self.take(argument))
+        result = self._results[argument]
+        if isinstance(result, LogSoftmax):
+            raise self.error("log_softmax has rules only in front of nll_loss, on the same axis; use cross_entropy")
+        if not isinstance(result, int):
+            raise self.error(f"reads an output of {argument.target} that has no second-order rule")
+        return result
+
+    def optional(self, argument: Any) -> int | None:
+        return None if argument is None else self.operand(argument)
+
+    def take(self, node: fx.Node) -> fx.Node:
+        """The prelude's handle of a node that does not depend on the parameters."""
+        if node in self._active:
+            raise self.error(f"its argument {node.name} must not depend on the selected parameters")
+        return self.prelude.take(node)
+
+    def constant(self, handle: fx.Node) -> int:
+        """The value id of a prelude handle, cast to the program's dtype."""
+        if handle.meta["val"].dtype != self.dtype:
+            if handle.meta["val"].is_complex():
+                raise self.error("complex tensors are not supported")
+            handle = self.prelude.call(torch.Tensor.to, handle, self.dtype)
+        if handle not in self._constant_ids:
+            shape = tuple(handle.meta["val"].shape)
+            i = self._new("constant", shape, self.prelude.origin(handle))
+            self._constant_ids[handle] = i
+            self.constants[i] = handle
+        return self._constant_ids[handle]
+
+    def emit(self, kind: str, *inputs: int | None, **attrs: Attribute) -> int:
+        """Append an op; the id of its output."""
+        assert self._node is not None
+        try:
+            shape, _ = infer(kind, attrs, [None if i is None else self.values[i] for i in inputs])
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise self.error(f"{kind} does not apply here: {str(error).splitlines()[0]}") from error
+        path = self._path_of(self._node)
+        output = self._new("activation", shape, path)
+        op = Op(kind, inputs, output, attrs, path, f"aten.{aten_name(self._node)}")
+        self.ops.append(op)
+        self._producers[output] = op
+        return output
+
+    def unary(self, function: str, x: int, a: float = 0.0, b: float = 0.0, c: float = 0.0) -> int:
+        return self.emit("unary", x, function=function, a=float(a), b=float(b), c=float(c))
+
+    def affine(self, x: int, scale: float = 1.0, shift: float = 0.0) -> int:
+        if scale == 1 and shift == 0:
+            return x
+        return self.emit("affine", x, scale=float(scale), shift=float(shift))
+
+    def view(self, x: int, shape: Iterable[int]) -> int:
+        wanted = tuple(int(size) for size in shape)
+        return x if wanted == self.shape(x) else self.emit("view", x, shape=wanted)
+
+    def permute(self, x: int, dims: Iterable[int]) -> int:
+        wanted = tuple(int(dim) % max(self.rank(x), 1) for dim in dims)
+        return x if wanted == tuple(range(self.rank(x))) else self.emit("permute", x, dims=wanted)
+
+    def sum(self, x: int, dims: Iterable[int], keepdim: bool = False, scale: float = 1.0) -> int:
+        axes = tuple(sorted(int(dim) % max(self.rank(x), 1) for dim in dims))
+        if self.rank(x) == 0:
+            return self.affine(x, scale)
+        return self.emit("sum", x, dims=axes, keepdim=keepdim, scale=float(scale))
+
+    def shape(self, x: int) -> tuple[int, ...]:
+        return self.values[x].shape
+
+    def rank(self, x: int) -> int:
+        return len(self.values[x].shape)
+
+    def producer(self, x: int) -> Op | None:
+        """The op that computes a value; None for parameters and constants."""
+        return self._producers.get(x)
+
+    def _new(self, kind: ValueKind, shape: tuple[int, ...], name: str) -> int:
+        self.values.append(Value(len(self.values), kind, shape, self.dtype, name))
+        return len(self.values) - 1
+
+
+def pair(sizes: Any) -> tuple[int, int]:
+    """2 ints from one int, a list of one, or a list of two."""
+    listed = [int(s) for s in sizes] if isinstance(sizes, Iterable) else [int(sizes)]
+    return (listed[0], listed[-1])

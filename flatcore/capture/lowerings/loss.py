@@ -1,0 +1,151 @@
+"""Losses. Every cross-entropy becomes `cross_entropy` with a dense target mass that the prelude builds."""
+
+from __future__ import annotations
+
+from math import inf, prod
+from operator import getitem
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, fx
+
+from ..lower import LogSoftmax, Lowering, lowers
+
+# The numbering of torch's Reduction.
+_NONE, _MEAN, _SUM = 0, 1, 2
+
+
+def index_mass(
+    target: Tensor, weight: Tensor | None, classes: int, ignore_index: int, smoothing: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Target masses (*target.shape, classes) of class indices, and the 0-dim number a mean divides by.
+
+    The number is the sum of the class weights of the targets that are not ignored. Smoothing spreads its share evenly
+    over the classes, each with its weight (Szegedy et al., 2016, section 7, and torch's weighting of it).
+    """
+    valid = target != ignore_index
+    index = target.masked_fill(~valid, 0)
+    class_weight = torch.ones(classes, dtype=dtype, device=target.device) if weight is None else weight.to(dtype)
+    own = class_weight[index] * valid
+    # scatter, unlike a comparison with arange, refuses an index outside the classes.
+    mass = torch.zeros(*target.shape, classes, dtype=dtype, device=target.device)
+    mass = mass.scatter(-1, index.unsqueeze(-1), ((1 - smoothing) * own).unsqueeze(-1))
+    if smoothing:
+        mass = mass + (smoothing / classes) * class_weight * valid.unsqueeze(-1)
+    return mass, own.sum()
+
+
+def probability_mass(
+    target: Tensor, weight: Tensor | None, axis: int, smoothing: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Target masses, classes on the last axis, of class probabilities; a mean divides by the number of rows."""
+    mass = target.to(dtype).movedim(axis, -1)
+    classes = mass.shape[-1]
+    if smoothing:
+        mass = mass * (1 - smoothing) + smoothing / classes
+    rows = torch.full((), mass.numel() // classes, dtype=dtype, device=target.device)
+    return mass if weight is None else mass * weight.to(dtype), rows
+
+
+@lowers("cross_entropy_loss.default")
+def _cross_entropy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    logits = lower.operand(a.self)
+    axis = 0 if lower.rank(logits) == 1 else 1
+    if tuple(a.target.meta["val"].shape) == lower.shape(logits):
+        target, weight = lower.take(a.target), _take(lower, a.weight)
+        both = lower.prelude.call(probability_mass, target, weight, axis, float(a.label_smoothing), lower.dtype)
+    else:
+        both = _index_mass(lower, a, lower.shape(logits)[axis], float(a.label_smoothing))
+    return _against_mass(lower, logits, axis, both, a.reduction)
+
+
+@lowers("log_softmax.int", "_log_softmax.default")
+def _log_softmax(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> LogSoftmax:
+    x = lower.operand(a.self)
+    return LogSoftmax(x, int(a.dim) % max(lower.rank(x), 1))
+
+
+@lowers("nll_loss_nd.default", "nll_loss.default", "nll_loss2d.default")
+def _nll(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    source = lower.result(a.self) if lower.is_active(a.self) else None
+    if not isinstance(source, LogSoftmax):
+        raise lower.error("has rules only behind log_softmax; use cross_entropy")
+    axis = 0 if lower.rank(source.logits) == 1 else 1
+    if source.dim != axis:
+        raise lower.error(f"reads classes on axis {axis}, log_softmax runs over axis {source.dim}")
+    both = _index_mass(lower, a, lower.shape(source.logits)[axis], 0.0)
+    return _against_mass(lower, source.logits, axis, both, a.reduction)
+
+
+def _take(lower: Lowering, argument: fx.Node | None) -> fx.Node | None:
+    return None if argument is None else lower.take(argument)
+
+
+def _index_mass(lower: Lowering, a: SimpleNamespace, classes: int, smoothing: float) -> fx.Node:
+    target, weight = lower.take(a.target), _take(lower, a.weight)
+    return lower.prelude.call(index_mass, target, weight, classes, int(a.ignore_index), smoothing, lower.dtype)
+
+
+def _against_mass(lower: Lowering, logits: int, axis: int, both: fx.Node, reduction: int) -> int:
+    """The cross-entropy of `logits` against the mass in the pair (mass, divisor)."""
+    mass, divisor = (lower.prelude.call(getitem, both, i) for i in (0, 1))
+    if reduction == _MEAN:
+        mass = lower.prelude.call(torch.div, mass, divisor)
+    rank = lower.rank(logits)
+    rows = lower.permute(logits, [*(i for i in range(rank) if i != axis), axis])
+    losses = lower.emit("cross_entropy", rows, lower.constant(mass))
+    if reduction == _NONE:
+        return losses
+    total = lower.sum(losses, range(lower.rank(losses)))
+    if reduction == _MEAN:
+        lower.normalisers[total] = divisor
+    return total
+
+
+@lowers("mse_loss.default")
+def _mse(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return _reduced(lower, lower.unary("square", _residual(lower, a)), a.reduction)
+
+
+@lowers("l1_loss.default")
+def _l1(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return _reduced(lower, lower.unary("abs", _residual(lower, a)), a.reduction)
+
+
+@lowers("smooth_l1_loss.default")
+def _smooth_l1(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    residual = _residual(lower, a)
+    each = lower.unary("smooth_l1", residual, a.beta) if a.beta > 0 else lower.unary("abs", residual)
+    return _reduced(lower, each, a.reduction)
+
+
+@lowers("huber_loss.default")
+def _huber(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return _reduced(lower, lower.unary("huber", _residual(lower, a), a.delta), a.reduction)
+
+
+@lowers("binary_cross_entropy_with_logits.default")
+def _binary_cross_entropy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    """With target y and weight p of the positives: (1 - y) x + (1 + (p - 1) y) softplus(-x)."""
+    x, y = lower.operand(a.self), lower.take(a.target)
+    softplus = lower.unary("softplus", lower.affine(x, -1.0), 1.0, inf)
+    if a.pos_weight is not None:
+        excess = lower.prelude.call(torch.sub, lower.take(a.pos_weight), 1)
+        factor = lower.prelude.call(torch.add, lower.prelude.call(torch.mul, excess, y), 1)
+        softplus = lower.emit("mul", softplus, lower.constant(factor))
+    negatives = lower.emit("mul", x, lower.constant(lower.prelude.call(torch.rsub, y, 1)))
+    each = lower.emit("add", negatives, softplus, alpha=1.0)
+    if a.weight is not None:
+        each = lower.emit("mul", each, lower.constant(lower.take(a.weight)))
+    return _reduced(lower, each, a.reduction)
+
+
+def _residual(lower: Lowering, a: SimpleNamespace) -> int:
+    return lower.emit("add", lower.operand(a.self), lower.operand(a.target), alpha=-1.0)
+
+
+def _reduced(lower: Lowering, each: int, reduction: int) -> int:
+    if reduction == _NONE:
+        return each
+    scale = 1.0 / prod(lower.shape(each)) if reduction == _MEAN else 1.0
+    return lower.sum(each, range(lower.rank(each)), scale=scale)

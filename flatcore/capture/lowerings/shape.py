@@ -1,0 +1,100 @@
+"""Views, axis permutations, copies and what else leaves the numbers as they are."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from torch import fx
+
+from ..lower import Lowering, Result, lowers
+
+
+@lowers(
+    "view.default",
+    "reshape.default",
+    "_unsafe_view.default",
+    "flatten.using_ints",
+    "unflatten.int",
+    "squeeze.default",
+    "squeeze.dim",
+    "squeeze.dims",
+    "unsqueeze.default",
+    "view_as.default",
+    "reshape_as.default",
+)
+def _view(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return lower.view(lower.operand(a.self), node.meta["val"].shape)
+
+
+@lowers("permute.default")
+def _permute(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return lower.permute(lower.operand(a.self), a.dims)
+
+
+@lowers("transpose.int", "swapaxes.default", "swapdims.default")
+def _transpose(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    x = lower.operand(a.self)
+    dims = list(range(lower.rank(x)))
+    if dims:
+        first, second = list(vars(a).values())[1:]
+        dims[first], dims[second] = dims[second], dims[first]
+    return lower.permute(x, dims)
+
+
+@lowers("t.default", "numpy_T.default", "mT.default", "matrix_H.default")
+def _t(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    x = lower.operand(a.self)
+    rank = lower.rank(x)
+    whole = str(node.target) in ("aten.t.default", "aten.numpy_T.default")
+    return lower.permute(x, reversed(range(rank)) if whole else [*range(rank - 2), rank - 1, rank - 2])
+
+
+@lowers("expand.default", "expand_as.default", "broadcast_to.default")
+def _expand(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return _expanded(lower, lower.operand(a.self), node.meta["val"].shape)
+
+
+@lowers("broadcast_tensors.default")
+def _broadcast(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[Result, ...]:
+    shapes = [value.shape for value in node.meta["val"]]
+    return tuple(_expanded(lower, lower.operand(x), shape) for x, shape in zip(a.tensors, shapes, strict=True))
+
+
+def _expanded(lower: Lowering, x: int, shape: tuple[int, ...]) -> int:
+    wanted = tuple(int(size) for size in shape)
+    return x if wanted == lower.shape(x) else lower.emit("expand", x, shape=wanted)
+
+
+@lowers(
+    "clone.default",
+    "contiguous.default",
+    "alias.default",
+    "lift_fresh_copy.default",
+    "_to_copy.default",
+    "to.dtype",
+    "to.device",
+    "to.other",
+    "to.dtype_layout",
+    "type_as.default",
+)
+def _copy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
+    source = a.self.meta["val"]
+    if node.meta["val"].dtype != source.dtype or node.meta["val"].device != source.device:
+        raise lower.error(
+            f"converts {source.dtype} on {source.device} to {node.meta['val'].dtype} on {node.meta['val'].device}; "
+            "keep the model in one precision on one device"
+        )
+    return lower.result(a.self)
+
+
+@lowers("dropout.default", "feature_dropout.default", "alpha_dropout.default", "native_dropout.default")
+def _dropout(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
+    if a.train and a.p > 0:
+        raise lower.error("draws random numbers; call model.eval() first")
+    result = lower.result(a.input)
+    return (result, None) if "native" in str(node.target) else result
+
+
+@lowers("detach.default")
+def _detach(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
+    raise lower.error("stops the gradient, so the loss has no Hessian that matches its gradient")

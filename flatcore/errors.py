@@ -1,0 +1,19 @@
+"""The exceptions and the one warning class of flatcore."""
+
+from __future__ import annotations
+
+
+class FlatcoreWarning(UserWarning):
+    """Said once where a result is not converged, not exact, or was got in a slower way than asked for."""
+
+
+class CaptureError(Exception):
+    """A model and its loss have no program of the vocabulary.
+
+    `op` is the operation at fault ("" if none is), `path` the module it stands in ("" if unknown), `reason` one clause.
+    """
+
+    def __init__(self, reason: str, *, op: str = "", path: str = "") -> None:
+        self.op, self.path, self.reason = op, path, reason
+        where = f" in module '{path}'" if path else ""
+        super().__init__(f"cannot capture {op}{where}: {reason}" if op else f"cannot capture the model: {reason}")
