@@ -2,4 +2,9 @@
 
 from flatcore import _load as _load  # isort: skip  # first: explains a torch that does not fit the build
 
+from flatcore.objective import ModelLoss, Objective, hf_loss
+from flatcore.operators import GGN, GradientCovariance, Hessian
+
 __version__ = "0.1.0"
+
+__all__ = ["GGN", "GradientCovariance", "Hessian", "ModelLoss", "Objective", "hf_loss"]

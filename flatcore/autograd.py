@@ -1,0 +1,255 @@
+"""Products through torch autograd, one direction at a time: for models that have no program. Right for any
+model that torch can differentiate twice, and slow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, autograd
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from flatcore import checks
+from flatcore.capture.batch import flatten_batch
+from flatcore.evaluate import Evaluation, plain_torch
+from flatcore.plan import Plan, PlanRow
+
+if TYPE_CHECKING:
+    from flatcore.objective import Objective, WeightedBatch
+
+Mode = Literal["hessian", "ggn", "covariance"]
+Vectors = Sequence[Tensor]  # one tensor per parameter
+
+
+class AutogradBackend:
+    """Hessian, GGN and gradient covariance of an objective by repeated differentiation."""
+
+    def __init__(self, objective: Objective, reason: str) -> None:
+        self.objective = objective
+        self.reason = reason
+
+    def product(self, mode: Mode, V: Tensor, Y: Tensor) -> None:
+        """Y = A V for the rows of V and Y, both (K, P)."""
+        objective = self.objective
+        Y.zero_()
+        values = objective.snapshot().values
+        with plain_torch():
+            V = V.clone() if V.is_inference() else V
+            for batch in objective.batches():
+                theta = {name: value.detach().requires_grad_() for name, value in values.items()}
+                evaluation = checks.evaluate(objective.evaluate, batch.batch, theta, batch.index)
+                checks.check_finite_loss(float(evaluation.loss.detach()), batch.index)
+                inputs = list(theta.values())
+                if mode == "covariance" and not _rows_are_examples(evaluation, batch.examples):
+                    self._covariance_by_example(batch, evaluation, V, Y)
+                    continue
+                try:
+                    apply = self._map(mode, evaluation, inputs, batch)
+                    for v, y in zip(V, Y, strict=True):
+                        parts = apply(list(objective.layout.split(v).values()))
+                        y.add_(torch.cat([part.reshape(-1) for part in parts]), alpha=batch.weight)
+                except RuntimeError as error:
+                    raise _not_twice_differentiable(error) from error
+
+    def gradient(self) -> Tensor:
+        """Gradient of the objective, (P,)."""
+        objective = self.objective
+        values = objective.snapshot().values
+        total = torch.zeros(
+            objective.layout.size, dtype=objective.layout.dtype, device=objective.layout.device
+        )
+        with plain_torch():
+            for batch in objective.batches():
+                theta = {name: value.detach().requires_grad_() for name, value in values.items()}
+                loss = checks.evaluate(objective.evaluate, batch.batch, theta, batch.index).loss
+                total.add_(_flat_gradient(loss, list(theta.values())), alpha=batch.weight)
+        return total
+
+    def plan(self, mode: Mode) -> Plan:
+        """Measured on the first batch: arithmetic by torch's counter, memory as what autograd saves."""
+        objective = self.objective
+        first = next(iter(objective.batches()))
+        base, held = self._measure(mode, first, 0)
+        one, _ = self._measure(mode, first, 1)
+        batches = objective.examples / first.examples
+        return Plan(
+            operator=mode,
+            backend="autograd",
+            reason=self.reason,
+            rows=(PlanRow("model and loss", "", False, (one - base) * batches),),
+            parameters=objective.layout.size,
+            batches=len(objective.data),
+            examples=objective.examples,
+            state_bytes=held,
+            kept_bytes=0,
+            directions=1,
+            _peak=lambda K: held,
+            _flops=lambda K: (base + K * (one - base)) * batches,
+        )
+
+    def _measure(self, mode: Mode, batch: WeightedBatch, directions: int) -> tuple[float, int]:
+        """Floating-point operations of a product with so many directions, and bytes saved for backward."""
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        theta = {
+            name: value.detach().requires_grad_() for name, value in self.objective.snapshot().values.items()
+        }
+        V = torch.ones(
+            (directions, self.objective.layout.size),
+            dtype=self.objective.layout.dtype,
+            device=self.objective.layout.device,
+        )
+        with plain_torch(), FlopCounterMode(display=False) as counter, saved_tensors_hooks(note, lambda t: t):
+            evaluation = checks.evaluate(self.objective.evaluate, batch.batch, theta, batch.index)
+            if mode == "covariance" and not _rows_are_examples(evaluation, batch.examples):
+                self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V))
+            else:
+                apply = self._map(mode, evaluation, list(theta.values()), batch)
+                for v in V:
+                    apply(list(self.objective.layout.split(v).values()))
+        return float(counter.get_total_flops()), sum(storages.values())
+
+    def _map(
+        self, mode: Mode, evaluation: Evaluation, theta: list[Tensor], batch: WeightedBatch
+    ) -> Callable[[Vectors], Vectors]:
+        if mode == "hessian":
+            return hessian_map(evaluation.loss, theta)
+        if not any(z.requires_grad for z in evaluation.outputs):
+            raise ValueError(
+                "loss: the Gauss-Newton matrix needs to know where the model ends and the loss begins, got "
+                "a ModelLoss whose "
+                "value is not the direct result of one function of torch.nn.functional; pass loss(output, "
+                "target)"
+            )
+        outputs = Outputs(evaluation, theta)
+        if mode == "ggn":
+            return outputs.ggn_map()
+        return outputs.covariance_map(batch.examples, self.objective.examples * batch.weight)
+
+    def _covariance_by_example(self, batch: WeightedBatch, whole: Evaluation, V: Tensor, Y: Tensor) -> None:
+        """Each example as a batch of its own: for losses whose model part is not known."""
+        objective = self.objective
+        values = objective.snapshot().values
+        call = whole.call
+        divisor = call.normaliser if call and call.normaliser else float(batch.examples)
+        tensors, structure = flatten_batch(batch.batch)
+        total = 0.0
+        for n in range(batch.examples):
+            alone = structure.rebuild(
+                [t[n : n + 1] if t.dim() and t.shape[0] == batch.examples else t for t in tensors]
+            )
+            theta = {name: value.detach().requires_grad_() for name, value in values.items()}
+            result = checks.evaluate(objective.evaluate, alone, theta, batch.index)
+            count = result.call.normaliser if result.call and result.call.normaliser is not None else 1.0
+            if not count:
+                continue
+            total += count / divisor * float(result.loss.detach())
+            g = _flat_gradient(result.loss, list(theta.values())) * (
+                objective.examples * batch.weight * count / divisor
+            )
+            Y.addr_(V @ g, g, alpha=1 / objective.examples)
+        if abs(total - float(whole.loss.detach())) > _agreement(objective.layout.dtype) * max(
+            abs(total), abs(float(whole.loss.detach()))
+        ):
+            raise ValueError(
+                "loss: the gradient covariance needs a loss that is the mean over the examples, got "
+                f"{float(whole.loss.detach()):.6g} for "
+                f"batch {batch.index} and {total:.6g} as the mean over its examples one by one"
+            )
+
+
+def hessian_map(loss: Tensor, theta: list[Tensor]) -> Callable[[Vectors], Vectors]:
+    """v -> H v by differentiating the gradient along v; the gradient's graph is kept."""
+    gradient = autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
+    return _transposed(gradient, theta)
+
+
+class Outputs:
+    """z(theta), the model's outputs, and L(z), with the products J v, J^T u and (d2L/dz2) t."""
+
+    def __init__(self, evaluation: Evaluation, theta: list[Tensor]) -> None:
+        self.theta = theta
+        self.live = [i for i, z in enumerate(evaluation.outputs) if z.requires_grad]
+        self.z = [evaluation.outputs[i] for i in self.live]
+        # detached, so that the loss is differentiated with respect to the outputs alone
+        leaves = [z.detach().clone().requires_grad_(i in self.live) for i, z in enumerate(evaluation.outputs)]
+        self.z_leaves = [leaves[i] for i in self.live]
+        self.dz = autograd.grad(
+            evaluation.loss_of(tuple(leaves)), self.z_leaves, create_graph=True, materialize_grads=True
+        )
+        self._refuse_other_ways(evaluation)
+        self.dummies = [torch.zeros_like(z, requires_grad=True) for z in self.z]
+        # J^T u is linear in u, so its derivative in u along v is J v.
+        pulled = autograd.grad(self.z, theta, self.dummies, create_graph=True, materialize_grads=True)
+        self.push = _transposed(pulled, self.dummies)
+
+    def pull(self, u: Vectors) -> Vectors:
+        return autograd.grad(self.z, self.theta, u, retain_graph=True, materialize_grads=True)
+
+    def ggn_map(self) -> Callable[[Vectors], Vectors]:
+        loss_hessian = _transposed(self.dz, self.z_leaves)
+        return lambda v: self.pull(loss_hessian(self.push(v)))
+
+    def covariance_map(self, examples: int, factor: float) -> Callable[[Vectors], Vectors]:
+        """v -> factor * sum_n J_n^T dz_n <dz_n, J_n v>, the rows of z in `examples` equal groups."""
+        rows = [dz.detach().reshape(examples, -1) for dz in self.dz]
+
+        def apply(v: Vectors) -> Vectors:
+            tangents = [t.reshape(examples, -1) for t in self.push(v)]
+            inner = sum((r * t).sum(1, keepdim=True) for r, t in zip(rows, tangents, strict=True)) * factor
+            return self.pull([(inner * r).view_as(z) for r, z in zip(rows, self.z, strict=True)])
+
+        return apply
+
+    def _refuse_other_ways(self, evaluation: Evaluation) -> None:
+        whole = autograd.grad(evaluation.loss, self.theta, retain_graph=True, materialize_grads=True)
+        through = self.pull([dz.detach() for dz in self.dz])
+        difference = sum(float((a - b).norm()) for a, b in zip(whole, through, strict=True))
+        if difference > _agreement(whole[0].dtype) * sum(float(a.norm()) for a in whole):
+            raise ValueError(
+                "loss: expected a loss that depends on the parameters through the model's output alone, "
+                "got one that depends on "
+                "them in another way too (a penalty, say), for which there is no Gauss-Newton matrix or "
+                "gradient per example"
+            )
+
+
+def _transposed(values: Vectors, inputs: Vectors) -> Callable[[Vectors], Vectors]:
+    """v -> derivative of <values, v> in the inputs; values that do not depend on the inputs give nothing."""
+    live = [i for i, value in enumerate(values) if value.requires_grad]
+
+    def apply(v: Vectors) -> Vectors:
+        if not live:
+            return [torch.zeros_like(x) for x in inputs]
+        return autograd.grad(
+            [values[i] for i in live], inputs, [v[i] for i in live], retain_graph=True, materialize_grads=True
+        )
+
+    return apply
+
+
+def _rows_are_examples(evaluation: Evaluation, examples: int) -> bool:
+    live = [z for z in evaluation.outputs if z.requires_grad]
+    return bool(live) and all(z.dim() > 0 and z.shape[0] % examples == 0 for z in live)
+
+
+def _flat_gradient(loss: Tensor, theta: list[Tensor]) -> Tensor:
+    return torch.cat([g.reshape(-1) for g in autograd.grad(loss, theta, materialize_grads=True)])
+
+
+def _agreement(dtype: torch.dtype) -> float:
+    """Two ways to one number agree to the square root of the precision, if they are the same number at "
+    "all."""
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
+def _not_twice_differentiable(error: RuntimeError) -> RuntimeError:
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return RuntimeError(f"model: torch could not differentiate the loss twice: {first_line}")

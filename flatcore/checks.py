@@ -1,0 +1,144 @@
+"""What is checked of a model, a loss and data before anything is computed. One sentence per fault."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatcore.capture.batch import batch_leaves
+from flatcore.data import Batch
+from flatcore.evaluate import Evaluation, Evaluator
+
+_NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
+
+
+def check_finite(tensors_by_name: Mapping[str, Tensor], what: str) -> None:
+    for name, tensor in tensors_by_name.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"model: expected finite {what}s, got {bad} of {tensor.numel()} entries not finite in "
+                f"{name!r}"
+            )
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuses layers that behave differently in training: their loss is random or makes examples interact."""
+    random_layers = [
+        describe for name, module in model.named_modules() if (describe := _random_layer(name, module))
+    ]
+    statistics = [
+        f"{name!r} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, _NORMS_WITH_STATISTICS) and module.training and _updates_statistics(module)
+    ]
+    found = random_layers + statistics
+    if found:
+        shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        raise ValueError(
+            f"model: expected a loss that is the same every time, got layers in train mode: {shown}; call "
+            "model.eval()"
+        )
+
+
+def _updates_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or bool(
+        getattr(module, "track_running_stats", False)
+    )
+
+
+def _random_layer(name: str, module: nn.Module) -> str:
+    if not module.training:
+        return ""
+    if isinstance(module, nn.RReLU) and module.lower < module.upper:
+        return f"{name!r} (RReLU)"
+    probability: Any = 0.0
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        probability = module.dropout
+    elif "drop" in type(module).__name__.lower():
+        probability = next(
+            (getattr(module, a) for a in ("p", "drop_prob", "drop_rate") if hasattr(module, a)), 0.0
+        )
+    if isinstance(probability, int | float) and probability > 0:
+        return f"{name!r} ({type(module).__name__}, p = {probability:g})"
+    return ""
+
+
+def check_batch_statistics(model: nn.Module) -> None:
+    """Refuses normalisation over the batch where examples must not interact."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"model: expected examples that do not interact, got {name!r} ({type(module).__name__}) "
+                "without running "
+                "statistics, which normalises over the batch; use track_running_stats=True"
+            )
+
+
+def evaluate(evaluator: Evaluator, batch: Batch, parameters: Mapping[str, Tensor], index: int) -> Evaluation:
+    """Evaluates one batch; a batch that the model or the loss rejects is told with its shapes, its cause "
+    "chained."""
+    try:
+        result = evaluator(batch, parameters)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(
+            f"data: the model or the loss rejected batch {index} of shapes {_shapes(batch)}: "
+            f"{type(error).__name__}: "
+            f"{first_line}"
+        ) from error
+    check_loss(result.loss, index)
+    return result
+
+
+def check_loss(loss: Any, index: int) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss: expected a scalar tensor, got {type(loss).__name__} on batch {index}")
+    if loss.dim():
+        raise ValueError(
+            f"loss: expected one number, a mean over the batch, got shape {tuple(loss.shape)} on batch "
+            f"{index}; use "
+            'reduction="mean"'
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"loss: expected a real floating number, got {loss.dtype} on batch {index}")
+
+
+def check_finite_loss(value: float, index: int) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"loss: expected a finite number, got {value} on batch {index}")
+
+
+def check_repeats(model: nn.Module, first: float, second: float, dtype: torch.dtype) -> None:
+    """Refuses a loss that differs between two evaluations by more than the order of additions can explain."""
+    if abs(first - second) <= 100 * torch.finfo(dtype).eps * max(abs(first), abs(second)):
+        return
+    suspects = list(_suspects(model))
+    where = (
+        "; suspects are " + ", ".join(suspects[:4])
+        if suspects
+        else "; look for random operations in the model or the loss"
+    )
+    raise ValueError(
+        f"model: expected the same loss from two evaluations of one batch, got {first:.9g} and "
+        f"{second:.9g}{where}"
+    )
+
+
+def _suspects(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if any(word in kind.lower() for word in ("drop", "noise", "random", "stoch", "sampl")):
+            yield f"{name!r} ({kind})"
+    if model.training:
+        yield "the model itself, which is in train mode (call model.eval())"
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in batch_leaves(batch)) or "none"

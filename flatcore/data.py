@@ -1,0 +1,179 @@
+"""The three forms of data: one batch, a list of batches, a loader that can be read again."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatcore.capture.batch import batch_leaves, flatten_batch
+
+_END = object()
+Batch = Any  # a tuple, a dict, a tensor, or any tree of these
+
+
+class Data:
+    """Batches that can be read any number of times, always the same ones in the same order.
+
+    Batches are held in memory while they fit into `budget` bytes; a loader that does not fit is read again
+    on every pass, with the random generators set to where they stood on the first pass and set back
+    afterwards, so that shuffling and augmentation repeat. A pass that differs in its batch sizes from the
+    first is an error.
+    """
+
+    def __init__(self, data: Any, budget: int) -> None:
+        self._source = _source(data)
+        self._random_state = _random_state(self._source)
+        self._held: tuple[Batch, ...] | None = None
+        held: list[Batch] = []
+        counts: list[int] = []
+        storages: dict[int, int] = {}
+        for index, batch in enumerate(self._read()):
+            counts.append(count_examples(batch, index))
+            storages |= {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch_leaves(batch)
+            }
+            if isinstance(self._source, list) or sum(storages.values()) <= budget:
+                held.append(batch)
+            else:
+                held.clear()
+                storages.clear()
+                budget = -1
+        if not counts:
+            raise ValueError("data: expected at least one batch, got none")
+        self.examples = tuple(counts)
+        if len(held) == len(counts):
+            self._held = tuple(held)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._held is not None:
+            yield from self._held
+            return
+        counts: list[int] = []
+        for index, batch in enumerate(self._read()):
+            counts.append(count_examples(batch, index))
+            if tuple(counts) != self.examples[: len(counts)]:
+                break
+            yield batch
+        if tuple(counts) != self.examples:
+            raise ValueError(
+                "data: expected every pass to give the batch sizes of the first "
+                f"({_sizes(self.examples)}), got "
+                f"{_sizes(counts)}; pass a list of batches or a loader that repeats"
+            )
+
+    def _read(self) -> Iterator[Batch]:
+        """One pass over the source. Its random state is in force only while the source itself runs."""
+        state, batches = self._random_state, None
+        while True:
+            with preserved_random_state(self._source):
+                _set_random_state(self._source, state)
+                batches = iter(self._source) if batches is None else batches
+                raw = next(batches, _END)
+                state = _random_state(self._source)
+            if raw is _END:
+                return
+            yield _detached(raw)
+
+    def versions(self) -> tuple[Any, ...]:
+        """Changes when a batch held in memory is changed in place."""
+        return tuple(version(leaf) for batch in self._held or () for leaf in batch_leaves(batch))
+
+
+def _detached(raw: Any) -> Batch:
+    leaves, structure = flatten_batch(raw)
+    return structure.rebuild([t.detach() for t in leaves]) if any(t.requires_grad for t in leaves) else raw
+
+
+def count_examples(batch: Batch, index: int) -> int:
+    """The length of the leading axis of the batch's first tensor that has one."""
+    for leaf in batch_leaves(batch):
+        if leaf.dim():
+            if leaf.shape[0] == 0:
+                raise ValueError(
+                    f"data: expected at least one example in every batch, got none in batch {index}"
+                )
+            return leaf.shape[0]
+    raise ValueError(
+        "data: expected batches of tensors whose leading axis counts the examples, got "
+        f"{type(batch).__name__} without "
+        f"such a tensor in batch {index}"
+    )
+
+
+def version(tensor: Tensor) -> tuple[int, int]:
+    """Changes when a tensor is changed in place or given new storage."""
+    return (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+
+
+def _source(data: Any) -> Iterable[Any]:
+    if data is None:
+        raise ValueError("data: expected a batch, a list of batches or a loader, got None")
+    if isinstance(data, Tensor | Mapping | tuple):
+        if isinstance(data, Mapping | tuple) and not data:
+            raise ValueError(
+                f"data: expected a batch with at least one tensor, got an empty {type(data).__name__}"
+            )
+        return [data]
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            "data: expected one batch (a tuple or a mapping), a list of batches or a loader, got "
+            f"{type(data).__name__}"
+        )
+    if iter(data) is data:
+        raise TypeError(
+            "data: expected something that can be read more than once, got a one-shot "
+            f"{type(data).__name__}; pass "
+            "list(data), or a loader"
+        )
+    return data
+
+
+def _sizes(counts: Iterable[int]) -> str:
+    sizes = list(counts)
+    shown = ", ".join(map(str, sizes[:6])) + (", …" if len(sizes) > 6 else "")
+    return f"{len(sizes)} batches: {shown}" if sizes else "no batch"
+
+
+def _generators(source: object) -> list[torch.Generator]:
+    """The generators a DataLoader and its samplers own."""
+    samplers = [source, getattr(source, "sampler", None), getattr(source, "batch_sampler", None)]
+    samplers.append(getattr(samplers[2], "sampler", None))
+    found = {id(g): g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)}
+    return list(found.values())
+
+
+def _random_state(source: object) -> tuple[Any, ...]:
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    own = [generator.get_state() for generator in _generators(source)]
+    numpy = np.random.get_state()  # noqa: NPY002  # the global generator is what user code may draw from
+    return random.getstate(), numpy, torch.get_rng_state(), devices, own
+
+
+def _set_random_state(source: object, state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, devices, own = state
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(cpu)
+    if devices is not None:
+        torch.cuda.set_rng_state_all(devices)
+    for generator, generator_state in zip(_generators(source), own, strict=True):
+        generator.set_state(generator_state)
+
+
+@contextlib.contextmanager
+def preserved_random_state(source: object = None) -> Iterator[None]:
+    """Python's, numpy's and torch's generators stand afterwards where they stood before."""
+    state = _random_state(source)
+    try:
+        yield
+    finally:
+        _set_random_state(source, state)

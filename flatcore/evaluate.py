@@ -1,0 +1,186 @@
+"""The loss of one batch at given parameter values, in plain torch, without touching the model.
+
+Besides the loss this finds out what the loss was: a call of a function of `torch.nn.functional` that is the
+    whole loss tells its reduction, what it divides by, and where the model ends (its first argument).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from flatcore.capture.batch import flatten_batch, split_batch
+from flatcore.data import Batch, preserved_random_state
+
+
+@dataclass(frozen=True)
+class ModelLoss:
+    """A loss `fn(model, batch)` that returns the scalar mean over the batch's examples, for any model and "
+    "any batch."""
+
+    fn: Callable[[nn.Module, Any], Tensor]
+
+
+def hf_loss() -> ModelLoss:
+    """The loss of models whose output carries it as `.loss` (Hugging Face, with labels in the batch)."""
+    return ModelLoss(_loss_of_output)
+
+
+def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
+    loss = getattr(model(**batch) if isinstance(batch, Mapping) else model(*batch), "loss", None)
+    if loss is None:
+        raise ValueError("the model's output carries no .loss; put labels into the batch")
+    return cast(Tensor, loss)
+
+
+# The functions that can be a whole loss; the model ends at their first argument.
+_LOSS_FUNCTIONS = (
+    F.cross_entropy,
+    F.nll_loss,
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.kl_div,
+    F.poisson_nll_loss,
+)
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One call of a loss function, with every argument by name."""
+
+    function: Callable[..., Tensor]
+    arguments: dict[str, Any]
+    result: Tensor
+
+    @property
+    def reduction(self) -> str:
+        return str(self.arguments["reduction"])
+
+    @property
+    def normaliser(self) -> float | None:
+        """What a mean cross-entropy divides by: its non-ignored targets, or the sum of their class weights.
+
+        With class probabilities as targets torch divides by their number whatever the weights.
+        """
+        if self.function not in (F.cross_entropy, F.nll_loss) or self.reduction != "mean":
+            return None
+        scores, target = self.arguments["input"], self.arguments["target"]
+        if target.is_floating_point():
+            return float(target.numel() / scores.shape[1 if scores.dim() > 1 else 0])
+        counted = target[target != self.arguments["ignore_index"]]
+        weight = self.arguments["weight"]
+        return float(counted.numel() if weight is None else weight[counted].sum())
+
+
+class _LossCalls(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: LossCall | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _LOSS_FUNCTIONS:
+            bound = inspect.signature(func).bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            self.last = LossCall(func, dict(bound.arguments), result)
+        return result
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of one batch, and the way from the model's outputs to it.
+
+    outputs: the floating tensors the model hands to the loss (empty where they are not known).
+    loss_of: the loss as a function of such outputs.
+    call: the call of a loss function that gave the loss, if the loss is nothing but that.
+    """
+
+    loss: Tensor
+    outputs: tuple[Tensor, ...]
+    loss_of: Callable[[tuple[Tensor, ...]], Tensor]
+    call: LossCall | None
+
+
+class _Whole(nn.Module):
+    """Model and loss as one module, so that one functional call sees all parameters and buffers."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | ModelLoss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> tuple[Any, Any, Any]:
+        if isinstance(self.loss, ModelLoss):
+            return self.loss.fn(self.model, batch), None, None
+        args, kwargs, target = split_batch(batch)
+        output = self.model(*args, **kwargs)
+        return self.loss(output, target), output, target
+
+
+class Evaluator:
+    """Evaluates (model, loss) with some parameters replaced; the rest enter detached, buffers as copies."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | ModelLoss) -> None:
+        self._whole = _Whole(model, loss)
+        self._loss = loss
+
+    def __call__(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Evaluation:
+        values = {name: p.detach() for name, p in self._whole.named_parameters()}
+        values |= {name: b.detach().clone() for name, b in self._whole.named_buffers()}
+        values |= {f"model.{name}": p for name, p in parameters.items()}
+        # In-place operations of the model must not reach the user's batch.
+        tensors, structure = flatten_batch(batch)
+        batch = structure.rebuild([t.clone() for t in tensors])
+        with _LossCalls() as calls:
+            loss, output, target = torch.func.functional_call(self._whole, values, (batch,))
+        call = calls.last if calls.last is not None and calls.last.result is loss else None
+        if isinstance(self._loss, ModelLoss):
+            if call is None:
+                return Evaluation(loss, (), _unknown, None)
+            rest = {k: v for k, v in call.arguments.items() if k != "input"}
+            if any(isinstance(v, Tensor) and v.requires_grad for v in rest.values()):
+                return Evaluation(loss, (), _unknown, call)
+            return Evaluation(loss, (call.arguments["input"],), lambda z: call.function(z[0], **rest), call)
+        leaves, tree = pytree.tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+        def loss_of(outputs: tuple[Tensor, ...]) -> Tensor:
+            replaced = list(leaves)
+            for place, value in zip(places, outputs, strict=True):
+                replaced[place] = value
+            return self._loss(pytree.tree_unflatten(replaced, tree), target)  # type: ignore[operator]
+
+        return Evaluation(loss, tuple(leaves[i] for i in places), loss_of, call)
+
+
+def _unknown(_: tuple[Tensor, ...]) -> Tensor:
+    raise ValueError("the model's outputs are not known")
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Autograd on, autocast off, attention in its twice differentiable form, random generators set back "
+    "afterwards."""
+    with (
+        preserved_random_state(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield

@@ -1,0 +1,226 @@
+"""The function whose curvature is asked for: the mean loss of a model over data, as a function of some "
+"parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatcore import checks
+from flatcore.data import Batch, Data, version
+from flatcore.evaluate import Evaluation, Evaluator, ModelLoss, hf_loss, plain_torch
+from flatcore.memory import Budget
+from flatcore.parameters import Selection, select
+from flatcore.vectors import Layout
+
+__all__ = ["ModelLoss", "Objective", "Snapshot", "WeightedBatch", "hf_loss"]
+
+
+@dataclass(frozen=True)
+class WeightedBatch:
+    """A batch and its share of the objective, L = sum of weight * (loss of the batch)."""
+
+    index: int
+    batch: Batch
+    examples: int
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Copies of the selected parameters as they stood at one time, by name."""
+
+    values: dict[str, Tensor]
+    versions: tuple[Any, ...]
+
+
+class Objective:
+    """L(parameters) = mean loss over all examples of the data.
+
+    Args:
+        model: the module, in eval mode where it has dropout or batch normalisation. Nothing of it is
+            changed, ever.
+        loss: `loss(output, target)`, the mean over the batch; or `ModelLoss(fn)` with `fn(model, batch)`.
+        data: one batch (a tuple or a mapping), a list of batches, or a loader that can be read again. For a
+            loss of two arguments a batch is (inputs..., target), or a mapping with the target under target,
+            targets, label, labels or y. The leading axis of a batch's first tensor counts its examples.
+        params: None for every parameter with requires_grad; else names, globs, or a callable(name, tensor)
+            -> bool.
+        memory: bytes for data, kept activations and the buffers of a product; default: half of what is free.
+
+    Batches may differ in size: each counts by its examples. If the loss is nothing but a mean
+    `torch.nn.functional.cross_entropy` or `nll_loss`, each batch counts by what that divides by: its
+    targets that are not ignored, or the sum of their class weights. So L is the mean over all examples (all
+    targets), as from one big batch. A loss with reduction="sum" is taken with one batch only.
+
+    The parameters are read when something is computed: after a step of an optimiser the same objective gives
+    the curvature at the new point. Construction evaluates the loss once on every batch, and twice more on the
+    first.
+
+    Raises:
+        TypeError, ValueError: one sentence that names the argument at fault.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor] | ModelLoss,
+        data: Any,
+        params: Selection = None,
+        *,
+        memory: int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if not (callable(loss) or isinstance(loss, ModelLoss)):
+            raise TypeError(
+                f"loss: expected a callable(output, target) or ModelLoss(fn), got {type(loss).__name__}"
+            )
+        # A compiled module cannot be differentiated twice; the module inside it is the same function.
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.loss_function = loss
+        selected = select(self.model, params)
+        checks.check_finite(dict(self.model.named_parameters()), "parameter")
+        checks.check_mode(self.model)
+        self.layout = Layout.of(selected)
+        self.budget = Budget.of(memory, self.layout.device)
+        self.data = Data(data, self.budget.data)
+        self.evaluate = Evaluator(self.model, loss)
+        self._snapshot: Snapshot | None = None
+        self._loss: tuple[Snapshot, float] | None = None
+        self._backend: Any = None  # set by flatcore.backend, shared by the operators of this objective
+        self._weights: tuple[float, ...] = ()
+        self._check_batches()
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The selected parameters of the model by name, in the order of the flat vector."""
+        current = dict(self.model.named_parameters())
+        missing = [
+            name
+            for name, shape in self.layout.shapes.items()
+            if name not in current or current[name].shape != shape
+        ]
+        if missing:
+            raise ValueError(
+                f"model: expected the parameters the objective was made for, got {missing[0]!r} gone or "
+                "reshaped"
+            )
+        return {name: current[name] for name in self.layout.shapes}
+
+    @property
+    def parameter_slices(self) -> dict[str, slice]:
+        """Where each selected parameter stands in the flat vector."""
+        return self.layout.slices
+
+    @property
+    def examples(self) -> int:
+        """Number of examples in all batches."""
+        return sum(self.data.examples)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Share of each batch in the mean; they sum to one."""
+        return self._weights
+
+    def loss(self) -> float:
+        """The value L at the present parameters. Costs one evaluation of the data, or nothing if it is "
+        "known."""
+        snapshot = self.snapshot()
+        if self._loss is None or self._loss[0] is not snapshot:
+            with plain_torch(), torch.no_grad():
+                total = sum(
+                    b.weight * float(checks.evaluate(self.evaluate, b.batch, snapshot.values, b.index).loss)
+                    for b in self.batches()
+                )
+            self._loss = (snapshot, total)
+        return self._loss[1]
+
+    def batches(self) -> Iterator[WeightedBatch]:
+        """The batches with their weights; those of weight zero (every target ignored) are left out."""
+        for index, batch in enumerate(self.data):
+            if self._weights[index]:
+                yield WeightedBatch(index, batch, self.data.examples[index], self._weights[index])
+
+    def snapshot(self) -> Snapshot:
+        """The selected parameters now: the same object as before as long as nothing that the loss depends
+        on changed.
+
+        Changes are seen by torch's version counters in all parameters, buffers and batches held in memory,
+        by the mode of every module, and by comparing the selected parameters themselves (writing through
+        `.data` counts nothing).
+        """
+        versions = self._versions()
+        current = self.parameters
+        old = self._snapshot
+        if (
+            old
+            and old.versions == versions
+            and all(torch.equal(old.values[n], p.detach()) for n, p in current.items())
+        ):
+            return old
+        if old:
+            checks.check_mode(self.model)
+            checks.check_finite(current, "parameter")
+        with torch.inference_mode(False):
+            values = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in current.items()}
+        self._snapshot = Snapshot(values, versions)
+        return self._snapshot
+
+    def _versions(self) -> tuple[Any, ...]:
+        modules = [self.model, *([self.loss_function] if isinstance(self.loss_function, nn.Module) else [])]
+        state = [version(t) for m in modules for source in (m.parameters(), m.buffers()) for t in source]
+        return (*state, tuple(m.training for m in self.model.modules()), self.data.versions())
+
+    def _check_batches(self) -> None:
+        values = self.snapshot().values
+        losses, normalisers = [], []
+        with plain_torch(), torch.no_grad():
+            for index, batch in enumerate(self.data):
+                result = checks.evaluate(self.evaluate, batch, values, index)
+                losses.append(float(result.loss))
+                normalisers.append(self._normaliser(result))
+                if index == 0:
+                    again = checks.evaluate(self.evaluate, batch, values, index)
+                    checks.check_repeats(self.model, losses[0], float(again.loss), self.layout.dtype)
+                    self._check_dependence(batch, values)
+        counts = self.data.examples if None in normalisers else normalisers
+        total = float(sum(counts))  # type: ignore[arg-type]
+        if total == 0:
+            raise ValueError(
+                "data: expected at least one target that is not ignored and has a weight, got none"
+            )
+        self._weights = tuple(count / total for count in counts)  # type: ignore[operator]
+        for index, (value, weight) in enumerate(zip(losses, self._weights, strict=True)):
+            if weight:
+                checks.check_finite_loss(value, index)
+        self._loss = (self.snapshot(), sum(w * v for w, v in zip(self._weights, losses, strict=True) if w))
+
+    def _normaliser(self, result: Evaluation) -> float | None:
+        reduction = result.call.reduction if result.call else getattr(self.loss_function, "reduction", "mean")
+        if reduction == "sum":
+            self.refuse_sum()
+        return result.call.normaliser if result.call else None
+
+    def refuse_sum(self) -> None:
+        """A sum over several batches of different size has no single mean."""
+        if len(self.data) > 1:
+            raise ValueError(
+                f"loss: expected a mean over the batch to average over {len(self.data)} batches, got "
+                'reduction="sum"; use '
+                'reduction="mean", or pass one batch'
+            )
+
+    @torch.enable_grad()
+    def _check_dependence(self, batch: Batch, values: dict[str, Tensor]) -> None:
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        if not checks.evaluate(self.evaluate, batch, leaves, 0).loss.requires_grad:
+            raise ValueError(
+                "loss: expected a differentiable function of the selected parameters, got one that does "
+                "not depend on them; "
+                "look for detach(), .item() or no_grad() in the model or the loss"
+            )

@@ -1,0 +1,169 @@
+"""Symmetric P x P matrices of an objective, known by their products with blocks of vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flatcore import checks
+from flatcore.autograd import Mode
+from flatcore.backend import backend_for
+from flatcore.memory import free_bytes
+from flatcore.objective import Objective
+from flatcore.plan import Plan
+from flatcore.vectors import Directions, to_rows
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+# Columns of the identity that go through at once in to_dense.
+_DENSE_BLOCK = 64
+
+
+class Operator:
+    """What Hessian, GGN and GradientCovariance have in common.
+
+    `A @ V` takes V of shape (P,) or (P, K), or a dict from parameter name to (*shape,) or (*shape, K), of the
+    parameters' dtype and on their device, and returns the same form. A (P, K) result is a view with strides
+    (1, P); a V with these strides is not copied. The same V gives the same bits every time. Cost: K
+    products.
+    """
+
+    mode: ClassVar[Mode]
+
+    def __init__(self, objective: Objective) -> None:
+        if not isinstance(objective, Objective):
+            raise TypeError(
+                f"objective: expected a flatcore.Objective, got {type(objective).__name__}; make one with "
+                "Objective(model, loss, data)"
+            )
+        self.objective = objective
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.objective.layout.size, self.objective.layout.size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.objective.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.objective.layout.device
+
+    @property
+    def parameter_slices(self) -> dict[str, slice]:
+        """Where each parameter stands among the P rows."""
+        return self.objective.parameter_slices
+
+    def __matmul__(self, V: Directions) -> Any:
+        rows, restore = to_rows(V, self.objective.layout)
+        return restore(self._product(rows))
+
+    def _product(self, V: Tensor) -> Tensor:
+        Y = torch.empty_like(V, memory_format=torch.contiguous_format)
+        if V.shape[0]:
+            backend_for(self.objective, self.mode).product(self.mode, V, Y)
+        return Y
+
+    def to_scipy(self) -> LinearOperator:
+        """As a `scipy.sparse.linalg.LinearOperator` over numpy arrays; each product goes through torch on "
+        "`device`."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def matmat(V: Any) -> Any:
+            rows = torch.as_tensor(V, dtype=self.dtype, device=self.device)
+            return (self @ rows).cpu().numpy()
+
+        kind = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            shape=self.shape,
+            dtype=kind,
+            matvec=lambda v: matmat(v.reshape(-1)),
+            rmatvec=lambda v: matmat(v.reshape(-1)),
+            matmat=matmat,
+            rmatmat=matmat,
+        )
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, (P, P). Cost: P products.
+
+        Raises ValueError where it would not fit into the free memory.
+        """
+        size = self.shape[0]
+        needed = size * size * self.dtype.itemsize
+        if needed > free_bytes(self.device):
+            raise ValueError(
+                f"to_dense: expected a matrix that fits into memory, got P = {size:,}, which takes "
+                f"{needed / 2**30:.1f} GiB; select fewer parameters with params="
+            )
+        dense = torch.empty((size, size), dtype=self.dtype, device=self.device)
+        for start in range(0, size, _DENSE_BLOCK):
+            stop = min(start + _DENSE_BLOCK, size)
+            block = torch.zeros((stop - start, size), dtype=self.dtype, device=self.device)
+            block[:, start:stop].fill_diagonal_(1)
+            dense[start:stop] = self._product(block)
+        return dense.T
+
+    def plan(self) -> Plan:
+        """Which ops a product runs, natively or through autograd, with bytes and flops; print to read it."""
+        return backend_for(self.objective, self.mode).plan(self.mode)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(P = {self.shape[0]}, {self.dtype}, {self.device})"
+
+
+class Hessian(Operator):
+    """H = d2L / dparameters2 of the objective's mean loss. Symmetric, in general indefinite."""
+
+    mode = "hessian"
+
+
+class GGN(Operator):
+    """Generalized Gauss-Newton matrix: mean over examples of J^T (d2 loss / d z2) J, J = dz / d parameters.
+
+    Positive semidefinite for losses that are convex in the model's output; for cross-entropy and for mean
+    squared error (up to its factor) it is the Fisher matrix (Martens 2020, "New insights and perspectives
+    on the natural gradient method", section 9). The output z is what the model hands to the loss: for
+    `loss(output, target)` the output, for `ModelLoss` the first argument of the one loss function.
+
+    Raises ValueError on use where the loss depends on the parameters in another way than through that output.
+    """
+
+    mode = "ggn"
+
+
+class GradientCovariance(Operator):
+    """C = (1/N) sum_n g_n g_n^T, g_n the gradient of example n's loss; centered: minus the mean's.
+
+    The objective is L = (1/N) sum_n l_n over N examples, so l_n is N times what example n contributes to L:
+    with class weights or ignored targets these are not the plain losses. Examples are the leading axis of
+    the batch; they must not interact, and they stand in order along axis 0 of the model's output, each with
+    equally many rows.
+
+    Raises ValueError where normalisation over the batch makes examples interact, or the output has no such
+    axis.
+    """
+
+    mode = "covariance"
+
+    def __init__(self, objective: Objective, centered: bool = True) -> None:
+        super().__init__(objective)
+        checks.check_batch_statistics(objective.model)
+        self.centered = centered
+        self._mean: tuple[object, Tensor] | None = None
+
+    def _product(self, V: Tensor) -> Tensor:
+        Y = super()._product(V)
+        if self.centered:
+            g = self._mean_gradient()
+            Y.addr_(V @ g, g, alpha=-1)
+        return Y
+
+    def _mean_gradient(self) -> Tensor:
+        snapshot = self.objective.snapshot()
+        if self._mean is None or self._mean[0] is not snapshot:
+            self._mean = (snapshot, backend_for(self.objective, self.mode).gradient())
+        return self._mean[1]

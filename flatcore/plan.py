@@ -1,0 +1,91 @@
+"""What a product runs: op by op, natively or through autograd, with its memory and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One op, or several of one kind in one module. `flops` is for one direction over all batches."""
+
+    kind: str
+    path: str
+    native: bool
+    flops: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an operator computes its products. Printing it shows the table.
+
+    operator, backend: what is computed, and by what: "native" or "autograd".
+    reason:        why not natively; empty if native.
+    rows:          the ops in order.
+    parameters, batches, examples: sizes of the problem.
+    state_bytes:   activations and adjoints of all batches; kept between products as far as `kept_bytes` goes.
+    directions:    the most directions that go through at once.
+    """
+
+    operator: str
+    backend: str
+    reason: str
+    rows: tuple[PlanRow, ...]
+    parameters: int
+    batches: int
+    examples: int
+    state_bytes: int
+    kept_bytes: int
+    directions: int
+    _peak: Callable[[int], int] = field(repr=False, compare=False)
+    _flops: Callable[[int], float] = field(repr=False, compare=False)
+
+    @property
+    def native_fraction(self) -> float:
+        """Share of a product's floating-point operations that run natively, in [0, 1]."""
+        total = sum(row.flops for row in self.rows)
+        return (
+            sum(row.flops for row in self.rows if row.native) / total
+            if total
+            else float(self.backend == "native")
+        )
+
+    def peak_bytes(self, K: int) -> int:
+        """The most bytes that the buffers of one product with K directions occupy, V and the result not "
+        "counted."""
+        return self._peak(K)
+
+    def flops(self, K: int) -> float:
+        """Floating-point operations of one product with K directions, activations and adjoints being "
+        "known."""
+        return self._flops(K)
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.operator}: P = {self.parameters:,}, {self.examples:,} examples in {self.batches} "
+            f"{'batch' if self.batches == 1 else 'batches'}; {100 * self.native_fraction:.0f} % native"
+        )
+        why = [f"through autograd: {self.reason}"] if self.reason else []
+        width = max([len(row.kind) for row in self.rows] + [4])
+        path_width = max([len(row.path) for row in self.rows] + [6])
+        total = sum(row.flops for row in self.rows) or 1.0
+        table = [f"  {'op':{width}}  {'module':{path_width}}  {'runs':8}  {'flops':>9}  share"] + [
+            f"  {row.kind:{width}}  {row.path:{path_width}}  {'native' if row.native else 'autograd':8}  "
+            f"{row.flops:9.2e}  {100 * row.flops / total:4.0f} %"
+            for row in self.rows
+        ]
+        foot = [
+            f"  one direction: {self.flops(1):.3g} flops, {_size(self.peak_bytes(1))} of buffers",
+            f"  activations: {_size(self.state_bytes)}, kept between products up to {_size(self.kept_bytes)}",
+            f"  directions at once: {self.directions}",
+        ]
+        return "\n".join([head, *why, *table, *foot])
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
