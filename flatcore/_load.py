@@ -1,7 +1,7 @@
 """Imports torch and then the compiled extension, or says in one sentence what does not fit and what to do.
 
-A binary built on torch's C++ libraries works only under the torch minor version it was built with, so the build
-writes that version into `flatcore/_build.py`.
+A binary built on torch's C++ libraries works only under the torch minor version it was built with, so the
+build writes that version into `flatcore/_build.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load() -> None:
     """Leaves torch and `flatcore._C` imported.
 
     Raises:
-        ImportError: torch is absent, outside the supported range, or not the one of the build; or nothing was built.
+        ImportError: torch is absent, outside the supported range, not the one of the build; or no build.
     """
     try:
         import torch
@@ -50,8 +50,9 @@ def load() -> None:
     found = str(torch.__version__)
     check_supported(found)
 
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     not_built = (
-        f"flatcore's extension is not built for this Python ({sys.version_info.major}.{sys.version_info.minor}): "
+        f"flatcore's extension is not built for this Python ({python}): "
         "in a source tree run `make dev`, else reinstall flatcore"
     )
     try:
