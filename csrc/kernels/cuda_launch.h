@@ -1,0 +1,28 @@
+// Starts a __global__ function: on the device under nvcc, in emulated threads on the host under FLATCORE_CUDA_SHIM.
+// Kernel files include this and nothing else of CUDA, so the same text is compiled both ways.
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+// An array of a constant size in the memory of a block.
+#define FLATCORE_SHARED(T, name, count) __shared__ T name[count]
+
+namespace flatcore::cuda {
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, Arguments... arguments) {
+    kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess)
+        throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(status));
+}
+
+}  // namespace flatcore::cuda
+
+#elif defined(FLATCORE_CUDA_SHIM)
+#include "cuda_shim.h"
+#endif

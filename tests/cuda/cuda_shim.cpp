@@ -1,0 +1,220 @@
+#include "kernels/cuda_shim.h"
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace flatcore::cuda {
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr int kGarbageByte = 0x7F;  // 3.4e38 as a float, 1.4e306 as a double
+constexpr uint64_t kGarbage = 0x7F7F7F7F7F7F7F7F;
+
+enum class State { ready, at_block_barrier, at_warp_barrier, done };
+
+bool same(const std::source_location& a, const std::source_location& b) {
+    return a.line() == b.line() && a.column() == b.column() && std::string(a.file_name()) == b.file_name();
+}
+
+// One stack to switch to and from. The sanitizer is told of every switch, or it takes the other stack for an overflow.
+struct Context {
+    ucontext_t registers;
+    void* sanitizer_stack = nullptr;
+    const void* bottom = nullptr;
+    size_t size = 0;
+};
+
+void switch_to([[maybe_unused]] Context& from, Context& to, [[maybe_unused]] bool last = false) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(last ? nullptr : &from.sanitizer_stack, to.bottom, to.size);
+#endif
+    swapcontext(&from.registers, &to.registers);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(from.sanitizer_stack, nullptr, nullptr);
+#endif
+}
+
+struct Fiber {
+    Context context;
+    std::unique_ptr<char[]> stack;
+    dim3 index;
+    int number = 0;
+    State state = State::ready;
+    std::source_location place;
+    uint32_t mask = 0;
+    unsigned exchanges = 0;
+};
+
+// What lanes leave for each other. One can be at most one exchange ahead of another that has not read yet, so two sets
+// of values are enough.
+using LaneValues = std::array<uint64_t, 32>;
+struct Warp {
+    std::array<LaneValues, 2> values;
+};
+
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    const std::function<void()>* thread = nullptr;
+    Context scheduler;
+    Fiber* current = nullptr;
+};
+
+Block* running = nullptr;
+std::vector<std::pair<void*, size_t>>& shared_arrays() {
+    static std::vector<std::pair<void*, size_t>> arrays;
+    return arrays;
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    Context& scheduler = running->scheduler;
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler.bottom, &scheduler.size);
+#endif
+    (*running->thread)();
+    running->current->state = State::done;
+    switch_to(running->current->context, running->scheduler, /*last=*/true);
+}
+
+void wait(State state, uint32_t mask, std::source_location place) {
+    Fiber& fiber = *running->current;
+    fiber.state = state;
+    fiber.mask = mask;
+    fiber.place = place;
+    switch_to(fiber.context, running->scheduler);
+}
+
+const LaneValues& leave_value(uint32_t mask, uint64_t value, std::source_location place) {
+    Fiber& fiber = *running->current;
+    LaneValues& values = running->warps[static_cast<size_t>(fiber.number / 32)].values[fiber.exchanges++ % 2];
+    values[static_cast<size_t>(fiber.number % 32)] = value;
+    wait(State::at_warp_barrier, mask, place);
+    return values;
+}
+
+void run_fiber(Fiber& fiber) {
+    running->current = &fiber;
+    threadIdx = fiber.index;
+    switch_to(running->scheduler, fiber.context);
+}
+
+void prepare(Fiber& fiber, int number, dim3 block) {
+    if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
+    fiber.number = number;
+    fiber.index = dim3(number % block.x, number / block.x % block.y, number / (block.x * block.y));
+    fiber.state = State::ready;
+    fiber.exchanges = 0;
+    fiber.context.sanitizer_stack = nullptr;
+    fiber.context.bottom = fiber.stack.get();
+    fiber.context.size = kStackBytes;
+    getcontext(&fiber.context.registers);
+    fiber.context.registers.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.registers.uc_stack.ss_size = kStackBytes;
+    fiber.context.registers.uc_link = nullptr;
+    makecontext(&fiber.context.registers, fiber_main, 0);
+}
+
+[[noreturn]] void divergent(const Fiber& fiber) {
+    throw std::logic_error("divergent barrier: thread " + std::to_string(fiber.number) + " of block (" +
+                           std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ") waits in line " +
+                           std::to_string(fiber.place.line()) + " for threads that are elsewhere");
+}
+
+// Frees the threads whose barrier is complete. True when there was one.
+bool release(Block& block) {
+    const auto waits_like = [](const Fiber& a) {
+        return [&a](const Fiber& b) { return b.state == a.state && same(a.place, b.place) && a.mask == b.mask; };
+    };
+    auto& fibers = block.fibers;
+    if (fibers[0].state == State::at_block_barrier && std::ranges::all_of(fibers, waits_like(fibers[0]))) {
+        for (Fiber& fiber : fibers) fiber.state = State::ready;
+        return true;
+    }
+    bool freed = false;
+    for (size_t start = 0; start < fibers.size(); start += 32) {
+        const std::span<Fiber> lanes(&fibers[start], std::min<size_t>(32, fibers.size() - start));
+        for (const Fiber& first : lanes) {
+            if (first.state != State::at_warp_barrier) continue;
+            std::vector<Fiber*> group;
+            for (size_t lane = 0; lane < lanes.size(); ++lane)
+                if (first.mask >> lane & 1) group.push_back(&lanes[lane]);
+            if (!std::ranges::all_of(group, waits_like(first), [](Fiber* f) -> Fiber& { return *f; })) continue;
+            for (Fiber* fiber : group) fiber->state = State::ready;
+            freed = true;
+        }
+    }
+    return freed;
+}
+
+void run_block(Block& block) {
+    const int count = static_cast<int>(block.fibers.size());
+    while (true) {
+        for (int i = 0; i < count; ++i) {
+            Fiber& fiber = block.fibers[static_cast<size_t>(thread_order == Order::forward ? i : count - 1 - i)];
+            if (fiber.state == State::ready) run_fiber(fiber);
+        }
+        const auto waiting = std::ranges::find_if(block.fibers, [](const Fiber& f) { return f.state != State::done; });
+        if (waiting == block.fibers.end()) return;
+        if (!release(block)) divergent(*waiting);
+    }
+}
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block_size, const std::function<void()>& thread) {
+    const size_t count = size_t{block_size.x} * block_size.y * block_size.z;
+    if (count == 0 || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
+        throw std::invalid_argument("CUDA launch: invalid configuration");
+    Block block;
+    block.fibers = std::vector<Fiber>(count);
+    block.warps = std::vector<Warp>((count + 31) / 32);
+    block.thread = &thread;
+    running = &block;
+    blockDim = block_size;
+    gridDim = grid;
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) {
+                blockIdx = dim3(x, y, z);
+                for (const auto& [memory, bytes] : shared_arrays()) std::memset(memory, kGarbageByte, bytes);
+                for (size_t i = 0; i < count; ++i) prepare(block.fibers[i], static_cast<int>(i), block_size);
+                run_block(block);
+            }
+}
+
+void wait_for_block(std::source_location place) { wait(State::at_block_barrier, 0, place); }
+void wait_for_warp(uint32_t mask, std::source_location place) { wait(State::at_warp_barrier, mask, place); }
+
+int lane() { return running->current->number % 32; }
+
+uint64_t exchange(uint32_t mask, uint64_t value, int source, std::source_location place) {
+    const auto& values = leave_value(mask, value, place);
+    return mask >> source & 1 ? values[static_cast<size_t>(source)] : kGarbage;
+}
+
+uint32_t ballot(uint32_t mask, bool predicate, std::source_location place) {
+    const auto& values = leave_value(mask, predicate, place);
+    uint32_t result = 0;
+    for (uint32_t other = 0; other < 32; ++other)
+        if (mask >> other & 1 && values[other] == 1) result |= 1u << other;
+    return result;
+}
+
+void* shared_bytes(size_t bytes) {
+    void* memory = ::operator new(bytes);
+    std::memset(memory, kGarbageByte, bytes);
+    shared_arrays().push_back({memory, bytes});
+    return memory;
+}
+
+}  // namespace flatcore::cuda
