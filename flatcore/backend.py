@@ -1,13 +1,16 @@
-"""Who computes the products of an objective: the engine where the model has a program, torch autograd "
+"""Who computes the products of an objective: the engine where there is a program, torch autograd "
 "elsewhere."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 from torch import Tensor
 
 from flatcore.autograd import AutogradBackend, Mode
+from flatcore.errors import CaptureError, FlatcoreWarning
+from flatcore.native import NativeBackend
 from flatcore.objective import Objective
 from flatcore.plan import Plan
 
@@ -23,8 +26,41 @@ class Backend(Protocol):
         """How products are computed."""
 
 
+class Backends:
+    """What computes the products of one objective, made at first use and shared by all its operators."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._others: dict[str, AutogradBackend] = {}
+        self._native: NativeBackend | None = None
+        try:
+            self._native = NativeBackend(objective)
+        except CaptureError as error:
+            self._reason = str(error)
+
+    def choose(self, mode: Mode) -> Backend:
+        reason = self._native.refusal(mode) if self._native else self._reason
+        if self._native and not reason:
+            return self._native
+        if self._native and mode == "ggn":
+            raise ValueError(
+                f"loss: the Gauss-Newton matrix needs a cut between model and loss, got none: {reason}"
+            )
+        if reason not in self._others:
+            self._others[reason] = AutogradBackend(self._objective, reason)
+            warnings.warn(
+                f"products run through torch autograd, one direction at a time: {reason}. The results are "
+                "right; "
+                "each takes several times as long",
+                FlatcoreWarning,
+                stacklevel=5,
+            )
+        return self._others[reason]
+
+
 def backend_for(objective: Objective, mode: Mode) -> Backend:
-    """The one backend of an objective, made at first use and shared by all its operators."""
-    if objective._backend is None:
-        objective._backend = AutogradBackend(objective, "not captured")
-    return objective._backend
+    """The backend for this kind of product; warns once where it is not the engine."""
+    objective.snapshot()  # forgets a backend whose modules were replaced
+    if not isinstance(objective.backends, Backends):
+        objective.backends = Backends(objective)
+    return objective.backends.choose(mode)

@@ -36,6 +36,7 @@ class Snapshot:
 
     values: dict[str, Tensor]
     versions: tuple[Any, ...]
+    modules: tuple[int, ...]
 
 
 class Objective:
@@ -92,7 +93,7 @@ class Objective:
         self.evaluate = Evaluator(self.model, loss)
         self._snapshot: Snapshot | None = None
         self._loss: tuple[Snapshot, float] | None = None
-        self._backend: Any = None  # set by flatcore.backend, shared by the operators of this objective
+        self.backends: object = None  # set by flatcore.backend, shared by the operators of this objective
         self._weights: tuple[float, ...] = ()
         self._check_batches()
 
@@ -147,28 +148,26 @@ class Objective:
                 yield WeightedBatch(index, batch, self.data.examples[index], self._weights[index])
 
     def snapshot(self) -> Snapshot:
-        """The selected parameters now: the same object as before as long as nothing that the loss depends
-        on changed.
+        """The selected parameters now: the same object as long as nothing changed that the loss depends on.
 
         Changes are seen by torch's version counters in all parameters, buffers and batches held in memory,
-        by the mode of every module, and by comparing the selected parameters themselves (writing through
-        `.data` counts nothing).
+        by the mode of every module, and by comparing the selected parameters themselves (a write through
+        `.data` leaves no other trace).
         """
-        versions = self._versions()
+        versions, modules = self._versions(), tuple(map(id, self.model.modules()))
         current = self.parameters
         old = self._snapshot
-        if (
-            old
-            and old.versions == versions
-            and all(torch.equal(old.values[n], p.detach()) for n, p in current.items())
-        ):
-            return old
         if old:
+            same = old.versions == versions and old.modules == modules
+            if same and all(torch.equal(old.values[n], p.detach()) for n, p in current.items()):
+                return old
             checks.check_mode(self.model)
             checks.check_finite(current, "parameter")
+            if old.modules != modules:
+                self.backends = None  # a program of the modules that were
         with torch.inference_mode(False):
             values = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in current.items()}
-        self._snapshot = Snapshot(values, versions)
+        self._snapshot = Snapshot(values, versions, modules)
         return self._snapshot
 
     def _versions(self) -> tuple[Any, ...]:

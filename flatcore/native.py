@@ -1,0 +1,217 @@
+"""Products by the compiled engine: one program per batch structure, one state per batch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flatcore import checks
+from flatcore._C import engine
+from flatcore.capture import Program, batch_leaves, capture, flatten_batch, named_tensors
+from flatcore.errors import CaptureError
+from flatcore.evaluate import ModelLoss, plain_torch
+from flatcore.plan import Plan, PlanRow
+
+if TYPE_CHECKING:
+    from flatcore.autograd import Mode
+    from flatcore.objective import Objective, Snapshot, WeightedBatch
+
+# A program is captured for every batch structure; more than this many cost more than they save.
+_MOST_STRUCTURES = 16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A captured program and the engine's form of it."""
+
+    program: Program
+    engine: engine.Program
+
+
+class NativeBackend:
+    """Hessian, GGN and gradient covariance of an objective whose batches all have programs.
+
+    Raises CaptureError on construction where one has none, or where a program's loss is not the model's.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self._compiled: dict[Hashable, Compiled] = {}
+        self._keys: list[Hashable] = []
+        self._snapshot: Snapshot | None = None
+        self._states: dict[int, engine.Linearization] = {}
+        self._held = 0
+        with plain_torch():
+            for batch in objective.batches():
+                key = flatten_batch(batch.batch)[1].key
+                self._keys.append(key)
+                if key in self._compiled:
+                    continue
+                if len(self._compiled) == _MOST_STRUCTURES:
+                    raise CaptureError(
+                        f"the batches have more than {_MOST_STRUCTURES} different shapes; pad them to a few"
+                    )
+                self._compiled[key] = self._compile(batch)
+                self._check_loss(batch)
+
+    def refusal(self, mode: Mode) -> str:
+        """Why the programs have no products of this mode; empty if they have."""
+        for batch, key in zip(self._sizes(), self._keys, strict=True):
+            program = self._compiled[key].program
+            if mode == "hessian":
+                continue
+            if program.cut is None:
+                return program.cut_reason
+            rows = [program.values[i].shape for i in program.cut]
+            if mode == "covariance" and not all(shape and shape[0] % batch == 0 for shape in rows):
+                return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
+        return ""
+
+    def product(self, mode: Mode, V: Tensor, Y: Tensor) -> None:
+        """Y = A V for the rows of V and Y, both (K, P)."""
+        pieces = self._pieces(mode, V.shape[0])
+        accumulate = False
+        for batch, state in self._linearizations():
+            for piece in pieces:
+                state.product(V[piece], Y[piece], mode, accumulate, batch.examples, self.objective.examples)
+            accumulate = True
+
+    def gradient(self) -> Tensor:
+        """Gradient of the objective, (P,)."""
+        layout = self.objective.layout
+        total = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
+        for _, state in self._linearizations():
+            state.gradient(total, True)
+        return total
+
+    def plan(self, mode: Mode) -> Plan:
+        objective, itemsize = self.objective, self.objective.layout.dtype.itemsize
+        counted = [(self._compiled[key], count) for key, count in Counter(self._keys).items()]
+        most = self._most_directions(mode)
+        return Plan(
+            operator=mode,
+            backend="native",
+            reason="",
+            rows=_rows(counted, mode),
+            parameters=objective.layout.size,
+            batches=len(objective.data),
+            examples=objective.examples,
+            state_bytes=sum(count * c.engine.state_bytes(itemsize) for c, count in counted),
+            kept_bytes=objective.budget.states,
+            directions=most,
+            _peak=lambda K: max(c.engine.peak_bytes(mode, min(K, most), itemsize) for c, _ in counted),
+            _flops=lambda K: sum(count * c.engine.flops(mode, K) for c, count in counted),
+        )
+
+    def _compile(self, batch: WeightedBatch) -> Compiled:
+        objective = self.objective
+        loss = objective.loss_function
+        program = capture(
+            objective.model,
+            loss.fn if isinstance(loss, ModelLoss) else loss,
+            batch.batch,
+            selected=list(objective.layout.slices),
+            loss_kind="model_batch" if isinstance(loss, ModelLoss) else "output_target",
+        )
+        if program.reduction == "sum":
+            objective.refuse_sum()
+        return Compiled(program, _engine_program(program, objective))
+
+    def _check_loss(self, batch: WeightedBatch) -> None:
+        """A program that does not compute the model's loss must not be used, whatever the reason."""
+        objective = self.objective
+        ours = self._linearize(batch, objective.snapshot()).loss
+        with torch.no_grad():
+            theirs = float(
+                checks.evaluate(
+                    objective.evaluate, batch.batch, objective.snapshot().values, batch.index
+                ).loss
+            )
+        # A loss near zero is the difference of numbers of order one.
+        if not abs(ours - theirs) <= math.sqrt(torch.finfo(objective.layout.dtype).eps) * (1 + abs(theirs)):
+            raise CaptureError(
+                f"the captured program gives the loss {ours:.9g} where the model gives {theirs:.9g}"
+            )
+
+    def _linearizations(self) -> Iterator[tuple[WeightedBatch, engine.Linearization]]:
+        """The states of all batches at the present parameters, kept as far as the budget goes."""
+        snapshot = self.objective.snapshot()
+        if snapshot is not self._snapshot:
+            self._states.clear()
+            self._held = 0
+            self._snapshot = snapshot
+        for batch in self.objective.batches():
+            state = self._states.get(batch.index)
+            if state is None:
+                with plain_torch():
+                    state = self._linearize(batch, snapshot)
+                checks.check_finite_loss(state.loss, batch.index)
+                if self._held + state.bytes <= self.objective.budget.states:
+                    self._states[batch.index] = state
+                    self._held += state.bytes
+            yield batch, state
+
+    def _linearize(self, batch: WeightedBatch, snapshot: Snapshot) -> engine.Linearization:
+        compiled = self._compiled[flatten_batch(batch.batch)[1].key]
+        program = compiled.program
+        frozen = named_tensors(self.objective.model, self.objective.loss_function)
+        leaves = program.prelude.run(batch_leaves(batch.batch), frozen)
+        leaves |= {i: snapshot.values[name] for i, name in program.parameters.items()}
+        return engine.Linearization(compiled.engine, leaves, batch.weight)
+
+    def _sizes(self) -> list[int]:
+        objective = self.objective
+        return [n for n, weight in zip(objective.data.examples, objective.weights, strict=True) if weight]
+
+    def _most_directions(self, mode: Mode) -> int:
+        """The most directions whose buffers fit into the budget; one at least."""
+        itemsize, limit = self.objective.layout.dtype.itemsize, self.objective.budget.directions
+        most = limit
+        for compiled in self._compiled.values():
+            one, two = (compiled.engine.peak_bytes(mode, K, itemsize) for K in (1, 2))
+            most = min(most, 1 + (limit - one) // max(two - one, 1))
+        return max(most, 1)
+
+    def _pieces(self, mode: Mode, K: int) -> list[slice]:
+        """K directions in as few, nearly equal pieces as the budget allows."""
+        count = -(-K // self._most_directions(mode))
+        bounds = [K * i // count for i in range(count + 1)]
+        return [slice(a, b) for a, b in pairwise(bounds)]
+
+
+def _engine_program(program: Program, objective: Objective) -> engine.Program:
+    unknown = {op.kind for op in program.ops} - set(engine.op_kinds())
+    if unknown:
+        raise CaptureError("the engine has no rules for it", op=min(unknown))
+    slices = objective.layout.slices
+    try:
+        return engine.Program(
+            values=[(value.kind, value.shape) for value in program.values],
+            ops=[
+                (op.kind, [-1 if i is None else i for i in op.inputs], op.output, op.attrs, op.path)
+                for op in program.ops
+            ],
+            offsets={i: slices[name].start for i, name in program.parameters.items()},
+            parameters=objective.layout.size,
+            loss=program.loss,
+            cut=list(program.cut or ()),
+        )
+    except ValueError as error:
+        raise CaptureError(f"the engine refuses the program: {error}") from error
+
+
+def _rows(counted: list[tuple[Compiled, int]], mode: Mode) -> tuple[PlanRow, ...]:
+    """One row per op; programs that differ in shapes only share their rows."""
+    flops: dict[tuple[int, str, str], float] = {}
+    for compiled, count in counted:
+        for index, op in enumerate(compiled.program.ops):
+            row = (index, op.kind, op.path)
+            flops[row] = flops.get(row, 0.0) + count * compiled.engine.op_flops(index, mode, 1)
+    return tuple(PlanRow(kind, path, True, value) for (_, kind, path), value in sorted(flops.items()))
