@@ -10,10 +10,13 @@ class FlatcoreWarning(UserWarning):
 class CaptureError(Exception):
     """A model and its loss have no program of the vocabulary.
 
-    `op` is the operation at fault ("" if none is), `path` the module it stands in ("" if unknown), `reason` one clause.
+    `op` is the operation at fault ("" if none is), `path` the module it stands in ("" if unknown), `reason`
+    one clause.
     """
 
     def __init__(self, reason: str, *, op: str = "", path: str = "") -> None:
         self.op, self.path, self.reason = op, path, reason
         where = f" in module '{path}'" if path else ""
-        super().__init__(f"cannot capture {op}{where}: {reason}" if op else f"cannot capture the model: {reason}")
+        super().__init__(
+            f"cannot capture {op}{where}: {reason}" if op else f"cannot capture the model: {reason}"
+        )

@@ -41,14 +41,13 @@ def assemble(exported: ExportedProgram, names: Names, has_marks: bool, examples:
             lower.lower(node, mark=node in marks)
     loss = lower.result(loss_node)
     cut, cut_reason = find_cut(lower, needed, marks if has_marks else None, loss)
-    divisor = lower.normalisers.get(loss)
-    normaliser = None if divisor is None else lower.constant(divisor)
+    normaliser = lower.constant(lower.normalisers[loss]) if loss in lower.normalisers else None
 
     ops, renamed = _without_plain_marks(_alive(lower.ops, loss), lower)
-    read = {i for op in ops for i in op.present} | {normaliser}
+    read: set[int | None] = {i for op in ops for i in op.present} | {normaliser}
     named = [value for value in lower.values if value.kind == "parameter"]
     constants = [i for i in lower.constants if i in read]
-    order = [*(value.id for value in named), *constants, *(op.output for op in ops)]
+    order: list[int] = [*(value.id for value in named), *constants, *(op.output for op in ops)]
     new = {old: position for position, old in enumerate(order)}
     program = Program(
         values=tuple(dataclasses.replace(lower.values[old], id=new[old]) for old in order),
@@ -80,8 +79,8 @@ def _alive(ops: list[Op], loss: int) -> list[Op]:
 def _without_plain_marks(ops: list[Op], lower: Lowering) -> tuple[list[Op], dict[int, int]]:
     """Drop the marks of activations that nothing else reads: such an activation is the model's output itself.
 
-    The mark stays where the model's output is a parameter, or where the model reads its output too: then the adjoint of
-    the mark, unlike that of the activation, is the derivative by the output alone.
+    The mark stays where the model's output is a parameter, or where the model reads its output too: then the
+    adjoint of the mark, unlike that of the activation, is the derivative by the output alone.
     """
     readers = Counter(i for op in ops for i in op.present)
     renamed = {
@@ -93,7 +92,8 @@ def _without_plain_marks(ops: list[Op], lower: Lowering) -> tuple[list[Op], dict
     }
     kept = [op for op in ops if op.output not in renamed]
     return [
-        dataclasses.replace(op, inputs=tuple(None if i is None else renamed.get(i, i) for i in op.inputs)) for op in kept
+        dataclasses.replace(op, inputs=tuple(None if i is None else renamed.get(i, i) for i in op.inputs))
+        for op in kept
     ], renamed
 
 

@@ -11,21 +11,22 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 TARGET_KEYS = ("target", "targets", "label", "labels", "y")
+_ELSE = "pass fc.ModelLoss(fn) to take the batch apart yourself"
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """(args, kwargs, target) of a batch for loss(model(*args, **kwargs), target).
 
-    A tuple or list is (inputs..., target). A mapping holds the target under exactly one of the names target, targets,
-    label, labels, y; the rest are the model's keyword arguments.
+    A tuple or list is (inputs..., target). A mapping holds the target under exactly one of the names target,
+    targets, label, labels, y; the rest are the model's keyword arguments.
     Raises ValueError for anything else.
     """
     if isinstance(batch, Mapping):
         keys = [key for key in TARGET_KEYS if key in batch]
         if len(keys) != 1:
             raise ValueError(
-                f"batch: expected a mapping with exactly one of the keys {', '.join(TARGET_KEYS)}, got the keys "
-                f"{', '.join(map(str, batch))}; pass fc.ModelLoss(fn) to take the batch apart yourself"
+                f"batch: expected a mapping with exactly one of the keys {', '.join(TARGET_KEYS)}, "
+                f"got the keys {', '.join(map(str, batch))}; {_ELSE}"
             )
         return (), {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) >= 2:
@@ -33,7 +34,7 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     length = f" of length {len(batch)}" if isinstance(batch, Sequence) else ""
     raise ValueError(
         f"batch: expected a tuple (inputs..., target) or a mapping, got a {type(batch).__name__}{length}; "
-        "pass fc.ModelLoss(fn) to take the batch apart yourself"
+        + _ELSE
     )
 
 

@@ -28,7 +28,7 @@ def find_cut(
 ) -> tuple[tuple[int, ...] | None, str]:
     """(cut, reason why there is none), in the value ids of `lower`.
 
-    marks: the nodes of the model's outputs, where model and loss are apart; None where one function computes both.
+    marks: the nodes of the model's outputs, where model and loss are apart; None where they are one function.
     """
     if marks is None:
         losses = [node for node in needed if lower.is_active(node) and aten_name(node) in _LOSSES]
@@ -52,7 +52,7 @@ def find_cut(
 
 
 def reduction_of(node: fx.Node, lower: Lowering) -> Reduction:
-    """How a scalar gathers its examples, as far as the graph tells; constant terms and factors do not matter."""
+    """How a scalar gathers its examples, as far as the graph tells; constant terms do not matter."""
     name = aten_name(node)
     base = name.split(".")[0]
     if name in _LOSSES:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from .batch import Structure, flatten_batch, split_batch
 from .graph import Names
 from .prelude import named_tensors
 from .program import Program
-from .refusals import refuse_stopped_gradients
+from .refusals import refuse_custom_backward, refuse_gradient_hooks, refuse_stopped_gradients
 
 LossKind = Literal["output_target", "model_batch"]
 
@@ -29,14 +30,15 @@ def capture(
 ) -> Program:
     """The program of `loss` on `batch` as a function of the selected parameters.
 
-    selected:  names as `model.named_parameters()` gives them; their order there is the order of the flat vector.
-    loss_kind: "output_target": loss(model(*inputs), target), the batch being (inputs..., target) or a mapping that
-               `split_batch` understands; "model_batch": loss(model, batch).
-    Runs the model once on fake tensors; leaves model, loss and batch as they were. Shapes are those of this batch.
+    selected:  names of `model.named_parameters()`; their order there is the order of the flat vector.
+    loss_kind: "output_target": loss(model(*inputs), target), the batch being (inputs..., target) or a mapping
+               that `split_batch` understands; "model_batch": loss(model, batch).
+    Runs the model once on fake tensors; leaves model, loss and batch as they were. The program holds for
+    batches of these shapes.
 
-    Raises CaptureError, naming operation and module, for what the vocabulary cannot say: an unsupported or random
-    operation, a stopped gradient, a changed buffer, a model that torch.export refuses. ValueError for unknown names, a
-    batch of another form, or a loss that is not one number.
+    Raises CaptureError, naming operation and module, for what the vocabulary cannot say: an unsupported or
+    random operation, a stopped gradient, a changed buffer, a model that torch.export refuses. ValueError for
+    unknown names, a batch of another form, or a loss that is not one number.
     """
     named = dict(model.named_parameters())
     unknown = [name for name in selected if name not in named]
@@ -44,26 +46,28 @@ def capture(
         raise ValueError(f"selected: expected names of parameters of the model, got {unknown or 'none'}")
     chosen = {name: t for name, t in named.items() if name in set(selected)}
     _check_dtypes(chosen)
+    refuse_gradient_hooks(chosen)
     leaves, structure = flatten_batch(batch)
+    examples = _examples(batch, leaves, loss_kind)
     wrapper = _Wrapper(model, loss, structure, loss_kind)
     with _unchanged(model, loss):
         raw = _export(wrapper, leaves)
         exported = _decompose(raw)
     names = Names(wrapper, {id(t): name for name, t in named_tensors(model, loss).items()}, chosen)
     refuse_stopped_gradients(raw, names)
-    return assemble(exported, names, loss_kind == "output_target", _examples(batch, leaves, loss_kind))
+    return assemble(exported, names, loss_kind == "output_target", examples)
 
 
-def _check_dtypes(chosen: dict[str, Tensor]) -> None:
+def _check_dtypes(chosen: Mapping[str, Tensor]) -> None:
     dtypes = {t.dtype for t in chosen.values()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise CaptureError(
-            f"expected the selected parameters all in float32 or all in float64, got {', '.join(map(str, dtypes))}"
+            f"expected all selected parameters in float32 or float64, got {', '.join(map(str, dtypes))}"
         )
 
 
 def _examples(batch: Any, leaves: list[Tensor], loss_kind: LossKind) -> int:
-    """Length of axis 0 of the target, or of the batch's first tensor that has axes; 1 for a batch of one example."""
+    """Length of axis 0 of the target, or of the first tensor that has axes; 1 for one example."""
     if loss_kind == "output_target":
         target = split_batch(batch)[2]
         leaves = [leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor)] or leaves
@@ -74,10 +78,13 @@ def _examples(batch: Any, leaves: list[Tensor], loss_kind: LossKind) -> int:
 class _Wrapper(nn.Module):
     """forward(tensors of the batch) -> (loss, tensors of the model's output).
 
-    The model's outputs are copied twice, once to mark where they stand and once for the loss, which may write into them.
+    The model's outputs are copied twice, once to mark where they stand and once for the loss, which may write
+    into them.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], structure: Structure, loss_kind: LossKind) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., Tensor], structure: Structure, loss_kind: LossKind
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -102,27 +109,27 @@ class _NotScalar(ValueError):
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        shape = f"a tensor of shape {tuple(loss.shape)}"
+        got = shape if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise _NotScalar(f"loss: expected one number, got {got}; take its mean over the examples")
     return loss.reshape(())
 
 
 def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
-    was_training = wrapper.model.training
-    wrapper.training = was_training
     try:
-        with _quiet(), torch.enable_grad():
-            return torch.export.export(wrapper, tuple(leaves), strict=False)
+        with _quiet(), torch.enable_grad(), refuse_custom_backward():
+            exported: ExportedProgram = torch.export.export(wrapper, tuple(leaves), strict=False)
+            return exported
     except _NotScalar as error:
         raise ValueError(str(error)) from None
     except CaptureError:
         raise
     except Exception as error:  # whatever the user's own code or torch raises while it is traced
-        if isinstance(error, ValueError) and str(error).startswith("batch: "):
-            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         hint = "its control flow depends on tensor values: " if "data-dependent" in lines[0] else ""
-        raise CaptureError(f"torch.export refused it ({hint}{type(error).__name__}: {lines[0][:200]})") from error
+        raise CaptureError(
+            f"torch.export refused it ({hint}{type(error).__name__}: {lines[0][:200]})"
+        ) from error
 
 
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
@@ -133,11 +140,11 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings and no logs of torch.export, which speak of its internals: what matters is raised."""
+    """torch.export warns, logs and prints graphs about its internals: what matters is raised."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -146,7 +153,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unchanged(*objects: object) -> Iterator[None]:
-    """Attributes that a forward pass sets on a module (a cache, say) would hold fake tensors: put the old ones back."""
+    """A forward pass may set attributes of a module (a cache, say) to fake tensors: put the old ones back."""
     modules = [m for thing in objects if isinstance(thing, nn.Module) for m in thing.modules()]
     saved = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
     try:

@@ -59,7 +59,7 @@ def outputs(exported: ExportedProgram) -> list[fx.Node]:
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the innermost module of a node in the user's model; "model" for its root, "loss" for the loss."""
+    """Path of the innermost module around a node; "model" for the model's root, "loss" for the loss."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = re.sub(r"@\d+", "", stack[-1][0]) if stack else ""  # "@1": the second call of a module
     if path in ("", "loss") or path.startswith("loss."):

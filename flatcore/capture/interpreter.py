@@ -67,7 +67,8 @@ def interpret(
 ) -> dict[int, Tensor]:
     """Every value of the program by its id; `values[program.loss]` is the loss.
 
-    parameters: tensors by name, as `program.parameters` names them. constants: as `program.prelude.run` gives them.
+    parameters: tensors by name, as `program.parameters` names them.
+    constants:  as `program.prelude.run` gives them.
     Differentiable by autograd and torch.func, to any order.
     """
     values = {i: parameters[name] for i, name in program.parameters.items()} | dict(constants)

@@ -1,7 +1,7 @@
 """Lowering: a functional ATen graph, split by what depends on the parameters, becomes prelude and program.
 
-A lowering is a function (lower, node, a) -> value id, or a tuple of them for an op with several outputs; `a` holds the
-arguments of the ATen call by the names of its schema. The families stand in `lowerings/`.
+A lowering is a function (lower, node, a) -> value id, or a tuple of them for an op with several outputs; `a`
+holds the arguments of the ATen call by the names of its schema. The families stand in `lowerings/`.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ def lowers(*names: str) -> Callable[[Lowered], Lowered]:
 
 
 def aten_name(node: fx.Node) -> str:
-    """"add.Tensor" for a call of torch.ops.aten.add.Tensor."""
+    """Name of an ATen overload: "add.Tensor" for torch.ops.aten.add.Tensor."""
     return str(node.target).removeprefix("aten.")
 
 
 def arguments(node: fx.Node) -> SimpleNamespace:
     """The arguments of an ATen call by the names of its schema, defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]
-    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    names = [argument.name for argument in schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return SimpleNamespace(**{s.name: given.get(s.name, s.default_value) for s in schema.arguments})
 
 
@@ -69,7 +70,8 @@ def active_nodes(graph: fx.Graph, parameters: Mapping[fx.Node, str]) -> set[fx.N
     """The nodes whose numbers depend on a selected parameter."""
     active: set[fx.Node] = set()
     for node in graph.nodes:
-        if node in parameters or (fill_value(node) is None and any(n in active for n in node.all_input_nodes)):
+        reached = fill_value(node) is None and any(n in active for n in node.all_input_nodes)
+        if reached or node in parameters:
             active.add(node)
     return active
 
@@ -88,7 +90,7 @@ def needed_nodes(outputs: Iterable[fx.Node]) -> set[fx.Node]:
 
 @dataclasses.dataclass(frozen=True)
 class LogSoftmax:
-    """The log-softmax of value `logits` over axis `dim`: only nll_loss reads it, and together they are a cross-entropy."""
+    """Log-softmax of value `logits` over axis `dim`; nll_loss reads it, and the two are a cross-entropy."""
 
     logits: int
     dim: int
@@ -109,13 +111,14 @@ class Lowering:
         self.ops: list[Op] = []
         self.prelude = PreludeBuilder(sources, fill_value)
         self.constants: dict[int, fx.Node] = {}  # value id -> handle
-        self.normalisers: dict[int, fx.Node] = {}  # id of a mean cross-entropy -> handle of what it divides by
+        self.normalisers: dict[int, fx.Node] = {}  # id of a mean cross-entropy -> handle of its divisor
         self.marks: set[int] = set()  # ids of the values that stand for the model's outputs
         self.dtype = next(iter(selected.values())).dtype
         self._active = active
         self._path_of = path_of
         self._results: dict[fx.Node, Result] = {}
         self._constant_ids: dict[fx.Node, int] = {}
+        self._casts: dict[fx.Node, fx.Node] = {}  # handle -> the same in the program's dtype
         self._producers: dict[int, Op] = {}
         self._node: fx.Node | None = None
         ids = {name: self._new("parameter", tuple(t.shape), name) for name, t in selected.items()}
@@ -125,7 +128,7 @@ class Lowering:
     # --- walking ---
 
     def lower(self, node: fx.Node, mark: bool = False) -> None:
-        """Lower one active node. A `mark` stands where the model hands a value to the loss: it keeps a value of its own."""
+        """Lower one active node. A `mark` is where the model hands a value to the loss."""
         if node in self._results:
             return
         self._node = node
@@ -152,7 +155,7 @@ class Lowering:
         return CaptureError(reason, op=name, path=self._path_of(self._node))
 
     def _mark(self, result: Result) -> Result:
-        if isinstance(result, LogSoftmax):  # a closing log-softmax counts to the loss, so the cut holds the logits
+        if isinstance(result, LogSoftmax):  # it counts to the loss: the cut holds the logits
             return LogSoftmax(self._mark(result.logits), result.dim)
         output = self.emit("view", result, shape=self.values[result].shape)
         self.marks.add(output)
@@ -165,7 +168,7 @@ class Lowering:
             return
         if expected.dtype != self.dtype:
             raise self.error(f"gives {expected.dtype} where the selected parameters are {self.dtype}")
-        assert self.values[result].shape == tuple(expected.shape), (node, self.values[result].shape, expected.shape)
+        assert self.shape(result) == tuple(expected.shape), (node, self.shape(result), expected.shape)
 
     # --- what lowerings use ---
 
@@ -173,14 +176,16 @@ class Lowering:
         return isinstance(argument, fx.Node) and argument in self._active
 
     def operand(self, argument: Any) -> int:
-        """The value id of a tensor argument; a tensor of the prelude becomes a constant of the program's dtype."""
+        """The value id of a tensor argument; one of the prelude becomes a constant of the program's dtype."""
         if not isinstance(argument, fx.Node):
             raise self.error(f"expected a tensor, got {argument!r}")
         if argument not in self._active:
             return self.constant(self.take(argument))
         result = self._results[argument]
         if isinstance(result, LogSoftmax):
-            raise self.error("log_softmax has rules only in front of nll_loss, on the same axis; use cross_entropy")
+            raise self.error(
+                "log_softmax has rules only in front of nll_loss, on the same axis; use cross_entropy"
+            )
         if not isinstance(result, int):
             raise self.error(f"reads an output of {argument.target} that has no second-order rule")
         return result
@@ -194,12 +199,13 @@ class Lowering:
             raise self.error(f"its argument {node.name} must not depend on the selected parameters")
         return self.prelude.take(node)
 
+    def take_real(self, node: fx.Node) -> fx.Node:
+        """The same in the program's dtype, for arithmetic that would lose digits in another."""
+        return self._real(self.take(node))
+
     def constant(self, handle: fx.Node) -> int:
         """The value id of a prelude handle, cast to the program's dtype."""
-        if handle.meta["val"].dtype != self.dtype:
-            if handle.meta["val"].is_complex():
-                raise self.error("complex tensors are not supported")
-            handle = self.prelude.call(torch.Tensor.to, handle, self.dtype)
+        handle = self._real(handle)
         if handle not in self._constant_ids:
             shape = tuple(handle.meta["val"].shape)
             i = self._new("constant", shape, self.prelude.origin(handle))
@@ -252,6 +258,15 @@ class Lowering:
     def producer(self, x: int) -> Op | None:
         """The op that computes a value; None for parameters and constants."""
         return self._producers.get(x)
+
+    def _real(self, handle: fx.Node) -> fx.Node:
+        if handle.meta["val"].is_complex():
+            raise self.error("complex tensors are not supported")
+        if handle.meta["val"].dtype == self.dtype:
+            return handle
+        if handle not in self._casts:
+            self._casts[handle] = self.prelude.call(torch.Tensor.to, handle, self.dtype)
+        return self._casts[handle]
 
     def _new(self, kind: ValueKind, shape: tuple[int, ...], name: str) -> int:
         self.values.append(Value(len(self.values), kind, shape, self.dtype, name))

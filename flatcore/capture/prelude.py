@@ -1,4 +1,4 @@
-"""The prelude: everything in front of the parameters (masks, target masses, frozen layers), run once per batch."""
+"""The prelude: what no selected parameter reaches (masks, targets, frozen layers), run once per batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-LOSS_PREFIX = "loss:"  # no attribute path contains a colon, so the loss module's names cannot meet the model's
+LOSS_PREFIX = (
+    "loss:"  # no attribute path contains a colon, so the loss module's names cannot meet the model's
+)
 
 
 def named_tensors(model: nn.Module, loss: object) -> dict[str, Tensor]:
-    """Parameters and buffers of the model by their names, and those of a loss module by "loss:" + their names.
+    """Parameters and buffers of the model by their names, and those of a loss module by "loss:" + their
+    names.
 
-    A tensor registered twice stands here once, under the name that `named_parameters()` or `named_buffers()` gives.
+    A tensor registered twice stands here once, under the name that `named_parameters()` or `named_buffers()`
+    gives.
     """
     tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     if isinstance(loss, nn.Module):
@@ -28,7 +32,7 @@ def named_tensors(model: nn.Module, loss: object) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where an input of the prelude comes from: a tensor leaf of the batch, a named tensor, or a tensor found in the code."""
+    """An input of the prelude: a tensor leaf of the batch, a named tensor, or a tensor found in the code."""
 
     leaf: int | None = None
     name: str | None = None
@@ -64,8 +68,8 @@ class Prelude:
         if source.leaf is not None:
             if source.leaf >= len(batch_leaves):
                 raise ValueError(
-                    f"batch: expected at least {source.leaf + 1} tensors as in the captured batch, got {len(batch_leaves)}; "
-                    "capture a batch of another structure anew"
+                    f"batch: expected at least {source.leaf + 1} tensors like the captured batch, "
+                    f"got {len(batch_leaves)}; capture a batch of another structure anew"
                 )
             return batch_leaves[source.leaf]
         if source.name is not None:
@@ -79,10 +83,13 @@ class Prelude:
 class PreludeBuilder:
     """Grows a prelude: nodes copied from the exported graph, and calls that a lowering adds.
 
-    A handle is a node of the prelude's own graph; its meta["val"] is a fake tensor with shape, dtype and device.
+    A handle is a node of the prelude's own graph; its meta["val"] is a fake tensor with shape, dtype and
+    device.
     """
 
-    def __init__(self, sources: Mapping[fx.Node, Source], shape_only: Callable[[fx.Node], fx.node.Argument | None]) -> None:
+    def __init__(
+        self, sources: Mapping[fx.Node, Source], shape_only: Callable[[fx.Node], fx.node.Argument | None]
+    ) -> None:
         self._graph = fx.Graph()
         self._sources = sources
         self._fill_value = shape_only
@@ -95,7 +102,11 @@ class PreludeBuilder:
         pending = [node]
         while pending:  # a stack, not recursion: frozen networks can be deeper than Python's call stack
             current = pending[-1]
-            missing = [] if self._is_leaf(current) else [n for n in current.all_input_nodes if n not in self._handles]
+            missing = (
+                []
+                if self._is_leaf(current)
+                else [n for n in current.all_input_nodes if n not in self._handles]
+            )
             if current in self._handles or not missing:
                 pending.pop()
             if current not in self._handles and not missing:
@@ -107,7 +118,10 @@ class PreludeBuilder:
         """A handle of function(*args); args are handles and plain data."""
         handle = self._graph.call_function(function, args, kwargs)
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        mode = next((v.meta["val"].fake_mode for v in handle.all_input_nodes if hasattr(v.meta["val"], "fake_mode")), None)
+        mode = next(
+            (v.meta["val"].fake_mode for v in handle.all_input_nodes if hasattr(v.meta["val"], "fake_mode")),
+            None,
+        )
         with mode or torch.no_grad():
             handle.meta["val"] = function(*values[0], **values[1])
         origins = dict.fromkeys(self._origin.get(n, "") for n in handle.all_input_nodes)

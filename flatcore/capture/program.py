@@ -1,4 +1,4 @@
-"""The program: what a model and its loss become, as plain data. Its vocabulary is defined in `interpreter.py`."""
+"""The program: a model and its loss as plain data. `interpreter.py` defines its vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Attribute = bool | int | float | str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the program. `name`: parameter name, source of the constant, or module path of the activation."""
+    """A tensor. `name`: name of the parameter, source of the constant, or module path of the activation."""
 
     id: int
     kind: ValueKind
@@ -33,7 +33,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One step. `inputs`: value ids, None where an optional input is absent. `aten`: the operation it was lowered from."""
+    """One step. `inputs`: value ids, None for an absent one. `aten`: the operation it was lowered from."""
 
     kind: str
     inputs: tuple[int | None, ...]
@@ -50,15 +50,16 @@ class Op:
 
 @dataclass(frozen=True)
 class Program:
-    """Straight-line program of one batch: `ops` in order, each with one output; `loss` is the value it computes.
+    """Straight-line program of one batch: `ops` in order, each with one output; `loss` is the value it
+    computes.
 
     values:      all values; `values[i].id == i`. Parameters come first, in the order of the flat vector.
     parameters:  value id -> name in the user's model, for every selected parameter, used or not.
     constants:   ids of the values that `prelude.run` computes.
-    cut:         ids of the values the model hands to the loss, through which alone the loss depends on the parameters;
-                 None where there is no such set, and `cut_reason` says why.
-    normaliser:  id of a 0-dim constant, the weight of the batch when a mean over several batches is taken; None: the
-                 number of examples.
+    cut:         ids of the values the model hands to the loss, through which alone the loss depends on the
+                 parameters; None where there is no such set, and `cut_reason` says why.
+    normaliser:  id of a 0-dim constant, the weight of the batch when a mean over several batches is taken;
+                 None: the number of examples.
     reduction:   how the loss gathers the examples: their "mean", their "sum", or "other" (not recognised).
     examples:    length of axis 0 of the batch.
     """
@@ -90,7 +91,7 @@ class Program:
 def depending(
     ops: Iterable[Op], sources: Iterable[int], without: frozenset[int] = frozenset()
 ) -> frozenset[int]:
-    """Ids of the values that depend on `sources` by a way that does not lead through one of the values `without`."""
+    """Ids of the values that depend on `sources` by a way that leads through none of the values `without`."""
     found = set(sources) - without
     for op in ops:
         if op.output not in without and any(i in found for i in op.present):
@@ -103,17 +104,18 @@ def _lines(program: Program) -> Iterator[str]:
     dtype = str(program.dtype).removeprefix("torch.")
     yield (
         f"program of {len(program.ops)} ops, {dtype}: P = {size} in {len(program.parameters)} parameters, "
-        f"{len(program.constants)} constants, {program.examples} examples; * marks what depends on the parameters"
+        f"{len(program.constants)} constants, {program.examples} examples; * marks what depends on parameters"
     )
     for value in program.values:
         if value.kind != "activation":
-            yield f"  {_mention(value.id, value.kind == 'parameter')} {_shape(value.shape)} {value.kind} {value.name}"
+            mention = _mention(value.id, value.kind == "parameter")
+            yield f"  {mention} {_shape(value.shape)} {value.kind} {value.name}"
     active = program.active()
     for op in program.ops:
         inputs = ", ".join("none" if i is None else _mention(i, i in active) for i in op.inputs)
         attrs = "".join(f", {name}={value}" for name, value in op.attrs.items())
-        output = _mention(op.output, op.output in active)
-        yield f"  {output} {_shape(program.values[op.output].shape)} = {op.kind}({inputs}{attrs})  [{op.path}]"
+        output = f"{_mention(op.output, op.output in active)} {_shape(program.values[op.output].shape)}"
+        yield f"  {output} = {op.kind}({inputs}{attrs})  [{op.path}]"
     yield f"  loss {_mention(program.loss, True)} ({program.reduction})"
     if program.cut is None:
         yield f"  no cut: {program.cut_reason}"

@@ -1,11 +1,15 @@
-"""What has a program but not the right derivatives: stopped gradients, changed buffers, random numbers."""
+"""What would have a program, but one with other derivatives than the user's: each is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+from unittest import mock
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
@@ -15,7 +19,7 @@ from .lower import active_nodes, arguments, needed_nodes
 
 
 def refuse_stopped_gradients(exported: ExportedProgram, names: Names) -> None:
-    """torch.no_grad around a value that depends on a parameter; only the graph before decomposition still shows it."""
+    """torch.no_grad around a value that depends on a parameter; decomposition removes its traces."""
     parameters, _ = names.inputs(exported)
     active = active_nodes(exported.graph, parameters)
     for node in needed_nodes(outputs(exported)[:1]):
@@ -56,3 +60,44 @@ def refuse_random(nodes: Iterable[fx.Node]) -> None:
             raise CaptureError(
                 "draws random numbers; call model.eval() first", op=str(node.target), path=module_path(node)
             )
+
+
+def refuse_gradient_hooks(selected: Mapping[str, Tensor]) -> None:
+    """Hooks that may alter the gradient of a parameter."""
+    for name, parameter in selected.items():
+        if parameter._backward_hooks:
+            raise CaptureError(
+                f"parameter '{name}' has a gradient hook, which the captured program would not call"
+            )
+
+
+@contextlib.contextmanager
+def refuse_custom_backward() -> Iterator[None]:
+    """Refuse what defines a derivative by hand while a model is traced: export keeps the forward pass alone.
+
+    That is torch.autograd.Function (backward hooks of modules go through one too) and Tensor.register_hook.
+    Other threads are let through.
+    """
+    tracing = threading.get_ident()
+    apply: Any = torch.autograd.Function.__dict__["apply"].__func__
+    register_hook: Any = Tensor.register_hook
+
+    def checked_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == tracing and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise CaptureError(
+                "defines its own backward, of which the graph shows nothing", op=f"{cls.__name__}.apply"
+            )
+        return apply(cls, *args, **kwargs)
+
+    def checked_hook(self: Tensor, hook: Any) -> Any:
+        if threading.get_ident() == tracing and self.requires_grad:
+            raise CaptureError(
+                "may alter the gradient, of which the graph shows nothing", op="Tensor.register_hook"
+            )
+        return register_hook(self, hook)
+
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(checked_apply)),
+        mock.patch.object(Tensor, "register_hook", checked_hook),
+    ):
+        yield

@@ -59,7 +59,7 @@ class VerificationError(ValueError):
 
 
 def verify(program: Program) -> None:
-    """Raise VerificationError, naming op index, kind and module path, unless every op keeps the rules of its kind."""
+    """Raise VerificationError, naming op index, kind and module path, where an op breaks a rule."""
     _check_leaves(program)
     defined = set(program.parameters) | set(program.constants)
     active = program.active()
@@ -78,7 +78,9 @@ def verify(program: Program) -> None:
         raise VerificationError(f"normaliser: expected the id of a constant, got {program.normaliser}")
 
 
-def infer(kind: str, attrs: Mapping[str, Any], inputs: Sequence[Value | None]) -> tuple[tuple[int, ...], torch.dtype]:
+def infer(
+    kind: str, attrs: Mapping[str, Any], inputs: Sequence[Value | None]
+) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of an op's output: its meaning, applied to tensors without data."""
     metas: list[Tensor | None] = [
         None if v is None else torch.empty(v.shape, dtype=v.dtype, device="meta") for v in inputs
@@ -120,11 +122,14 @@ def _problem(op: Op, values: Sequence[Value], defined: set[int], active: frozens
         return problem
     recorded = values[op.output].shape, values[op.output].dtype
     if any(v is not None and v.dtype != recorded[1] for v in inputs):
-        return f"expected {recorded[1]} everywhere, got inputs of {', '.join(str(v.dtype) for v in inputs if v)}"
+        return (
+            f"expected {recorded[1]} everywhere, got inputs of {', '.join(str(v.dtype) for v in inputs if v)}"
+        )
     try:
         inferred = infer(op.kind, op.attrs, inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        return f"does not apply to shapes {[v.shape if v else None for v in inputs]}: {str(error).splitlines()[0]}"
+        shapes = [v.shape if v else None for v in inputs]
+        return f"does not apply to shapes {shapes}: {str(error).splitlines()[0]}"
     if inferred != recorded:
         return f"yields {inferred[0]} {inferred[1]}, recorded is {recorded[0]} {recorded[1]}"
     return ""

@@ -56,5 +56,5 @@ def _div(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     if lower.is_active(a.other):
         inverse = lower.unary("reciprocal", lower.operand(a.other))
     else:
-        inverse = lower.constant(lower.prelude.call(torch.reciprocal, lower.take(a.other)))
+        inverse = lower.constant(lower.prelude.call(torch.reciprocal, lower.take_real(a.other)))
     return lower.emit("mul", lower.operand(a.self), inverse)

@@ -51,12 +51,16 @@ def _padding(
     return both, both
 
 
-def _input(lower: Lowering, node: fx.Node, before: tuple[int, int], after: tuple[int, int], flat: bool) -> int:
+def _input(
+    lower: Lowering, node: fx.Node, before: tuple[int, int], after: tuple[int, int], flat: bool
+) -> int:
     """The input, with the axis of height 1; padded in the prelude where the padding is lopsided."""
     if before == after:
         x = lower.operand(node)
     elif lower.is_active(node):
-        raise lower.error("padding='same' with an even kernel extent pads unevenly; use an odd extent or explicit padding")
+        raise lower.error(
+            "padding='same' with an even kernel extent pads unevenly; use an odd extent or explicit padding"
+        )
     else:
         width = (before[1], after[1]) if flat else (before[1], after[1], before[0], after[0])
         x = lower.constant(lower.prelude.call(F.pad, lower.take(node), width))

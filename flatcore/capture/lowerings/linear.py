@@ -20,7 +20,12 @@ def _linear(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 @lowers("addmm.default")
 def _addmm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     bias, left, right = lower.operand(a.self), lower.operand(a.mat1), lower.operand(a.mat2)
-    if a.beta == 1 and a.alpha == 1 and lower.rank(bias) == 1 and lower.shape(bias)[0] == lower.shape(right)[1]:
+    if (
+        a.beta == 1
+        and a.alpha == 1
+        and lower.rank(bias) == 1
+        and lower.shape(bias)[0] == lower.shape(right)[1]
+    ):
         return _times_matrix(lower, left, right, bias)
     product = lower.affine(_times_matrix(lower, left, right), float(a.alpha))
     return lower.emit("add", product, bias, alpha=float(a.beta))
@@ -52,7 +57,7 @@ def _vdot(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 
 
 def _product(lower: Lowering, a: int, b: int) -> int:
-    """torch.matmul: a vector on the left is a row, on the right a column, and the axis added for it goes away again."""
+    """torch.matmul: a vector on the left is a row, on the right a column, for the time of the product."""
     row, column = lower.rank(a) == 1, lower.rank(b) == 1
     if row:
         a = lower.view(a, (1, *lower.shape(a)))

@@ -16,17 +16,25 @@ _NONE, _MEAN, _SUM = 0, 1, 2
 
 
 def index_mass(
-    target: Tensor, weight: Tensor | None, classes: int, ignore_index: int, smoothing: float, dtype: torch.dtype
+    target: Tensor,
+    weight: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    smoothing: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Target masses (*target.shape, classes) of class indices, and the 0-dim number a mean divides by.
 
-    The number is the sum of the class weights of the targets that are not ignored. Smoothing spreads its share evenly
-    over the classes, each with its weight (Szegedy et al., 2016, section 7, and torch's weighting of it).
+    The number is the sum of the class weights of the targets that are not ignored. Smoothing spreads its
+    share evenly over the classes, each with its weight (Szegedy et al., 2016, section 7, and torch's
+    weighting of it).
     """
     valid = target != ignore_index
     index = target.masked_fill(~valid, 0)
-    class_weight = torch.ones(classes, dtype=dtype, device=target.device) if weight is None else weight.to(dtype)
-    own = class_weight[index] * valid
+    class_weight = (
+        torch.ones(classes, dtype=dtype, device=target.device) if weight is None else weight.to(dtype)
+    )
+    own = class_weight.take(index) * valid
     # scatter, unlike a comparison with arange, refuses an index outside the classes.
     mass = torch.zeros(*target.shape, classes, dtype=dtype, device=target.device)
     mass = mass.scatter(-1, index.unsqueeze(-1), ((1 - smoothing) * own).unsqueeze(-1))
@@ -38,7 +46,7 @@ def index_mass(
 def probability_mass(
     target: Tensor, weight: Tensor | None, axis: int, smoothing: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Target masses, classes on the last axis, of class probabilities; a mean divides by the number of rows."""
+    """Target masses (classes on the last axis) of class probabilities; a mean divides by their number."""
     mass = target.to(dtype).movedim(axis, -1)
     classes = mass.shape[-1]
     if smoothing:
@@ -53,7 +61,9 @@ def _cross_entropy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     axis = 0 if lower.rank(logits) == 1 else 1
     if tuple(a.target.meta["val"].shape) == lower.shape(logits):
         target, weight = lower.take(a.target), _take(lower, a.weight)
-        both = lower.prelude.call(probability_mass, target, weight, axis, float(a.label_smoothing), lower.dtype)
+        both = lower.prelude.call(
+            probability_mass, target, weight, axis, float(a.label_smoothing), lower.dtype
+        )
     else:
         both = _index_mass(lower, a, lower.shape(logits)[axis], float(a.label_smoothing))
     return _against_mass(lower, logits, axis, both, a.reduction)
@@ -83,7 +93,9 @@ def _take(lower: Lowering, argument: fx.Node | None) -> fx.Node | None:
 
 def _index_mass(lower: Lowering, a: SimpleNamespace, classes: int, smoothing: float) -> fx.Node:
     target, weight = lower.take(a.target), _take(lower, a.weight)
-    return lower.prelude.call(index_mass, target, weight, classes, int(a.ignore_index), smoothing, lower.dtype)
+    return lower.prelude.call(
+        index_mass, target, weight, classes, int(a.ignore_index), smoothing, lower.dtype
+    )
 
 
 def _against_mass(lower: Lowering, logits: int, axis: int, both: fx.Node, reduction: int) -> int:
@@ -127,10 +139,10 @@ def _huber(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 @lowers("binary_cross_entropy_with_logits.default")
 def _binary_cross_entropy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     """With target y and weight p of the positives: (1 - y) x + (1 + (p - 1) y) softplus(-x)."""
-    x, y = lower.operand(a.self), lower.take(a.target)
+    x, y = lower.operand(a.self), lower.take_real(a.target)
     softplus = lower.unary("softplus", lower.affine(x, -1.0), 1.0, inf)
     if a.pos_weight is not None:
-        excess = lower.prelude.call(torch.sub, lower.take(a.pos_weight), 1)
+        excess = lower.prelude.call(torch.sub, lower.take_real(a.pos_weight), 1)
         factor = lower.prelude.call(torch.add, lower.prelude.call(torch.mul, excess, y), 1)
         softplus = lower.emit("mul", softplus, lower.constant(factor))
     negatives = lower.emit("mul", x, lower.constant(lower.prelude.call(torch.rsub, y, 1)))

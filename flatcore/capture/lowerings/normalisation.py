@@ -13,12 +13,18 @@ from ..lower import Lowering, lowers
 def _batch_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int, None, None]:
     mean, var = lower.constant(lower.take(a.running_mean)), lower.constant(lower.take(a.running_var))
     weight, bias = lower.optional(a.weight), lower.optional(a.bias)
-    return lower.emit("batch_norm", lower.operand(a.input), weight, bias, mean, var, eps=float(a.eps)), None, None
+    return (
+        lower.emit("batch_norm", lower.operand(a.input), weight, bias, mean, var, eps=float(a.eps)),
+        None,
+        None,
+    )
 
 
 @lowers("_native_batch_norm_legit_functional.default", "_native_batch_norm_legit.no_stats")
 def _batch_statistics(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int, None, None]:
-    raise lower.error("normalises by the statistics of the batch; call model.eval() and track running statistics")
+    raise lower.error(
+        "normalises by the statistics of the batch; call model.eval() and track running statistics"
+    )
 
 
 @lowers("_weight_norm.default", "_weight_norm_interface.default")

@@ -10,7 +10,21 @@ from torch import fx
 from ..lower import Lowering, lowers
 
 # ATen name -> function of the vocabulary, for those without constants.
-_PLAIN = ("relu", "tanh", "sigmoid", "silu", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "abs", "square")
+_PLAIN = (
+    "relu",
+    "tanh",
+    "sigmoid",
+    "silu",
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "sin",
+    "cos",
+    "abs",
+    "square",
+)
 
 # Constants of the self-normalising ELU (Klambauer et al., 2017), as torch defines them.
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
@@ -68,7 +82,7 @@ def _power(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 
 @lowers("pow.Scalar")
 def _exponential(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    base = float(getattr(a, "self"))
+    base = float(a.self)
     if base <= 0:
         raise lower.error(f"expected a positive base, got {base}")
     return lower.unary("exp", lower.affine(lower.operand(a.exponent), log(base)))

@@ -10,7 +10,9 @@ from torch import fx
 from ..lower import Lowering, lowers, pair
 
 
-def _planes(lower: Lowering, node: fx.Node, argument: fx.Node, spatial: int, pool: Callable[[int], int]) -> int:
+def _planes(
+    lower: Lowering, node: fx.Node, argument: fx.Node, spatial: int, pool: Callable[[int], int]
+) -> int:
     """Pool with the input as (examples, channels, height, width), whatever axes it comes with."""
     x = lower.operand(argument)
     shape = lower.shape(x)
@@ -79,4 +81,6 @@ def _avg_pool(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 def _adaptive_avg_pool(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     spatial = 1 if "1d" in str(node.target) else 2
     size = (1, int(a.output_size[0])) if spatial == 1 else pair(a.output_size)
-    return _planes(lower, node, a.self, spatial, lambda x: lower.emit("adaptive_avg_pool2d", x, output_size=size))
+    return _planes(
+        lower, node, a.self, spatial, lambda x: lower.emit("adaptive_avg_pool2d", x, output_size=size)
+    )

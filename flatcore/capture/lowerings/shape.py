@@ -57,7 +57,9 @@ def _expand(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 @lowers("broadcast_tensors.default")
 def _broadcast(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[Result, ...]:
     shapes = [value.shape for value in node.meta["val"]]
-    return tuple(_expanded(lower, lower.operand(x), shape) for x, shape in zip(a.tensors, shapes, strict=True))
+    return tuple(
+        _expanded(lower, lower.operand(x), shape) for x, shape in zip(a.tensors, shapes, strict=True)
+    )
 
 
 def _expanded(lower: Lowering, x: int, shape: tuple[int, ...]) -> int:
@@ -78,10 +80,10 @@ def _expanded(lower: Lowering, x: int, shape: tuple[int, ...]) -> int:
     "type_as.default",
 )
 def _copy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
-    source = a.self.meta["val"]
-    if node.meta["val"].dtype != source.dtype or node.meta["val"].device != source.device:
+    source, result = a.self.meta["val"], node.meta["val"]
+    if result.dtype != source.dtype or result.device != source.device:
         raise lower.error(
-            f"converts {source.dtype} on {source.device} to {node.meta['val'].dtype} on {node.meta['val'].device}; "
+            f"converts {source.dtype} on {source.device} to {result.dtype} on {result.device}; "
             "keep the model in one precision on one device"
         )
     return lower.result(a.self)
