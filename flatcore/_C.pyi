@@ -38,3 +38,28 @@ class engine:
             self, V: Tensor, Y: Tensor, mode: str, accumulate: bool, batch_examples: int, examples: float
         ) -> None: ...
         def gradient(self, y: Tensor, accumulate: bool) -> None: ...
+
+class krylov:
+    @staticmethod
+    def solve(
+        product: Callable[[Tensor], Tensor],
+        start: Tensor,
+        k: int,
+        which: str,
+        tol: float,
+        block: int,
+        capacity: int,
+        max_products: int,
+        seed: int,
+        on_step: Callable[[int, int], None] | None,
+    ) -> dict[str, Any]: ...
+    @staticmethod
+    def factorise(
+        product: Callable[[Tensor], Tensor], start: Tensor, block: int, steps: int, keep: int, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    @staticmethod
+    def tridiagonalise(
+        product: Callable[[Tensor], Tensor], start: Tensor, steps: int, on_step: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor, list[int], int]: ...
+    @staticmethod
+    def rademacher(seed: int, first: int, K: int, P: int, like: Tensor) -> Tensor: ...

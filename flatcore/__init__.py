@@ -2,9 +2,23 @@
 
 from flatcore import _load as _load  # isort: skip  # first: explains a torch that does not fit the build
 
+from flatcore.density import spectral_density
+from flatcore.eigsh import eigsh
 from flatcore.objective import ModelLoss, Objective, hf_loss
 from flatcore.operators import GGN, GradientCovariance, Hessian
+from flatcore.trace import diagonal, trace
 
 __version__ = "0.1.0"
 
-__all__ = ["GGN", "GradientCovariance", "Hessian", "ModelLoss", "Objective", "hf_loss"]
+__all__ = [
+    "GGN",
+    "GradientCovariance",
+    "Hessian",
+    "ModelLoss",
+    "Objective",
+    "diagonal",
+    "eigsh",
+    "hf_loss",
+    "spectral_density",
+    "trace",
+]

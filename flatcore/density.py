@@ -20,10 +20,10 @@ def spectral_density(
 ) -> Density:
     """Spectral density of the symmetric operator A, (P, P), from independent probes of random signs.
 
-    Each probe runs ``steps`` steps (at most P) of Lanczos with full reorthogonalisation. ``block_size`` probes, by default
-    all, ride in one product; they do not influence one another, so their spread is an error bar.
-    Costs probes * steps products; memory: block_size * steps vectors of A's precision.
-    Raises ValueError or TypeError for bad arguments and for products that are not finite.
+    Each probe runs ``steps`` steps (at most P) of Lanczos with full reorthogonalisation. ``block_size``
+    probes, by default all, ride in one product; they do not influence one another, so their spread is an
+    error bar. Costs probes * steps products; memory: block_size * steps vectors of A's precision. Raises
+    ValueError or TypeError for bad arguments and for products that are not finite.
     """
     began = time.perf_counter()
     operator = as_operator(A)
@@ -33,7 +33,9 @@ def spectral_density(
 
     nodes, weights, matvecs = [], [], 0
     for first in range(0, probes, block):
-        group_nodes, group_weights, products = _quadratures(operator, seed, first, min(block, probes - first), steps)
+        group_nodes, group_weights, products = _quadratures(
+            operator, seed, first, min(block, probes - first), steps
+        )
         nodes += group_nodes
         weights += group_weights
         matvecs += products
@@ -50,7 +52,7 @@ def spectral_density(
 def _quadratures(
     operator: LinearView, seed: int, first: int, count: int, steps: int
 ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-    """Nodes and weights of probes first, ..., first + count - 1, each padded to ``steps``, and the products used."""
+    """Nodes and weights of probes first to first + count - 1, padded to ``steps``, and the products used."""
     like = torch.empty(0, dtype=operator.dtype, device=operator.device)
     start = _C.krylov.rademacher(seed, first, count, operator.P, like)
     alpha, beta, lengths, products = _C.krylov.tridiagonalise(operator.apply, start, steps, None)

@@ -19,7 +19,8 @@ from flatcore.results import Eigenpairs
 __all__ = ["eigsh"]
 
 _WHICH = ("LM", "LA", "SA", "BE")
-# Of the machine's memory, for the Krylov basis; not of what is free now, so that a run can be repeated exactly.
+# Of the machine's memory, for the Krylov basis; not of what is free now, so that a run can be repeated
+# exactly.
 _MEMORY_SHARE = 0.25
 
 
@@ -38,19 +39,20 @@ def eigsh(
 ) -> Eigenpairs:
     """k eigenpairs of the symmetric operator A, (P, P), with 1 <= k < P.
 
-    ``which``: "LM" largest in absolute value, in decreasing order of it; "LA" largest, decreasing; "SA" smallest,
-    increasing; "BE" from both ends, increasing, the odd one from the upper end.
-    ``tol``: a pair has converged when |A v - value v| <= tol times the largest |eigenvalue| found. Eigenvalues far smaller
-    than that need a smaller tol; float32 products end near 1e-6.
-    ``block_size``: vectors per product, by default min(k + 2, 8). Copies of a multiple eigenvalue beyond the block size
-    are looked for with further random vectors, which costs additional products when all copies a block can see are wanted.
-    ``v0``: (P,) or (P, j), where to start, e.g. the vectors of an earlier run; the rest of the block is random from ``seed``.
+    ``which``: "LM" largest in absolute value, in decreasing order of it; "LA" largest, decreasing; "SA"
+    smallest, increasing; "BE" from both ends, increasing, the odd one from the upper end. ``tol``: a pair has
+    converged when |A v - value v| <= tol times the largest |eigenvalue| found. Eigenvalues far smaller than
+    that need a smaller tol; float32 products end near 1e-6. ``block_size``: vectors per product, by default
+    min(k + 2, 8). Copies of a multiple eigenvalue beyond the block size are looked for with further random
+    vectors, which costs additional products when all copies a block can see are wanted. ``v0``: (P,) or (P,
+    j), where to start, e.g. the vectors of an earlier run; the rest of the block is random from ``seed``.
     ``max_matvecs``: products of A with one vector, in all, by default max(1000, 50 k).
 
-    Costs about block_size products a step, and k for the true residuals. Memory: max(64, 4 k + 6 block_size) vectors.
-    Not converged in max_matvecs: ``status`` says so, a FlatcoreWarning too, and the residuals tell how far it got.
-    Raises ValueError or TypeError for bad arguments, for products that are not finite and for an A that is not symmetric.
-    Source: thick restart after Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616, for blocks.
+    Costs about block_size products a step, and k for the true residuals. Memory: max(64, 4 k + 6 block_size)
+    vectors. Not converged in max_matvecs: ``status`` says so, a FlatcoreWarning too, and the residuals tell
+    how far it got. Raises ValueError or TypeError for bad arguments, for products that are not finite and for
+    an A that is not symmetric. Source: thick restart after Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000)
+    602-616, for blocks.
     """
     began = time.perf_counter()
     operator = as_operator(A)
@@ -69,7 +71,9 @@ def eigsh(
     block = min(k + 2, 8) if block_size is None else check_count("block_size", block_size, 1)
     block = min(block, operator.P)
     least = math.ceil(k / block) * block + k
-    max_matvecs = max(1000, 50 * k, least) if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
+    max_matvecs = (
+        max(1000, 50 * k, least) if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
+    )
     if max_matvecs < least:
         raise ValueError(
             f"max_matvecs: expected at least {least} for k = {k} in blocks of {block} and their residuals, "
@@ -88,7 +92,9 @@ def eigsh(
             _basis_rows(operator, k, block),
             max_matvecs,
             seed,
-            lambda products, converged: bar.update(products, f"{products} products, {converged} of {k} converged"),
+            lambda products, converged: bar.update(
+                products, f"{products} products, {converged} of {k} converged"
+            ),
         )
     values = torch.tensor(found["values"], dtype=torch.float64)
     residuals = torch.tensor(found["residuals"], dtype=torch.float64)
@@ -126,16 +132,20 @@ def _start_rows(v0: torch.Tensor | None, operator: LinearView, block: int) -> to
             f"got {tuple(torch.as_tensor(v0).shape)}"
         )
     if not torch.is_floating_point(rows):
-        raise TypeError(f"v0: expected a floating-point tensor, got {rows.dtype}; convert it, e.g. v0.float()")
+        raise TypeError(
+            f"v0: expected a floating-point tensor, got {rows.dtype}; convert it, e.g. v0.float()"
+        )
     if not torch.isfinite(rows).all():
-        raise ValueError("v0: expected finite entries, got nan or inf; leave it out to start from a random vector")
+        raise ValueError(
+            "v0: expected finite entries, got nan or inf; leave it out to start from a random vector"
+        )
     rows = rows.to(dtype=operator.dtype, device=operator.device)
     # Lengths do not matter to the subspace, but lengths of 1e-30 would have squares of 0.
     return (rows / rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)).contiguous()
 
 
 def _basis_rows(operator: LinearView, k: int, block: int) -> int:
-    """Rows of the Krylov basis before it restarts: enough for fast convergence, within a share of the memory."""
+    """Rows of the Krylov basis before it restarts: enough to converge fast, within a share of the memory."""
     comfortable = max(64, 4 * k + 6 * block)
     least = k + 4 * block
     if operator.device.type == "cuda":
@@ -154,8 +164,8 @@ def _status(found: dict[str, Any], converged: int, k: int, tol: float, dtype: to
         )
     if converged < k:
         return (
-            f"{k - converged} of {k} residuals stay above tol = {tol:g} times {found['scale']:.3g}, the rounding of "
-            f"{str(dtype).removeprefix('torch.')} products; raise tol or use float64"
+            f"{k - converged} of {k} residuals stay above tol = {tol:g} times {found['scale']:.3g}, "
+            f"the rounding of {str(dtype).removeprefix('torch.')} products; raise tol or use float64"
         )
     if found["status"] != "converged":
         return (

@@ -14,7 +14,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class LinearView:
-    """A symmetric operator of P rows: ``apply`` maps (K, P), contiguous, to its K products, (K, P), contiguous."""
+    """A symmetric operator of P rows: ``apply`` maps rows (K, P) to their products (K, P), contiguous."""
 
     def __init__(
         self,
@@ -41,18 +41,22 @@ class LinearView:
 
 
 def as_operator(A: Any) -> LinearView:
-    """Adapts a flatcore operator, a dense tensor or array, a scipy LinearOperator or anything with .shape and @.
+    """Adapts a flatcore operator, a dense tensor or array, a scipy LinearOperator or anything with .shape and
+    @.
 
-    Raises TypeError where A has no .shape and @ or is not float32 or float64, ValueError where it is not square or empty.
+    Raises TypeError where A has no .shape and @ or is not float32 or float64, ValueError where it is not
+    square or empty.
     """
     shape = getattr(A, "shape", None)
     if shape is None or not hasattr(A, "__matmul__"):
         raise TypeError(
-            f"A: expected an operator with .shape and @, got {type(A).__name__}; give e.g. fc.Hessian(objective), "
-            "a square tensor or a scipy LinearOperator"
+            f"A: expected an operator with .shape and @, got {type(A).__name__}; "
+            "give e.g. fc.Hessian(objective), a square tensor or a scipy LinearOperator"
         )
     if len(shape) != 2 or shape[0] != shape[1]:
-        raise ValueError(f"A: expected a square operator of shape (P, P), got {tuple(shape)}; give a symmetric one")
+        raise ValueError(
+            f"A: expected a square operator of shape (P, P), got {tuple(shape)}; give a symmetric one"
+        )
     P = int(shape[0])
     if P == 0:
         raise ValueError("A: expected at least one row, got shape (0, 0); give a non-empty operator")
@@ -69,12 +73,14 @@ def as_operator(A: Any) -> LinearView:
 def _torch_dtype(dtype: Any) -> torch.dtype:
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise TypeError(f"A: expected dtype float32 or float64, got {dtype}; convert it, e.g. A.to(torch.float64)")
+        raise TypeError(
+            f"A: expected dtype float32 or float64, got {dtype}; convert it, e.g. A.to(torch.float64)"
+        )
     return found
 
 
 def _arithmetic(A: Any, P: int) -> tuple[torch.dtype, bool]:
-    """A's precision, and whether it takes torch tensors; an operator that does not say is asked for one product."""
+    """A's precision, and whether it takes torch tensors; where it does not say, one product tells."""
     dtype = getattr(A, "dtype", None)
     if isinstance(dtype, torch.dtype):
         return _torch_dtype(dtype), True
@@ -93,7 +99,9 @@ def _numpy_product(A: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     def product(rows: torch.Tensor) -> torch.Tensor:
         result = np.asarray(A @ rows.numpy().T)
         if not np.issubdtype(result.dtype, np.floating):
-            raise TypeError(f"A: expected real products in floating point, got dtype {result.dtype}; give a real operator")
+            raise TypeError(
+                f"A: expected real products in floating point, got dtype {result.dtype}; give a real operator"
+            )
         return torch.from_numpy(np.ascontiguousarray(result.T))
 
     return product
@@ -103,9 +111,10 @@ def check_count(name: str, value: Any, least: int) -> int:
     """``value`` as an int, refused with a sentence if it is not a whole number >= least."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected a whole number, got {value!r}; give an int")
-    if int(value) < least:
-        raise ValueError(f"{name}: expected at least {least}, got {int(value)}; give a larger number")
-    return int(value)
+    whole: int = value.__index__()
+    if whole < least:
+        raise ValueError(f"{name}: expected at least {least}, got {whole}; give a larger number")
+    return whole
 
 
 def check_seed(seed: Any) -> int:

@@ -50,7 +50,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str, total: int | None = None, enabled: bool = True) -> Iterator[Bar]:
-    """``with progress_bar("eigsh", total=None, enabled=progress) as bar: bar.update(n, text)``, written to stderr."""
+    """``with progress_bar("eigsh", enabled=progress) as bar: bar.update(n, text)``, written to stderr."""
     bar = Bar(title, total, enabled and sys.stderr.isatty())
     try:
         yield bar

@@ -24,7 +24,8 @@ class Eigenpairs:
     ``vectors`` (P, k), unit columns in A's dtype on its device, or None if they were not asked for.
     ``residuals`` (k,) = |A v - value v|, from products of their own, not from a bound.
     ``converged`` (k,): residual <= tol * scale, with ``scale`` the largest absolute eigenvalue estimate seen.
-    ``matvecs``: products of A with one vector, all included. ``status``: "converged", or one sentence that says why not.
+    ``matvecs``: products of A with one vector, all included. ``status``: "converged", or one sentence that
+    says why not.
     """
 
     values: torch.Tensor
@@ -47,7 +48,8 @@ class Estimate:
     """A number, or a (P,) tensor for a diagonal, with its standard error.
 
     ``stderr`` is 0 where the value is exact up to rounding, and nan where a single probe gives no spread.
-    ``matvecs``: products with one vector. ``status``: "converged" or one sentence that says what was not reached.
+    ``matvecs``: products with one vector. ``status``: "converged" or one sentence that says what was not
+    reached.
     """
 
     value: Any
@@ -64,11 +66,13 @@ class Estimate:
 class Density:
     """Spectral density of a symmetric (P, P) operator by stochastic Lanczos quadrature.
 
-    Probe i gives the quadrature sum_j weights[i, j] f(nodes[i, j]), whose mean over probes estimates (1/P) tr f(A):
-    Golub and Welsch, Math. Comp. 23 (1969); Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017), algorithm 1.
-    ``nodes`` and ``weights`` are (probes, steps) float64 arrays, each row of weights sums to 1. A probe whose Krylov space
-    was exhausted early has fewer nodes, is exact for its start vector, and is padded with weights 0.
-    Error bars are standard errors over the independent probes; one probe alone gives nan.
+    Probe i gives the quadrature sum_j weights[i, j] f(nodes[i, j]), whose mean over probes estimates (1/P) tr
+    f(A): Golub and Welsch, Math. Comp. 23 (1969); Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017),
+    algorithm 1. ``nodes`` and ``weights`` are (probes, steps) float64 arrays, each row of weights sums to 1.
+    A probe whose Krylov space was exhausted early has fewer nodes, is exact for its start vector, and is
+    padded with weights 0. Error bars are standard errors over the independent probes; one probe alone gives
+    nan. Where few eigenvalues decide (beyond a gap), a bar from few probes is itself rough: take more probes
+    there, or ``eigsh``.
     """
 
     nodes: np.ndarray
@@ -84,7 +88,7 @@ class Density:
         values = np.asarray(function(self.nodes), dtype=np.float64)
         if values.shape != self.nodes.shape:
             raise ValueError(
-                f"function: expected an array of shape {self.nodes.shape} as it was given, got {values.shape}; "
+                f"function: expected the shape {self.nodes.shape} of its argument, got {values.shape}; "
                 "write it elementwise, e.g. lambda x: x**2"
             )
         # A padded node may be where f is not finite; its weight is 0.
@@ -102,13 +106,14 @@ class Density:
         )
 
     def cdf(self, grid: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Share of eigenvalues below each grid point (one at it counts half), and its standard error; shapes of grid."""
+        """Share of eigenvalues below each grid point (one at it counts half), and its standard error."""
         points = np.asarray(grid, dtype=np.float64)
         step = 0.5 + 0.5 * np.sign(points[..., None, None] - self.nodes)
         return _mean_and_stderr((step * self.weights).sum(axis=-1))
 
     def pdf(self, grid: Any, width: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Density at each grid point, smoothed by a Gaussian of standard deviation ``width``, and its standard error.
+        """Density at each grid point, smoothed by a Gaussian of standard deviation ``width``, and its
+        standard error.
 
         The default width is 1/200 of the range of the nodes. The density integrates to 1.
         """
@@ -130,7 +135,7 @@ class Density:
         return float(self.nodes.min()), float(self.nodes.max())
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The density on a logarithmic axis, with a band of one standard error; returns the matplotlib axes."""
+        """The density on a logarithmic axis, with a band of one standard error; returns the axes."""
         if ax is None:
             from matplotlib import pyplot
 
@@ -139,10 +144,14 @@ class Density:
         margin = 5 * self._width()
         grid = np.linspace(low - margin, high + margin, 1001)
         value, stderr = self.pdf(grid)
-        floor = 0.1 / self.dimension / (self._width() * math.sqrt(2 * math.pi))  # a tenth of one eigenvalue's peak
+        floor = (
+            0.1 / self.dimension / (self._width() * math.sqrt(2 * math.pi))
+        )  # a tenth of one eigenvalue's peak
         ax.semilogy(grid, np.maximum(value, floor))
         if len(self.nodes) > 1:
-            ax.fill_between(grid, np.maximum(value - stderr, floor), np.maximum(value + stderr, floor), alpha=0.3)
+            ax.fill_between(
+                grid, np.maximum(value - stderr, floor), np.maximum(value + stderr, floor), alpha=0.3
+            )
         ax.set_ylim(bottom=floor)
         ax.set_xlabel("eigenvalue")
         ax.set_ylabel("density")

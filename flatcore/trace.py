@@ -37,13 +37,13 @@ def trace(
 ) -> Estimate:
     """tr A of the symmetric operator A, (P, P): ``value`` and ``stderr`` are floats.
 
-    ``method``: "hutchinson": mean of <v, A v> over probes v of random signs (Hutchinson, Commun. Stat. Simul. Comput. 18
-    (1989) 1059-1076), until stderr <= rtol |value|; "exact": all P columns; "auto": exact where P <= 64, else Hutchinson,
-    changing over to exact where the probes seen show that P columns (P <= 4096) are the cheaper way to rtol.
-    ``max_matvecs``: products with one vector, by default 2000 for Hutchinson. rtol not reached by then: ``status`` says so,
-    and a FlatcoreWarning. ``by_parameter``: the same for the diagonal block of each parameter, from the same products,
-    where A has ``parameter_slices`` (name -> slice), else None.
-    Raises ValueError or TypeError for bad arguments and for products that are not finite.
+    ``method``: "hutchinson": mean of <v, A v> over probes v of random signs (Hutchinson, Commun. Stat. Simul.
+    Comput. 18 (1989) 1059-1076), until stderr <= rtol |value|; "exact": all P columns; "auto": exact where P
+    <= 64, else Hutchinson, changing over to exact where the probes seen show that P columns (P <= 4096) are
+    the cheaper way to rtol. ``max_matvecs``: products with one vector, by default 2000 for Hutchinson. rtol
+    not reached by then: ``status`` says so, and a FlatcoreWarning. ``by_parameter``: the same for the
+    diagonal block of each parameter, from the same products, where A has ``parameter_slices`` (name ->
+    slice), else None. Raises ValueError or TypeError for bad arguments and for products that are not finite.
     """
     return _estimate("trace", _TraceSums, A, method, rtol, max_matvecs, seed, progress)
 
@@ -57,16 +57,18 @@ def diagonal(
     seed: int = 0,
     progress: bool = False,
 ) -> Estimate:
-    """diag A of the symmetric operator A, (P, P): ``value`` and ``stderr`` are (P,) float64 tensors on A's device.
+    """diag A of the symmetric operator A, (P, P): ``value`` and ``stderr`` are (P,) float64 tensors on A's
+    device.
 
-    As ``trace``, with v * (A v) in place of <v, A v> (Bekas, Kokiopoulou and Saad, Appl. Numer. Math. 57 (2007)
-    1214-1229), until the norm of stderr <= rtol times the norm of value. Single entries may be far less certain than that.
+    As ``trace``, with v * (A v) in place of <v, A v> (Bekas, Kokiopoulou and Saad, Appl. Numer. Math. 57
+    (2007) 1214-1229), until the norm of stderr <= rtol times the norm of value. Single entries may be far
+    less certain than that.
     """
     return _estimate("diagonal", _DiagonalSums, A, method, rtol, max_matvecs, seed, progress)
 
 
 class _TraceSums:
-    """Running mean and squared deviations (Welford) of <v, A v>, in all and per parameter, of one probe after another."""
+    """Running mean and squared deviations (Welford) over probes of <v, A v>, in all and per parameter."""
 
     def __init__(self, operator: LinearView) -> None:
         self.slices = {"": slice(None), **(operator.parameter_slices or {})}
@@ -87,7 +89,11 @@ class _TraceSums:
             self.squares += away * (sample - self.mean)
 
     def stderr(self) -> torch.Tensor:
-        return (self.squares / (self.n * (self.n - 1))).sqrt() if self.n > 1 else torch.full_like(self.squares, math.nan)
+        return (
+            (self.squares / (self.n * (self.n - 1))).sqrt()
+            if self.n > 1
+            else torch.full_like(self.squares, math.nan)
+        )
 
     def error_and_size(self) -> tuple[float, float]:
         """What is compared: stderr <= rtol * size."""
@@ -143,10 +149,12 @@ def _estimate(
     seed = check_seed(seed)
     limit = None if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
     if method == "exact" and limit is not None and limit < operator.P:
-        raise ValueError(f"max_matvecs: the exact {what} takes P = {operator.P} products, got {limit}; allow as many")
+        raise ValueError(
+            f"max_matvecs: the exact {what} takes P = {operator.P} products, got {limit}; allow as many"
+        )
     budget = limit or max(_MAX_MATVECS, operator.P if method == "exact" else 0)
 
-    exact = method == "exact" or (method == "auto" and operator.P <= min(_EXACT_AT_ONCE, budget))
+    exact = method == "exact" or (method == "auto" and min(_EXACT_AT_ONCE, budget) >= operator.P)
     sums, matvecs = kind(operator), 0
     with progress_bar(what, total=operator.P if exact else budget, enabled=progress) as bar:
         if not exact:
@@ -174,11 +182,13 @@ def _estimate(
 def _hutchinson(
     operator: LinearView, sums: _TraceSums, rtol: float, budget: int, seed: int, may_change: bool, bar: Bar
 ) -> tuple[int, bool]:
-    """Fills ``sums`` until rtol or the budget is reached; returns the products used and whether to change to exact.
+    """Fills ``sums`` until rtol or the budget is reached; returns the products used and whether to change to
+    exact.
 
-    The number of probes depends on the samples, so where their spread happens to come out small it stops early: the mean
-    stays consistent, but at its smallest sample sizes the true error exceeds the stated one more often than a normal law
-    says. _LEAST_PROBES bounds that (relative error of a standard error from n samples: about 1 / sqrt(2 n)).
+    The number of probes depends on the samples, so where their spread happens to come out small it stops
+    early: the mean stays consistent, but at its smallest sample sizes the true error exceeds the stated one
+    more often than a normal law says. _LEAST_PROBES bounds that (relative error of a standard error from n
+    samples: about 1 / sqrt(2 n)).
     """
     like = torch.empty(0, dtype=operator.dtype, device=operator.device)
     while sums.n < budget:
@@ -215,7 +225,8 @@ def _exact_diagonal(operator: LinearView, bar: Bar) -> torch.Tensor:
 def _finite(products: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(products).all():
         raise ValueError(
-            "A: A @ V has entries that are not finite (nan or inf); check the operator, for a Hessian the loss and the parameters"
+            "A: A @ V has entries that are not finite (nan or inf); "
+            "check the operator, for a Hessian the loss and the parameters"
         )
     return products
 

@@ -16,8 +16,8 @@ namespace flatcore {
 namespace {
 
 // The GIL is held for the product alone; the recurrences run without it.
-TensorSpace make_space(const py::function &product, const at::Tensor &like, uint64_t seed) {
-    auto apply = [&product](const at::Tensor &X) {
+TensorSpace make_space(const py::function& product, const at::Tensor& like, uint64_t seed) {
+    auto apply = [&product](const at::Tensor& X) {
         py::gil_scoped_acquire acquire;
         return product(X).cast<at::Tensor>();
     };
@@ -25,35 +25,30 @@ TensorSpace make_space(const py::function &product, const at::Tensor &like, uint
 }
 
 // Between two steps: Ctrl-C ends the run, and Python may show progress.
-template <class... Counts> auto step_callback(const py::object &on_step) {
+template <class... Counts>
+auto step_callback(const py::object& on_step) {
     return [&on_step](Counts... counts) {
         py::gil_scoped_acquire acquire;
-        if (PyErr_CheckSignals() != 0)
-            throw py::error_already_set();
-        if (!on_step.is_none())
-            on_step(counts...);
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        if (!on_step.is_none()) on_step(counts...);
     };
 }
 
-void check_rows(const char *name, const at::Tensor &X) {
+void check_rows(const char* name, const at::Tensor& X) {
     if (X.dim() != 2 || !X.is_contiguous() ||
         (X.scalar_type() != at::kFloat && X.scalar_type() != at::kDouble))
         throw py::value_error(std::string(name) + ": expected contiguous float32 or float64 rows (p, P)");
 }
 
-krylov::Which which_named(const std::string &name) {
-    if (name == "LM")
-        return krylov::Which::LM;
-    if (name == "LA")
-        return krylov::Which::LA;
-    if (name == "SA")
-        return krylov::Which::SA;
-    if (name == "BE")
-        return krylov::Which::BE;
+krylov::Which which_named(const std::string& name) {
+    if (name == "LM") return krylov::Which::LM;
+    if (name == "LA") return krylov::Which::LA;
+    if (name == "SA") return krylov::Which::SA;
+    if (name == "BE") return krylov::Which::BE;
     throw py::value_error("which: expected LM, LA, SA or BE, got '" + name + "'");
 }
 
-const char *status_name(krylov::EigenStatus status) {
+const char* status_name(krylov::EigenStatus status) {
     switch (status) {
     case krylov::EigenStatus::converged:
         return "converged";
@@ -65,9 +60,9 @@ const char *status_name(krylov::EigenStatus status) {
     return "unknown";
 }
 
-py::dict solve(const py::function &product, const at::Tensor &start, int64_t k, const std::string &which,
+py::dict solve(const py::function& product, const at::Tensor& start, int64_t k, const std::string& which,
                double tol, int64_t block, int64_t capacity, int64_t max_products, uint64_t seed,
-               const py::object &on_step) {
+               const py::object& on_step) {
     check_rows("start", start);
     const krylov::EigenOptions options{k, which_named(which), tol, block, capacity, max_products};
     krylov::EigenResult<at::Tensor> result;
@@ -91,7 +86,7 @@ py::dict solve(const py::function &product, const at::Tensor &start, int64_t k, 
 
 // The factorisation itself, for tests: (V, T, C, Q) after each of `steps` steps, restarting to `keep` rows
 // where > 0.
-py::tuple factorise(const py::function &product, const at::Tensor &start, int64_t block, int64_t steps,
+py::tuple factorise(const py::function& product, const at::Tensor& start, int64_t block, int64_t steps,
                     int64_t keep, uint64_t seed) {
     check_rows("start", start);
     at::Tensor V, Q;
@@ -100,15 +95,12 @@ py::tuple factorise(const py::function &product, const at::Tensor &start, int64_
         py::gil_scoped_release release;
         TensorSpace space = make_space(product, start, seed);
         krylov::BlockLanczos<TensorSpace> lanczos(space, start, block, (steps + 2) * block);
-        for (int64_t i = 0; i < steps && !lanczos.complete(); ++i)
-            lanczos.step();
+        for (int64_t i = 0; i < steps && !lanczos.complete(); ++i) lanczos.step();
         if (keep > 0) {
             std::vector<int64_t> first(static_cast<size_t>(std::min(keep, lanczos.basis_rows())));
-            for (size_t i = 0; i < first.size(); ++i)
-                first[i] = static_cast<int64_t>(i);
+            for (size_t i = 0; i < first.size(); ++i) first[i] = static_cast<int64_t>(i);
             lanczos.restart(lanczos.ritz(), first);
-            if (!lanczos.complete())
-                lanczos.step();
+            if (!lanczos.complete()) lanczos.step();
         }
         V = lanczos.basis();
         Q = lanczos.next_block();
@@ -119,8 +111,8 @@ py::tuple factorise(const py::function &product, const at::Tensor &start, int64_
     return py::make_tuple(V, exact.to_tensor(T), exact.to_tensor(C), Q);
 }
 
-py::tuple tridiagonalise(const py::function &product, const at::Tensor &start, int64_t steps,
-                         const py::object &on_step) {
+py::tuple tridiagonalise(const py::function& product, const at::Tensor& start, int64_t steps,
+                         const py::object& on_step) {
     check_rows("start", start);
     krylov::Tridiagonals result;
     {
@@ -133,7 +125,7 @@ py::tuple tridiagonalise(const py::function &product, const at::Tensor &start, i
                           result.applications);
 }
 
-at::Tensor rademacher(uint64_t seed, int64_t first, int64_t K, int64_t P, const at::Tensor &like) {
+at::Tensor rademacher(uint64_t seed, int64_t first, int64_t K, int64_t P, const at::Tensor& like) {
     at::Tensor host = at::empty({K, P}, like.options().device(at::kCPU));
     py::gil_scoped_release release;
     if (host.scalar_type() == at::kFloat)
@@ -145,7 +137,7 @@ at::Tensor rademacher(uint64_t seed, int64_t first, int64_t K, int64_t P, const 
     return host.to(like.options());
 }
 
-} // namespace
+}  // namespace
 
 void bind_krylov(py::module_ module) {
     py::module_ m =
@@ -162,4 +154,4 @@ void bind_krylov(py::module_ module) {
           py::arg("like"));
 }
 
-} // namespace flatcore
+}  // namespace flatcore

@@ -12,49 +12,49 @@
 namespace flatcore {
 
 class TensorSpace {
-  public:
+ public:
     using Block = at::Tensor;
     using Matrix = krylov::Matrix;
     // (p, P) contiguous -> (p, P), X -> X A
-    using Apply = std::function<at::Tensor(const at::Tensor &)>;
+    using Apply = std::function<at::Tensor(const at::Tensor&)>;
 
     TensorSpace(Apply apply, int64_t P, at::TensorOptions options, uint64_t seed)
         : apply_(std::move(apply)), P_(P), options_(options), seed_(seed) {}
 
     int64_t dimension() const { return P_; }
     double epsilon() const { return options_.dtype() == at::kFloat ? 0x1.0p-23 : 0x1.0p-52; }
-    int64_t count(const Block &X) const { return X.size(0); }
+    int64_t count(const Block& X) const { return X.size(0); }
     Block allocate(int64_t p) const;
     Block random(int64_t p);
-    Block rows(const Block &X, int64_t first, int64_t n) const { return X.narrow(0, first, n); }
-    Block select(const Block &X, const std::vector<int64_t> &indices) const;
-    void scatter(Block &X, const std::vector<int64_t> &indices, const Block &Y) const;
-    void assign(Block X, const Block &Y) const { X.copy_(Y); }
-    Block apply(const Block &X) const;
-    Matrix gram(const Block &X, const Block &Y) const;
-    void update(Block &X, const Matrix &B, const Block &Y) const;
-    Block combine(const Matrix &B, const Block &Y) const;
-    void rotate(Block X, const Matrix &B) const;
-    krylov::Spectral eigh(const Matrix &T) const;
+    Block rows(const Block& X, int64_t first, int64_t n) const { return X.narrow(0, first, n); }
+    Block select(const Block& X, const std::vector<int64_t>& indices) const;
+    void scatter(Block& X, const std::vector<int64_t>& indices, const Block& Y) const;
+    void assign(Block X, const Block& Y) const { X.copy_(Y); }
+    Block apply(const Block& X) const;
+    Matrix gram(const Block& X, const Block& Y) const;
+    void update(Block& X, const Matrix& B, const Block& Y) const;
+    Block combine(const Matrix& B, const Block& Y) const;
+    void rotate(Block X, const Matrix& B) const;
+    krylov::Spectral eigh(const Matrix& T) const;
 
     // Bases of K independent recurrences: (K, steps, P).
     Block allocate_bases(int64_t K, int64_t steps) const;
-    void assign_each(Block &bases, int64_t j, const Block &X) const { bases.select(1, j).copy_(X); }
-    Matrix gram_each(const Block &bases, int64_t j, const Block &X) const;
-    void update_each(Block &X, const Matrix &B, const Block &bases, int64_t j) const;
-    std::vector<double> dot_each(const Block &X, const Block &Y) const;
-    void scale_each(Block &X, const std::vector<double> &factors) const;
+    void assign_each(Block& bases, int64_t j, const Block& X) const { bases.select(1, j).copy_(X); }
+    Matrix gram_each(const Block& bases, int64_t j, const Block& X) const;
+    void update_each(Block& X, const Matrix& B, const Block& bases, int64_t j) const;
+    std::vector<double> dot_each(const Block& X, const Block& Y) const;
+    void scale_each(Block& X, const std::vector<double>& factors) const;
 
     // Host matrix to a tensor of this space's precision and device, and back.
-    at::Tensor to_tensor(const Matrix &B) const;
-    static Matrix to_matrix(const at::Tensor &B);
+    at::Tensor to_tensor(const Matrix& B) const;
+    static Matrix to_matrix(const at::Tensor& B);
 
-  private:
+ private:
     Apply apply_;
     int64_t P_;
     at::TensorOptions options_;
     uint64_t seed_;
-    int64_t random_rows_ = 0; // drawn so far
+    int64_t random_rows_ = 0;  // drawn so far
 };
 
-} // namespace flatcore
+}  // namespace flatcore

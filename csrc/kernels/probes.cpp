@@ -9,7 +9,7 @@ namespace flatcore {
 namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ULL;
-constexpr int64_t kWordsPerPiece = 1024; // fewer are not worth a thread
+constexpr int64_t kWordsPerPiece = 1024;  // fewer are not worth a thread
 
 uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
@@ -27,23 +27,24 @@ uint64_t word(uint64_t key, int64_t index) { return mix(key + (static_cast<uint6
 // Uniform on (0, 1], 53 bits; never 0, so its logarithm is finite.
 double uniform(uint64_t bits) { return static_cast<double>((bits >> 11) + 1) * 0x1.0p-53; }
 
-} // namespace
+}  // namespace
 
-template <class T> void rademacher_rows(uint64_t seed, int64_t first, int64_t K, int64_t P, T *out) {
-    const int64_t words = (P + 63) / 64; // one word gives 64 signs
+template <class T>
+void rademacher_rows(uint64_t seed, int64_t first, int64_t K, int64_t P, T* out) {
+    const int64_t words = (P + 63) / 64;  // one word gives 64 signs
     parallel_for(0, K * words, kWordsPerPiece, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = i / words, index = i % words;
             const uint64_t bits = word(row_key(seed, 0, first + row), index);
-            T *target = out + row * P + index * 64;
+            T* target = out + row * P + index * 64;
             const int64_t count = std::min<int64_t>(64, P - index * 64);
-            for (int64_t j = 0; j < count; ++j)
-                target[j] = ((bits >> j) & 1) ? T(1) : T(-1);
+            for (int64_t j = 0; j < count; ++j) target[j] = ((bits >> j) & 1) ? T(1) : T(-1);
         }
     });
 }
 
-template <class T> void normal_rows(uint64_t seed, int64_t first, int64_t K, int64_t P, T *out) {
+template <class T>
+void normal_rows(uint64_t seed, int64_t first, int64_t K, int64_t P, T* out) {
     const int64_t pairs = (P + 1) / 2;
     parallel_for(0, K * pairs, kWordsPerPiece, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -51,17 +52,16 @@ template <class T> void normal_rows(uint64_t seed, int64_t first, int64_t K, int
             const uint64_t key = row_key(seed, 1, first + row);
             const double radius = std::sqrt(-2.0 * std::log(uniform(word(key, 2 * pair))));
             const double angle = 2.0 * M_PI * uniform(word(key, 2 * pair + 1));
-            T *target = out + row * P + 2 * pair;
+            T* target = out + row * P + 2 * pair;
             target[0] = static_cast<T>(radius * std::cos(angle));
-            if (2 * pair + 1 < P)
-                target[1] = static_cast<T>(radius * std::sin(angle));
+            if (2 * pair + 1 < P) target[1] = static_cast<T>(radius * std::sin(angle));
         }
     });
 }
 
-template void rademacher_rows<float>(uint64_t, int64_t, int64_t, int64_t, float *);
-template void rademacher_rows<double>(uint64_t, int64_t, int64_t, int64_t, double *);
-template void normal_rows<float>(uint64_t, int64_t, int64_t, int64_t, float *);
-template void normal_rows<double>(uint64_t, int64_t, int64_t, int64_t, double *);
+template void rademacher_rows<float>(uint64_t, int64_t, int64_t, int64_t, float*);
+template void rademacher_rows<double>(uint64_t, int64_t, int64_t, int64_t, double*);
+template void normal_rows<float>(uint64_t, int64_t, int64_t, int64_t, float*);
+template void normal_rows<double>(uint64_t, int64_t, int64_t, int64_t, double*);
 
-} // namespace flatcore
+}  // namespace flatcore

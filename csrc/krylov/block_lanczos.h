@@ -45,17 +45,17 @@
 
 namespace flatcore::krylov {
 
-template <class Space> class BlockLanczos {
-  public:
+template <class Space>
+class BlockLanczos {
+ public:
     using Block = typename Space::Block;
 
     // `start` (s, P), s >= 0, not necessarily orthonormal, is filled up with random rows to `width` rows, the
     // block size that is restored after every deflation.
-    BlockLanczos(Space &space, const Block &start, int64_t width, int64_t capacity)
+    BlockLanczos(Space& space, const Block& start, int64_t width, int64_t capacity)
         : space_(space), width_(std::min(width, space.dimension())), storage_(space.allocate(capacity)),
           capacity_(capacity), T_(0, 0), C_(0, 0) {
-        if (space_.count(start) > 0)
-            append(project(start), 0.0);
+        if (space_.count(start) > 0) append(project(start), 0.0);
         fill(width_);
     }
 
@@ -70,23 +70,22 @@ template <class Space> class BlockLanczos {
 
     Block basis() { return space_.rows(storage_, 0, m_); }
     Block next_block() { return space_.rows(storage_, m_, q_); }
-    const Matrix &projected() const { return T_; }
-    const Matrix &coupling() const { return C_; }
+    const Matrix& projected() const { return T_; }
+    const Matrix& coupling() const { return C_; }
 
     // Random rows brought in so far, as (step, rows): see EigenSolver for what they are good for.
     struct Injection {
         int64_t step;
         int64_t rows;
     };
-    const std::vector<Injection> &injections() const { return injections_; }
+    const std::vector<Injection>& injections() const { return injections_; }
 
     // One step: Q joins the basis and the next block is what A Q has outside it. Two projections, each
     // followed by an orthonormalisation, keep V Vᵀ = I to rounding (Barlow and Smoktunowicz,
     // "Reorthogonalized block classical Gram-Schmidt", Numer. Math. 123 (2013) 395-423).
     void step() {
         const int64_t q = q_;
-        if (q == 0)
-            throw std::logic_error("block Lanczos: a step without a block");
+        if (q == 0) throw std::logic_error("block Lanczos: a step without a block");
         Block W = space_.apply(next_block());
         applications_ += q;
         const int64_t old = m_;
@@ -94,12 +93,10 @@ template <class Space> class BlockLanczos {
         q_ = 0;
         Block V = basis();
 
-        Matrix H = space_.gram(V, W); // W = Hᵀ V + what is left
-        if (!all_finite(H))
-            throw OperatorError(kNotFinite);
+        Matrix H = space_.gram(V, W);  // W = Hᵀ V + what is left
+        if (!all_finite(H)) throw OperatorError(kNotFinite);
         space_.update(W, transpose(H), V);
-        for (int64_t j = 0; j < q; ++j)
-            scale_ = std::max(scale_, column_norm(H, j));
+        for (int64_t j = 0; j < q; ++j) scale_ = std::max(scale_, column_norm(H, j));
         // What is shorter than the rounding of A Q is no direction. Keeping such a row would be harmless (it
         // acts as a random one), dividing by it unchecked would not.
         Orthonormal<Block> first = orthonormalise(space_, W, 8.0 * space_.epsilon() * scale_);
@@ -108,8 +105,7 @@ template <class Space> class BlockLanczos {
         add(H, multiply(G, transpose(first.factor)));
         Orthonormal<Block> second = orthonormalise(space_, first.rows, kLostLength);
         Matrix B = multiply(first.factor, second.factor);
-        for (int64_t j = 0; j < B.rows; ++j)
-            scale_ = std::max(scale_, column_norm(transpose(B), j));
+        for (int64_t j = 0; j < B.rows; ++j) scale_ = std::max(scale_, column_norm(transpose(B), j));
 
         grow_projected(H, old);
         const int64_t r = std::min(space_.count(second.rows), space_.dimension() - m_);
@@ -117,8 +113,7 @@ template <class Space> class BlockLanczos {
         q_ = r;
         C_ = Matrix(m_, q_);
         for (int64_t i = 0; i < q; ++i)
-            for (int64_t j = 0; j < q_; ++j)
-                C_(old + i, j) = B(i, j);
+            for (int64_t j = 0; j < q_; ++j) C_(old + i, j) = B(i, j);
         ++steps_;
         fill(width_);
     }
@@ -131,14 +126,13 @@ template <class Space> class BlockLanczos {
         const int64_t before = q_;
         for (int attempt = 0; attempt < 8 && q_ < target; ++attempt)
             append(project(space_.random(target - q_)), 0.0);
-        if (q_ > before)
-            injections_.push_back({steps_, q_ - before});
+        if (q_ > before) injections_.push_back({steps_, q_ - before});
     }
 
     struct Ritz {
-        std::vector<double> values; // (m,), ascending
-        Matrix vectors;             // (m, m), a column each
-        std::vector<double> bounds; // (m,), the residual norms |sᵀ C|
+        std::vector<double> values;  // (m,), ascending
+        Matrix vectors;              // (m, m), a column each
+        std::vector<double> bounds;  // (m,), the residual norms |sᵀ C|
     };
 
     Ritz ritz() {
@@ -152,13 +146,12 @@ template <class Space> class BlockLanczos {
 
     // Thick restart: the basis becomes the chosen Ritz vectors, the next block stays, and V A = T V + C Q
     // goes on holding with T = diag(theta) and C = Sᵀ C.
-    void restart(const Ritz &ritz, const std::vector<int64_t> &chosen) {
+    void restart(const Ritz& ritz, const std::vector<int64_t>& chosen) {
         const Matrix S = columns(ritz.vectors, chosen);
         const auto kept = static_cast<int64_t>(chosen.size());
         space_.rotate(basis(), transpose(S));
         std::vector<int64_t> everything(static_cast<size_t>(q_));
-        for (int64_t i = 0; i < q_; ++i)
-            everything[static_cast<size_t>(i)] = i;
+        for (int64_t i = 0; i < q_; ++i) everything[static_cast<size_t>(i)] = i;
         Block Q = space_.select(next_block(), everything);
         C_ = multiply(transpose(S), C_);
         T_ = Matrix(kept, kept);
@@ -168,18 +161,17 @@ template <class Space> class BlockLanczos {
         space_.assign(next_block(), Q);
     }
 
-  private:
+ private:
     // A unit row that a repeated projection shortens to less than this was rounding noise within the basis.
     static constexpr double kLostLength = 0.1;
 
     Block project(Block W) {
         Block known = space_.rows(storage_, 0, m_ + q_);
-        if (space_.count(known) > 0)
-            space_.update(W, space_.gram(W, known), known);
+        if (space_.count(known) > 0) space_.update(W, space_.gram(W, known), known);
         return W;
     }
 
-    void append(const Block &W, double drop) {
+    void append(const Block& W, double drop) {
         Orthonormal<Block> first = orthonormalise(space_, W, drop);
         Orthonormal<Block> second = orthonormalise(space_, project(first.rows), kLostLength);
         const int64_t room = std::min(space_.dimension(), capacity_) - m_ - q_;
@@ -192,7 +184,7 @@ template <class Space> class BlockLanczos {
     // T = V A Vᵀ grows by the rows of the block that joined the basis. That its entries agree with the
     // residual's coefficients C of the rows before, and across the diagonal, is the only view the method has
     // of A's symmetry.
-    void grow_projected(const Matrix &H, int64_t old) {
+    void grow_projected(const Matrix& H, int64_t old) {
         T_ = padded(T_, m_, m_);
         for (int64_t j = 0; j < m_ - old; ++j) {
             for (int64_t i = 0; i < old; ++i) {
@@ -214,18 +206,18 @@ template <class Space> class BlockLanczos {
                                 " for two unit vectors; give a symmetric operator, e.g. (A + A.T) / 2.");
     }
 
-    Space &space_;
-    int64_t width_; // block size that fill restores
-    Block storage_; // (capacity, P): V, then Q
+    Space& space_;
+    int64_t width_;  // block size that fill restores
+    Block storage_;  // (capacity, P): V, then Q
     int64_t capacity_;
-    int64_t m_ = 0;      // rows of V
-    int64_t q_ = 0;      // rows of Q
-    Matrix T_;           // (m, m)
-    Matrix C_;           // (m, q)
-    double scale_ = 0.0; // largest |x A| seen, |x| = 1
+    int64_t m_ = 0;       // rows of V
+    int64_t q_ = 0;       // rows of Q
+    Matrix T_;            // (m, m)
+    Matrix C_;            // (m, q)
+    double scale_ = 0.0;  // largest |x A| seen, |x| = 1
     int64_t steps_ = 0;
-    int64_t applications_ = 0; // products of one vector with A
+    int64_t applications_ = 0;  // products of one vector with A
     std::vector<Injection> injections_;
 };
 
-} // namespace flatcore::krylov
+}  // namespace flatcore::krylov

@@ -19,7 +19,7 @@ namespace flatcore::krylov {
 enum class Which { LM, LA, SA, BE };
 
 // Positions of `ascending` values, the most wanted first.
-inline std::vector<int64_t> by_preference(const std::vector<double> &ascending, Which which) {
+inline std::vector<int64_t> by_preference(const std::vector<double>& ascending, Which which) {
     const auto n = static_cast<int64_t>(ascending.size());
     std::vector<int64_t> order;
     for (int64_t low = 0, high = n - 1; low <= high;) {
@@ -27,8 +27,7 @@ inline std::vector<int64_t> by_preference(const std::vector<double> &ascending, 
         if (which == Which::LM)
             take_high = std::abs(ascending[static_cast<size_t>(high)]) >=
                         std::abs(ascending[static_cast<size_t>(low)]);
-        if (which == Which::BE)
-            take_high = order.size() % 2 == 0;
+        if (which == Which::BE) take_high = order.size() % 2 == 0;
         order.push_back(take_high ? high-- : low++);
     }
     return order;
@@ -37,36 +36,38 @@ inline std::vector<int64_t> by_preference(const std::vector<double> &ascending, 
 struct EigenOptions {
     int64_t k = 1;
     Which which = Which::LM;
-    double tol = 1e-3; // residuals, relative to the largest |theta| seen
+    double tol = 1e-3;  // residuals, relative to the largest |theta| seen
     int64_t block = 1;
-    int64_t capacity = 0;     // rows of basis and next block together
-    int64_t max_products = 0; // in all, the true residuals' included
+    int64_t capacity = 0;      // rows of basis and next block together
+    int64_t max_products = 0;  // in all, the true residuals' included
 };
 
 enum class EigenStatus { converged, out_of_products, copies_not_checked };
 
-template <class Block> struct EigenResult {
-    std::vector<double> values;    // (k,), the most wanted first
-    Block vectors;                 // (k, P)
-    std::vector<double> residuals; // (k,), |x A - theta x| from products of their own
-    double scale = 0.0;            // largest |theta| seen
+template <class Block>
+struct EigenResult {
+    std::vector<double> values;     // (k,), the most wanted first
+    Block vectors;                  // (k, P)
+    std::vector<double> residuals;  // (k,), |x A - theta x| from products of their own
+    double scale = 0.0;             // largest |theta| seen
     int64_t products = 0;
     int64_t steps = 0;
     int64_t restarts = 0;
     EigenStatus status = EigenStatus::out_of_products;
 };
 
-template <class Space> class EigenSolver {
-  public:
+template <class Space>
+class EigenSolver {
+ public:
     using Block = typename Space::Block;
     using Lanczos = BlockLanczos<Space>;
     // Called after each step with the products used and the wanted pairs converged so far; may throw to stop.
     using OnStep = std::function<void(int64_t, int64_t)>;
 
-    EigenSolver(Space &space, const EigenOptions &options, const Block &start)
+    EigenSolver(Space& space, const EigenOptions& options, const Block& start)
         : space_(space), options_(options), lanczos_(space, start, options.block, options.capacity) {}
 
-    EigenResult<Block> solve(const OnStep &on_step) {
+    EigenResult<Block> solve(const OnStep& on_step) {
         EigenResult<Block> result;
         typename Lanczos::Ritz ritz;
         std::vector<int64_t> order;
@@ -76,8 +77,7 @@ template <class Space> class EigenSolver {
             }
             lanczos_.step();
             ritz = lanczos_.ritz();
-            for (const double theta : ritz.values)
-                scale_ = std::max(scale_, std::abs(theta));
+            for (const double theta : ritz.values) scale_ = std::max(scale_, std::abs(theta));
             order = by_preference(ritz.values, options_.which);
             const int64_t converged = count_converged(ritz, order);
             on_step(lanczos_.applications(), converged);
@@ -98,10 +98,10 @@ template <class Space> class EigenSolver {
         return result;
     }
 
-  private:
+ private:
     // Keeps half of the unwanted Ritz vectors as well, lest the search rediscovers the edge of the wanted
     // part each time; leaves room for three blocks.
-    void restart(const typename Lanczos::Ritz &ritz, const std::vector<int64_t> &order, int64_t block) {
+    void restart(const typename Lanczos::Ritz& ritz, const std::vector<int64_t>& order, int64_t block) {
         const int64_t m = lanczos_.basis_rows(), k = options_.k;
         const int64_t kept =
             std::min(m, std::max(k, std::min(k + (m - k) / 2, lanczos_.capacity() - 3 * block)));
@@ -109,7 +109,7 @@ template <class Space> class EigenSolver {
         ++restarts_;
     }
 
-    int64_t count_converged(const typename Lanczos::Ritz &ritz, const std::vector<int64_t> &order) const {
+    int64_t count_converged(const typename Lanczos::Ritz& ritz, const std::vector<int64_t>& order) const {
         int64_t converged = 0;
         for (int64_t i = 0; i < options_.k && i < static_cast<int64_t>(order.size()); ++i)
             converged +=
@@ -121,19 +121,17 @@ template <class Space> class EigenSolver {
     // leave it open whether there are more. They are believed when they are fewer than the random rows that
     // have been explored; else fresh random rows join the block. Rows that joined at step s count after s / 2
     // further steps (3 at least): by then a missing copy stands out as a Ritz value that is not converged.
-    bool copies_complete(const typename Lanczos::Ritz &ritz, const std::vector<int64_t> &order) {
+    bool copies_complete(const typename Lanczos::Ritz& ritz, const std::vector<int64_t>& order) {
         const int64_t copies = most_copies(ritz, order);
         int64_t explored = 0, all = 0;
-        for (const auto &injection : lanczos_.injections()) {
+        for (const auto& injection : lanczos_.injections()) {
             all += injection.rows;
             const int64_t age = lanczos_.steps() - injection.step;
             if (injection.step == 0 || age >= std::max<int64_t>(3, injection.step / 2))
                 explored += injection.rows;
         }
-        if (copies < explored)
-            return true;
-        if (copies < all)
-            return false;
+        if (copies < explored) return true;
+        if (copies < all) return false;
         int64_t block = lanczos_.block_rows() + std::max(options_.block, copies + 1 - all);
         if (lanczos_.capacity() < space_.dimension()) {
             block = std::min(block, (lanczos_.capacity() - options_.k) / 3);
@@ -146,7 +144,7 @@ template <class Space> class EigenSolver {
     }
 
     // Values that agree to the tolerance asked for count as copies.
-    int64_t most_copies(const typename Lanczos::Ritz &ritz, const std::vector<int64_t> &order) const {
+    int64_t most_copies(const typename Lanczos::Ritz& ritz, const std::vector<int64_t>& order) const {
         std::vector<double> wanted;
         for (int64_t i = 0; i < options_.k; ++i)
             wanted.push_back(ritz.values[static_cast<size_t>(order[static_cast<size_t>(i)])]);
@@ -160,23 +158,20 @@ template <class Space> class EigenSolver {
         return most;
     }
 
-    void finish(const typename Lanczos::Ritz &ritz, const std::vector<int64_t> &wanted,
-                EigenResult<Block> &result) {
+    void finish(const typename Lanczos::Ritz& ritz, const std::vector<int64_t>& wanted,
+                EigenResult<Block>& result) {
         const int64_t k = options_.k;
         result.vectors = space_.combine(transpose(columns(ritz.vectors, wanted)), lanczos_.basis());
-        for (const int64_t i : wanted)
-            result.values.push_back(ritz.values[static_cast<size_t>(i)]);
+        for (const int64_t i : wanted) result.values.push_back(ritz.values[static_cast<size_t>(i)]);
         for (int64_t first = 0; first < k; first += options_.block) {
             const int64_t n = std::min(options_.block, k - first);
             Block x = space_.rows(result.vectors, first, n);
             Block residual = space_.apply(x);
             Matrix theta(n, n);
-            for (int64_t i = 0; i < n; ++i)
-                theta(i, i) = result.values[static_cast<size_t>(first + i)];
+            for (int64_t i = 0; i < n; ++i) theta(i, i) = result.values[static_cast<size_t>(first + i)];
             space_.update(residual, theta, x);
             const Matrix squares = space_.gram(residual, residual);
-            for (int64_t i = 0; i < n; ++i)
-                result.residuals.push_back(std::sqrt(squares(i, i)));
+            for (int64_t i = 0; i < n; ++i) result.residuals.push_back(std::sqrt(squares(i, i)));
         }
         result.scale = scale_;
         result.steps = lanczos_.steps();
@@ -184,7 +179,7 @@ template <class Space> class EigenSolver {
         result.products = lanczos_.applications() + k;
     }
 
-    Space &space_;
+    Space& space_;
     EigenOptions options_;
     Lanczos lanczos_;
     double scale_ = 0.0;
@@ -192,4 +187,4 @@ template <class Space> class EigenSolver {
     bool copies_not_checked_ = false;
 };
 
-} // namespace flatcore::krylov
+}  // namespace flatcore::krylov

@@ -17,61 +17,54 @@ struct Matrix {
     Matrix(int64_t rows, int64_t cols)
         : rows(rows), cols(cols), data(static_cast<size_t>(rows * cols), 0.0) {}
 
-    double &operator()(int64_t i, int64_t j) { return data[static_cast<size_t>(i * cols + j)]; }
+    double& operator()(int64_t i, int64_t j) { return data[static_cast<size_t>(i * cols + j)]; }
     double operator()(int64_t i, int64_t j) const { return data[static_cast<size_t>(i * cols + j)]; }
 };
 
-inline Matrix transpose(const Matrix &a) {
+inline Matrix transpose(const Matrix& a) {
     Matrix t(a.cols, a.rows);
     for (int64_t i = 0; i < a.rows; ++i)
-        for (int64_t j = 0; j < a.cols; ++j)
-            t(j, i) = a(i, j);
+        for (int64_t j = 0; j < a.cols; ++j) t(j, i) = a(i, j);
     return t;
 }
 
-inline Matrix multiply(const Matrix &a, const Matrix &b) {
+inline Matrix multiply(const Matrix& a, const Matrix& b) {
     Matrix c(a.rows, b.cols);
     for (int64_t i = 0; i < a.rows; ++i)
         for (int64_t l = 0; l < a.cols; ++l)
-            for (int64_t j = 0; j < b.cols; ++j)
-                c(i, j) += a(i, l) * b(l, j);
+            for (int64_t j = 0; j < b.cols; ++j) c(i, j) += a(i, l) * b(l, j);
     return c;
 }
 
-inline void add(Matrix &a, const Matrix &b) {
-    for (size_t i = 0; i < a.data.size(); ++i)
-        a.data[i] += b.data[i];
+inline void add(Matrix& a, const Matrix& b) {
+    for (size_t i = 0; i < a.data.size(); ++i) a.data[i] += b.data[i];
 }
 
 // The columns named by `chosen`, in that order.
-inline Matrix columns(const Matrix &a, const std::vector<int64_t> &chosen) {
+inline Matrix columns(const Matrix& a, const std::vector<int64_t>& chosen) {
     Matrix b(a.rows, static_cast<int64_t>(chosen.size()));
     for (int64_t i = 0; i < b.rows; ++i)
-        for (int64_t j = 0; j < b.cols; ++j)
-            b(i, j) = a(i, chosen[static_cast<size_t>(j)]);
+        for (int64_t j = 0; j < b.cols; ++j) b(i, j) = a(i, chosen[static_cast<size_t>(j)]);
     return b;
 }
 
 // The same entries in a larger matrix, zeros elsewhere.
-inline Matrix padded(const Matrix &a, int64_t rows, int64_t cols) {
+inline Matrix padded(const Matrix& a, int64_t rows, int64_t cols) {
     Matrix b(rows, cols);
     for (int64_t i = 0; i < a.rows; ++i)
-        for (int64_t j = 0; j < a.cols; ++j)
-            b(i, j) = a(i, j);
+        for (int64_t j = 0; j < a.cols; ++j) b(i, j) = a(i, j);
     return b;
 }
 
-inline double column_norm(const Matrix &a, int64_t j) {
+inline double column_norm(const Matrix& a, int64_t j) {
     double sum = 0.0;
-    for (int64_t i = 0; i < a.rows; ++i)
-        sum += a(i, j) * a(i, j);
+    for (int64_t i = 0; i < a.rows; ++i) sum += a(i, j) * a(i, j);
     return std::sqrt(sum);
 }
 
-inline bool all_finite(const Matrix &a) {
+inline bool all_finite(const Matrix& a) {
     for (const double x : a.data)
-        if (!std::isfinite(x))
-            return false;
+        if (!std::isfinite(x)) return false;
     return true;
 }
 
@@ -81,4 +74,4 @@ struct Spectral {
     Matrix vectors;
 };
 
-} // namespace flatcore::krylov
+}  // namespace flatcore::krylov

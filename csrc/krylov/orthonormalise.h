@@ -17,7 +17,7 @@ struct OperatorError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-inline constexpr const char *kNotFinite = "A @ V has entries that are not finite (nan or inf) or too large "
+inline constexpr const char* kNotFinite = "A @ V has entries that are not finite (nan or inf) or too large "
                                           "to be squared: check the operator, for a Hessian the "
                                           "loss and the parameters.";
 
@@ -32,15 +32,13 @@ struct PivotedCholesky {
 // the error of Q = lower⁻¹ W is eps times the condition of the Gram matrix, so this costs at most two digits,
 // which the second pass over the block recovers (Cholesky-QR applied twice), and never divides by rounding
 // noise.
-inline PivotedCholesky pivoted_cholesky(const Matrix &gram, double least) {
+inline PivotedCholesky pivoted_cholesky(const Matrix& gram, double least) {
     constexpr double kShare = 0.01;
     const int64_t n = gram.rows;
     std::vector<int64_t> order(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i)
-        order[static_cast<size_t>(i)] = i;
+    for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(i)] = i;
     std::vector<double> rest(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i)
-        rest[static_cast<size_t>(i)] = gram(i, i);
+    for (int64_t i = 0; i < n; ++i) rest[static_cast<size_t>(i)] = gram(i, i);
     Matrix factor(n, n);
     int64_t rank = 0;
     for (; rank < n; ++rank) {
@@ -48,13 +46,10 @@ inline PivotedCholesky pivoted_cholesky(const Matrix &gram, double least) {
         for (int64_t s = rank; s < n; ++s) {
             const int64_t i = order[static_cast<size_t>(s)];
             const double pivot = rest[static_cast<size_t>(i)];
-            if (!(pivot > least) || pivot < kShare * gram(i, i))
-                continue;
-            if (best < 0 || pivot > rest[static_cast<size_t>(order[static_cast<size_t>(best)])])
-                best = s;
+            if (!(pivot > least) || pivot < kShare * gram(i, i)) continue;
+            if (best < 0 || pivot > rest[static_cast<size_t>(order[static_cast<size_t>(best)])]) best = s;
         }
-        if (best < 0)
-            break;
+        if (best < 0) break;
         std::swap(order[static_cast<size_t>(rank)], order[static_cast<size_t>(best)]);
         const int64_t p = order[static_cast<size_t>(rank)];
         const double diagonal = std::sqrt(rest[static_cast<size_t>(p)]);
@@ -62,8 +57,7 @@ inline PivotedCholesky pivoted_cholesky(const Matrix &gram, double least) {
         for (int64_t s = rank + 1; s < n; ++s) {
             const int64_t i = order[static_cast<size_t>(s)];
             double sum = gram(i, p);
-            for (int64_t j = 0; j < rank; ++j)
-                sum -= factor(i, j) * factor(p, j);
+            for (int64_t j = 0; j < rank; ++j) sum -= factor(i, j) * factor(p, j);
             factor(i, rank) = sum / diagonal;
             rest[static_cast<size_t>(i)] -= factor(i, rank) * factor(i, rank);
         }
@@ -78,15 +72,14 @@ inline PivotedCholesky pivoted_cholesky(const Matrix &gram, double least) {
     return result;
 }
 
-inline Matrix inverse_lower(const Matrix &lower) {
+inline Matrix inverse_lower(const Matrix& lower) {
     const int64_t n = lower.rows;
     Matrix inverse(n, n);
     for (int64_t j = 0; j < n; ++j) {
         inverse(j, j) = 1.0 / lower(j, j);
         for (int64_t i = j + 1; i < n; ++i) {
             double sum = 0.0;
-            for (int64_t l = j; l < i; ++l)
-                sum -= lower(i, l) * inverse(l, j);
+            for (int64_t l = j; l < i; ++l) sum -= lower(i, l) * inverse(l, j);
             inverse(i, j) = sum / lower(i, i);
         }
     }
@@ -95,7 +88,8 @@ inline Matrix inverse_lower(const Matrix &lower) {
 
 // W = factor Q up to rows of length `drop`: W (p, P) as it came, Q (r, P) with r <= p orthonormal rows,
 // factor (p, r).
-template <class Block> struct Orthonormal {
+template <class Block>
+struct Orthonormal {
     Block rows;
     Matrix factor;
 };
@@ -104,23 +98,20 @@ template <class Block> struct Orthonormal {
 // the next round resolves; rows of length <= drop are left out. Q Qᵀ = I to about 100 p eps: call twice for
 // full accuracy.
 template <class Space>
-Orthonormal<typename Space::Block> orthonormalise(Space &space, typename Space::Block W, double drop) {
+Orthonormal<typename Space::Block> orthonormalise(Space& space, typename Space::Block W, double drop) {
     const int64_t p = space.count(W);
     typename Space::Block Q = space.allocate(p);
     Matrix factor(p, p);
     std::vector<int64_t> remaining(static_cast<size_t>(p));
-    for (int64_t i = 0; i < p; ++i)
-        remaining[static_cast<size_t>(i)] = i;
+    for (int64_t i = 0; i < p; ++i) remaining[static_cast<size_t>(i)] = i;
     int64_t rank = 0;
     while (!remaining.empty()) {
         typename Space::Block rest = space.select(W, remaining);
         const Matrix gram = space.gram(rest, rest);
-        if (!all_finite(gram))
-            throw OperatorError(kNotFinite);
+        if (!all_finite(gram)) throw OperatorError(kNotFinite);
         const PivotedCholesky cholesky = pivoted_cholesky(gram, drop * drop);
         const auto picked = static_cast<int64_t>(cholesky.picked.size());
-        if (picked == 0)
-            break;
+        if (picked == 0) break;
         typename Space::Block fresh = space.rows(Q, rank, picked);
         space.assign(fresh,
                      space.combine(inverse_lower(cholesky.lower), space.select(rest, cholesky.picked)));
@@ -129,8 +120,7 @@ Orthonormal<typename Space::Block> orthonormalise(Space &space, typename Space::
                 factor(remaining[static_cast<size_t>(cholesky.picked[static_cast<size_t>(i)])], rank + j) =
                     cholesky.lower(i, j);
         std::vector<int64_t> left;
-        for (const int64_t i : cholesky.left)
-            left.push_back(remaining[static_cast<size_t>(i)]);
+        for (const int64_t i : cholesky.left) left.push_back(remaining[static_cast<size_t>(i)]);
         if (!left.empty()) {
             typename Space::Block others = space.select(rest, cholesky.left);
             const Matrix coefficients = space.gram(others, fresh);
@@ -145,9 +135,8 @@ Orthonormal<typename Space::Block> orthonormalise(Space &space, typename Space::
     }
     Matrix kept(p, rank);
     for (int64_t i = 0; i < p; ++i)
-        for (int64_t j = 0; j < rank; ++j)
-            kept(i, j) = factor(i, j);
+        for (int64_t j = 0; j < rank; ++j) kept(i, j) = factor(i, j);
     return {space.rows(Q, 0, rank), std::move(kept)};
 }
 
-} // namespace flatcore::krylov
+}  // namespace flatcore::krylov

@@ -28,16 +28,16 @@
 namespace flatcore::krylov {
 
 struct Tridiagonals {
-    Matrix alpha; // (K, steps), the diagonals
-    Matrix beta;  // (K, steps), beta(k, j) couples rows j and j + 1; the last is the residual's norm
-    std::vector<int64_t> lengths; // (K,), rows before the Krylov space of the probe was exhausted, or steps
+    Matrix alpha;  // (K, steps), the diagonals
+    Matrix beta;   // (K, steps), beta(k, j) couples rows j and j + 1; the last is the residual's norm
+    std::vector<int64_t> lengths;  // (K,), rows before the Krylov space of the probe was exhausted, or steps
     int64_t applications = 0;
 };
 
 // `start` (K, P), no row zero, is overwritten. on_step gets the products used so far and may throw to stop.
 template <class Space>
-Tridiagonals probe_lanczos(Space &space, typename Space::Block start, int64_t steps,
-                           const std::function<void(int64_t)> &on_step) {
+Tridiagonals probe_lanczos(Space& space, typename Space::Block start, int64_t steps,
+                           const std::function<void(int64_t)>& on_step) {
     const int64_t K = space.count(start);
     Tridiagonals result{Matrix(K, steps), Matrix(K, steps),
                         std::vector<int64_t>(static_cast<size_t>(K), steps), 0};
@@ -53,26 +53,22 @@ Tridiagonals probe_lanczos(Space &space, typename Space::Block start, int64_t st
     space.scale_each(q, factor);
 
     for (int64_t j = 0; j < steps; ++j) {
-        if (std::none_of(running.begin(), running.end(), [](bool r) { return r; }))
-            break;
+        if (std::none_of(running.begin(), running.end(), [](bool r) { return r; })) break;
         space.assign_each(bases, j, q);
         auto w = space.apply(q);
         result.applications += K;
         const Matrix h = space.gram_each(bases, j + 1, w);
-        if (!all_finite(h))
-            throw OperatorError(kNotFinite);
+        if (!all_finite(h)) throw OperatorError(kNotFinite);
         space.update_each(w, h, bases, j + 1);
         const Matrix correction = space.gram_each(bases, j + 1, w);
         space.update_each(w, correction, bases, j + 1);
         square = space.dot_each(w, w);
         for (int64_t k = 0; k < K; ++k) {
             const auto at = static_cast<size_t>(k);
-            factor[at] = 0.0; // an exhausted probe goes on as zeros
-            if (!running[at])
-                continue;
+            factor[at] = 0.0;  // an exhausted probe goes on as zeros
+            if (!running[at]) continue;
             const double beta = std::sqrt(square[at]);
-            if (!std::isfinite(beta))
-                throw OperatorError(kNotFinite);
+            if (!std::isfinite(beta)) throw OperatorError(kNotFinite);
             result.alpha(k, j) = h(k, j) + correction(k, j);
             result.beta(k, j) = beta;
             scale[at] = std::max({scale[at], std::abs(result.alpha(k, j)), beta});
@@ -93,4 +89,4 @@ Tridiagonals probe_lanczos(Space &space, typename Space::Block start, int64_t st
     return result;
 }
 
-} // namespace flatcore::krylov
+}  // namespace flatcore::krylov
