@@ -1,5 +1,6 @@
-// Starts a __global__ function: on the device under nvcc, in emulated threads on the host under FLATCORE_CUDA_SHIM.
-// Kernel files include this and nothing else of CUDA, so the same text is compiled both ways.
+// Starts a __global__ function: on the device under nvcc, in emulated threads on the host under
+// FLATCORE_CUDA_SHIM. Kernel files include this and nothing else of CUDA, so the same text is compiled both
+// ways.
 #pragma once
 
 #if defined(__CUDACC__)

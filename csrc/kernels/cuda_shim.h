@@ -1,7 +1,8 @@
-// CUDA threads on the host, to run the index logic of a kernel where there is no GPU: under the address sanitizer, and
-// in both orders of threads, so that a missing barrier shows. Blocks run one after another; the threads of a block are
-// fibers that run until they reach a barrier. Shared arrays lie on the heap, filled with garbage before every block.
-// Emulated: barriers, warp shuffles, ballot, atomicAdd. Not: memory ordering, dynamic shared memory, speed.
+// CUDA threads on the host, to run the index logic of a kernel where there is no GPU: under the address
+// sanitizer, and in both orders of threads, so that a missing barrier shows. Blocks run one after another;
+// the threads of a block are fibers that run until they reach a barrier. Shared arrays lie on the heap,
+// filled with garbage before every block. Emulated: barriers, warp shuffles, ballot, atomicAdd. Not: memory
+// ordering, dynamic shared memory, speed.
 #pragma once
 
 #include <ucontext.h>
@@ -31,20 +32,23 @@ namespace flatcore::cuda {
 enum class Order { forward, backward };
 inline Order thread_order = Order::forward;
 
-// Runs `thread` once for every thread of the grid. Throws std::logic_error where threads wait for each other at
-// different barriers or one has left.
+// Runs `thread` once for every thread of the grid. Throws std::logic_error where threads wait for each other
+// at different barriers or one has left.
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
 
-// Waits until every thread of the block, or every lane of the warp named in `mask`, has come to the same place.
+// Waits until every thread of the block, or every lane of the warp named in `mask`, has come to the same
+// place.
 void wait_for_block(std::source_location place);
 void wait_for_warp(uint32_t mask, std::source_location place);
 
-// Leaves this lane's value for the others of its warp, waits for those in `mask`, returns the one of lane `source`.
+// Leaves this lane's value for the others of its warp, waits for those in `mask`, returns the one of lane
+// `source`.
 uint64_t exchange(uint32_t mask, uint64_t value, int source, std::source_location place);
 uint32_t ballot(uint32_t mask, bool predicate, std::source_location place);
 int lane();
 
-// Memory of `bytes` that one place in a kernel shares between the threads of a block; lives until the program ends.
+// Memory of `bytes` that one place in a kernel shares between the threads of a block; lives until the program
+// ends.
 void* shared_bytes(size_t bytes);
 
 template <class T>

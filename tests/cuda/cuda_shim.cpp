@@ -16,7 +16,7 @@
 namespace flatcore::cuda {
 namespace {
 
-constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kStackBytes = 64 << 10;
 constexpr int kGarbageByte = 0x7F;  // 3.4e38 as a float, 1.4e306 as a double
 constexpr uint64_t kGarbage = 0x7F7F7F7F7F7F7F7F;
 
@@ -26,7 +26,8 @@ bool same(const std::source_location& a, const std::source_location& b) {
     return a.line() == b.line() && a.column() == b.column() && std::string(a.file_name()) == b.file_name();
 }
 
-// One stack to switch to and from. The sanitizer is told of every switch, or it takes the other stack for an overflow.
+// One stack to switch to and from. The sanitizer is told of every switch, or it takes the other stack for an
+// overflow.
 struct Context {
     ucontext_t registers;
     void* sanitizer_stack = nullptr;
@@ -55,15 +56,15 @@ struct Fiber {
     unsigned exchanges = 0;
 };
 
-// What lanes leave for each other. One can be at most one exchange ahead of another that has not read yet, so two sets
-// of values are enough.
+// What lanes leave for each other. One can be at most one exchange ahead of another that has not read yet, so
+// two sets of values are enough.
 using LaneValues = std::array<uint64_t, 32>;
 struct Warp {
     std::array<LaneValues, 2> values;
 };
 
 struct Block {
-    std::vector<Fiber> fibers;
+    std::span<Fiber> fibers;
     std::vector<Warp> warps;
     const std::function<void()>* thread = nullptr;
     Context scheduler;
@@ -71,6 +72,7 @@ struct Block {
 };
 
 Block* running = nullptr;
+std::vector<Fiber> all_fibers(1024);  // kept from launch to launch for their stacks
 std::vector<std::pair<void*, size_t>>& shared_arrays() {
     static std::vector<std::pair<void*, size_t>> arrays;
     return arrays;
@@ -126,14 +128,16 @@ void prepare(Fiber& fiber, int number, dim3 block) {
 
 [[noreturn]] void divergent(const Fiber& fiber) {
     throw std::logic_error("divergent barrier: thread " + std::to_string(fiber.number) + " of block (" +
-                           std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ") waits in line " +
-                           std::to_string(fiber.place.line()) + " for threads that are elsewhere");
+                           std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
+                           ") waits in line " + std::to_string(fiber.place.line()) +
+                           " for threads that are elsewhere");
 }
 
 // Frees the threads whose barrier is complete. True when there was one.
 bool release(Block& block) {
     const auto waits_like = [](const Fiber& a) {
-        return [&a](const Fiber& b) { return b.state == a.state && same(a.place, b.place) && a.mask == b.mask; };
+        return
+            [&a](const Fiber& b) { return b.state == a.state && same(a.place, b.place) && a.mask == b.mask; };
     };
     auto& fibers = block.fibers;
     if (fibers[0].state == State::at_block_barrier && std::ranges::all_of(fibers, waits_like(fibers[0]))) {
@@ -148,7 +152,8 @@ bool release(Block& block) {
             std::vector<Fiber*> group;
             for (size_t lane = 0; lane < lanes.size(); ++lane)
                 if (first.mask >> lane & 1) group.push_back(&lanes[lane]);
-            if (!std::ranges::all_of(group, waits_like(first), [](Fiber* f) -> Fiber& { return *f; })) continue;
+            if (!std::ranges::all_of(group, waits_like(first), [](Fiber* f) -> Fiber& { return *f; }))
+                continue;
             for (Fiber* fiber : group) fiber->state = State::ready;
             freed = true;
         }
@@ -160,10 +165,12 @@ void run_block(Block& block) {
     const int count = static_cast<int>(block.fibers.size());
     while (true) {
         for (int i = 0; i < count; ++i) {
-            Fiber& fiber = block.fibers[static_cast<size_t>(thread_order == Order::forward ? i : count - 1 - i)];
+            Fiber& fiber =
+                block.fibers[static_cast<size_t>(thread_order == Order::forward ? i : count - 1 - i)];
             if (fiber.state == State::ready) run_fiber(fiber);
         }
-        const auto waiting = std::ranges::find_if(block.fibers, [](const Fiber& f) { return f.state != State::done; });
+        const auto waiting =
+            std::ranges::find_if(block.fibers, [](const Fiber& f) { return f.state != State::done; });
         if (waiting == block.fibers.end()) return;
         if (!release(block)) divergent(*waiting);
     }
@@ -176,7 +183,7 @@ void run_grid(dim3 grid, dim3 block_size, const std::function<void()>& thread) {
     if (count == 0 || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
         throw std::invalid_argument("CUDA launch: invalid configuration");
     Block block;
-    block.fibers = std::vector<Fiber>(count);
+    block.fibers = std::span(all_fibers).first(count);
     block.warps = std::vector<Warp>((count + 31) / 32);
     block.thread = &thread;
     running = &block;

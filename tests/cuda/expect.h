@@ -5,10 +5,10 @@
 
 inline int failures = 0;
 
-#define EXPECT(condition)                                                       \
-    do {                                                                        \
-        if (!(condition)) {                                                     \
+#define EXPECT(condition)                                                         \
+    do {                                                                          \
+        if (!(condition)) {                                                       \
             std::printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-            ++failures;                                                         \
-        }                                                                       \
+            ++failures;                                                           \
+        }                                                                         \
     } while (false)

@@ -42,7 +42,8 @@ bool block_sum_is_right(Order order) {
     return true;
 }
 
-__global__ void warp_operations(const float* x, float* down, float* butterfly, float* up, unsigned* odd, float* total) {
+__global__ void warp_operations(const float* x, float* down, float* butterfly, float* up, unsigned* odd,
+                                float* total) {
     const unsigned i = threadIdx.x;
     float sum = x[i], all = x[i];
     for (int step = 16; step > 0; step /= 2) {
@@ -61,7 +62,8 @@ void test_warp_operations() {
     std::vector<unsigned> odd(64);
     float total = 0;
     std::iota(x.begin(), x.end(), 0.0f);
-    launch(warp_operations, 1, 64, nullptr, x.data(), down.data(), butterfly.data(), up.data(), odd.data(), &total);
+    launch(warp_operations, 1, 64, nullptr, x.data(), down.data(), butterfly.data(), up.data(), odd.data(),
+           &total);
     for (size_t i = 0; i < 64; ++i) {
         const float sum = i < 32 ? 496 : 1520;  // 0 + ... + 31, 32 + ... + 63
         EXPECT(down[i] == sum && butterfly[i] == sum);
