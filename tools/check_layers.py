@@ -71,7 +71,8 @@ def cpp_violations(root: Path) -> Iterator[str]:
             if header.startswith(CPP_FORBIDDEN[layer]):
                 yield f"{where}: {layer} includes <{header}>"
             elif match[1] == '"':
-                folder = path.parent if (path.parent / header).exists() else source
+                beside = header.startswith(".") or (path.parent / header).exists()
+                folder = path.parent if beside else source
                 target = (folder / header).resolve()
                 if not target.is_relative_to(source.resolve()):
                     yield f'{where}: {layer} includes "{header}" from outside csrc'
