@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,7 @@ def check_count(name: str, value: Any, least: int) -> int:
     """``value`` as an int, refused with a sentence if it is not a whole number >= least."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected a whole number, got {value!r}; give an int")
-    whole: int = value.__index__()
+    whole = operator.index(value)
     if whole < least:
         raise ValueError(f"{name}: expected at least {least}, got {whole}; give a larger number")
     return whole
@@ -119,7 +120,7 @@ def check_count(name: str, value: Any, least: int) -> int:
 
 def check_seed(seed: Any) -> int:
     """A seed the counter-based generator takes: a whole number in [0, 2**64)."""
-    seed = check_count("seed", seed, 0)
-    if seed >= 2**64:
-        raise ValueError(f"seed: expected less than 2**64, got {seed}; give a smaller number")
-    return seed
+    whole = check_count("seed", seed, 0)
+    if whole >= 2**64:
+        raise ValueError(f"seed: expected less than 2**64, got {whole}; give a smaller number")
+    return whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import signal
 import warnings
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import aslinearoperator
 
-from flatcore import _C
+from flatcore import _C, progress
 from flatcore.eigsh import eigsh
 from flatcore.errors import FlatcoreWarning
 
@@ -331,6 +333,46 @@ def test_wrong_product_shape() -> None:
 
     with pytest.raises(ValueError, match=r"expected A @ V of shape \(50, 5\)"):
         eigsh(Wrong(None), 3)
+
+
+class Alarm(Exception):
+    pass
+
+
+def test_signals_end_a_run() -> None:
+    """Ctrl-C works within a run without a line of Python: the product is a bound torch function."""
+
+    def handler(number: int, frame: object) -> None:
+        raise Alarm
+
+    product = functools.partial(torch.mul, torch.linspace(-1, 1, 2000, dtype=torch.float64))
+    start = torch.empty(0, 2000, dtype=torch.float64)
+    previous = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(Alarm):
+            _C.krylov.solve(product, start, 2, "SA", 1e-300, 2, 20, 10**12, 0, None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_progress_is_quiet_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    eigsh(with_spectrum(spread(50)), 3, progress=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing before two seconds have passed, a bar after."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    with progress.progress_bar("working", total=10) as bar:
+        bar.update(1, "first")
+        assert capsys.readouterr().err == ""
+        now[0] = 2.5
+        bar.update(7, "seventh")
+    assert "working" in capsys.readouterr().err
 
 
 def test_no_warning_when_all_is_well() -> None:
