@@ -68,6 +68,10 @@ void TensorSpace::update(Block& X, const Matrix& B, const Block& Y) const {
 
 at::Tensor TensorSpace::combine(const Matrix& B, const Block& Y) const { return at::mm(to_tensor(B), Y); }
 
+void TensorSpace::combine_into(Block X, const Matrix& B, const Block& Y) const {
+    at::mm_out(X, to_tensor(B), Y);
+}
+
 void TensorSpace::rotate(Block X, const Matrix& B) const {
     // By column pieces: the temporary stays small beside the basis.
     const at::Tensor coefficients = to_tensor(B);

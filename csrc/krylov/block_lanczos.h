@@ -23,7 +23,7 @@
 //     apply(X)                  X A
 //     gram(X, Y)                X Yᵀ, on the host
 //     update(X, B, Y)           X -= B Y
-//     combine(B, Y)             B Y, new rows
+//     combine(B, Y), combine_into(X, B, Y)      B Y as new rows; X = B Y
 //     rotate(X, B)              the first rows of X become B X, in place
 //     eigh(T)                   all eigenpairs of a small symmetric matrix
 //

@@ -106,15 +106,21 @@ Orthonormal<typename Space::Block> orthonormalise(Space& space, typename Space::
     for (int64_t i = 0; i < p; ++i) remaining[static_cast<size_t>(i)] = i;
     int64_t rank = 0;
     while (!remaining.empty()) {
-        typename Space::Block rest = space.select(W, remaining);
+        // The common case, every row in the first round, copies nothing: rest is W and Q one product with it.
+        const bool all = static_cast<int64_t>(remaining.size()) == p;
+        typename Space::Block rest = all ? W : space.select(W, remaining);
         const Matrix gram = space.gram(rest, rest);
         if (!all_finite(gram)) throw OperatorError(kNotFinite);
         const PivotedCholesky cholesky = pivoted_cholesky(gram, drop * drop);
         const auto picked = static_cast<int64_t>(cholesky.picked.size());
         if (picked == 0) break;
         typename Space::Block fresh = space.rows(Q, rank, picked);
-        space.assign(fresh,
-                     space.combine(inverse_lower(cholesky.lower), space.select(rest, cholesky.picked)));
+        Matrix from_rest(picked, space.count(rest));
+        const Matrix inverse = inverse_lower(cholesky.lower);
+        for (int64_t i = 0; i < picked; ++i)
+            for (int64_t j = 0; j <= i; ++j)
+                from_rest(i, cholesky.picked[static_cast<size_t>(j)]) = inverse(i, j);
+        space.combine_into(fresh, from_rest, rest);
         for (int64_t i = 0; i < picked; ++i)
             for (int64_t j = 0; j <= i; ++j)
                 factor(remaining[static_cast<size_t>(cholesky.picked[static_cast<size_t>(i)])], rank + j) =
