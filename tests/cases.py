@@ -126,7 +126,7 @@ class NormedWeight(nn.Module):
         super().__init__()
         self.v = nn.Parameter(torch.randn(6, 5))
         self.g = nn.Parameter(torch.rand(6, 1) + 0.5)
-        self.out = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+        self.out = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.g * self.v / self.v.pow(2).sum(1, keepdim=True).sqrt()
@@ -134,7 +134,7 @@ class NormedWeight(nn.Module):
 
 
 class Pooled(nn.Module):
-    """An MLP on every position of a sequence, then the mean over positions; a mask from the batch hides some."""
+    """An MLP on every position of a sequence, then the mean over the positions that a mask leaves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,9 +142,7 @@ class Pooled(nn.Module):
         self.second = nn.Linear(8, 5)
         self.out = nn.Linear(5, 3)
 
-    def forward(
-        self, x: Tensor, mask: Tensor
-    ) -> Tensor:  # x: (examples, positions, 4); mask: (examples, positions)
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (examples, positions, 4), (examples, positions)
         h = torch.tanh(self.second(F.gelu(self.first(x))))
         return self.out((h * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
 
@@ -195,7 +193,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.1),
     "elu": lambda: nn.ELU(0.7),
     "selu": nn.SELU,
-    "celu": lambda: nn.CELU(0.6),
+    "celu": lambda: nn.CELU(0.5),  # torch's backward rounds alpha to float32, so one that float32 holds
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "silu": nn.SiLU,

@@ -39,12 +39,14 @@ def assemble(exported: ExportedProgram, names: Names, has_marks: bool, examples:
     for node in needed:
         if node in active:
             lower.lower(node, mark=node in marks)
-    loss = lower.result(loss_node)
+    loss: int = lower.result(loss_node)
     cut, cut_reason = find_cut(lower, needed, marks if has_marks else None, loss)
     normaliser = lower.constant(lower.normalisers[loss]) if loss in lower.normalisers else None
 
     ops, renamed = _without_plain_marks(_alive(lower.ops, loss), lower)
-    read: set[int | None] = {i for op in ops for i in op.present} | {normaliser}
+    read = {i for op in ops for i in op.present}
+    if normaliser is not None:
+        read.add(normaliser)
     named = [value for value in lower.values if value.kind == "parameter"]
     constants = [i for i in lower.constants if i in read]
     order: list[int] = [*(value.id for value in named), *constants, *(op.output for op in ops)]

@@ -135,7 +135,8 @@ def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
     """Functional ATen with whole ops kept: an empty table decomposes nothing."""
     with _quiet():
-        return exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions({})
+        return functional
 
 
 @contextlib.contextmanager

@@ -1,0 +1,570 @@
+"""Capture and interpreter against the model itself, differentiated by torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, selected
+from torch import Tensor, nn
+
+from flatcore.capture import (
+    VerificationError,
+    batch_leaves,
+    capture,
+    flatten_batch,
+    interpret,
+    named_tensors,
+    split_batch,
+    verify,
+)
+from flatcore.capture.export import LossKind
+from flatcore.capture.program import Program
+from flatcore.errors import CaptureError
+
+FLOAT64 = torch.float64
+EPS = torch.finfo(FLOAT64).eps
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Ops this small wait for each other's threads longer than they run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def loss_of_model(model: nn.Module, loss: Callable[..., Tensor], batch: Any, kind: LossKind) -> Tensor:
+    if kind == "model_batch":
+        return loss(model, batch)
+    args, kwargs, target = split_batch(batch)
+    return loss(model(*args, **kwargs), target)
+
+
+def program_of(
+    model: nn.Module, loss: Callable[..., Tensor], batch: Any, kind: LossKind = "output_target"
+) -> Program:
+    return capture(model, loss, batch, selected=selected(model), loss_kind=kind)
+
+
+def constants_of(program: Program, model: nn.Module, loss: Any, batch: Any) -> dict[int, Tensor]:
+    return program.prelude.run(batch_leaves(batch), named_tensors(model, loss))
+
+
+def interpreted(program: Program, model: nn.Module, loss: Any, batch: Any) -> Tensor:
+    """The loss, as a function of the parameters of the model."""
+    values = interpret(program, dict(model.named_parameters()), constants_of(program, model, loss, batch))
+    return values[program.loss]
+
+
+def gradient(loss: Tensor, parameters: list[Tensor], create_graph: bool = False) -> Tensor:
+    """Flat; zero for a parameter that the loss does not read."""
+    parts = torch.autograd.grad(
+        loss, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def hessian(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Reverse over reverse, all rows at once."""
+    first = gradient(loss, parameters, create_graph=True)
+    if not first.requires_grad:
+        return torch.zeros(len(first), len(first), dtype=first.dtype)
+    parts = torch.autograd.grad(
+        first,
+        parameters,
+        grad_outputs=torch.eye(len(first), dtype=first.dtype),
+        is_grads_batched=True,
+        allow_unused=True,
+    )
+    zeros = [first.new_zeros(len(first), p.numel()) for p in parameters]
+    rows = [z if part is None else part.reshape(z.shape) for part, z in zip(parts, zeros, strict=True)]
+    return torch.cat(rows, dim=1)
+
+
+def assert_close(actual: Tensor, expected: Tensor, terms: int) -> None:
+    """Two orders of a sum over `terms` products differ by eps sqrt(terms) of its size, op by op."""
+    depth = 32
+    scale = expected.abs().max().clamp(min=1e-3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=float(depth * EPS * terms**0.5 * scale))
+
+
+# --- the program is the model ---
+
+
+def test_value_and_gradient_are_the_models(case: Case) -> None:
+    model, loss, batch = case.build(1, FLOAT64)
+    program = program_of(model, loss, batch, case.loss_kind)
+    parameters = [dict(model.named_parameters())[name] for name in program.parameters.values()]
+    expected = loss_of_model(model, loss, batch, case.loss_kind)
+    actual = interpreted(program, model, loss, batch)
+    assert abs(actual - expected) <= 1e-12 * max(1.0, abs(expected))
+    assert_close(gradient(actual, parameters), gradient(expected, parameters), terms=1000)
+
+
+def test_hessian_is_the_models(case: Case) -> None:
+    model, loss, batch = case.build(2, FLOAT64)
+    program = program_of(model, loss, batch, case.loss_kind)
+    parameters = [dict(model.named_parameters())[name] for name in program.parameters.values()]
+    expected = hessian(loss_of_model(model, loss, batch, case.loss_kind), parameters)
+    actual = hessian(interpreted(program, model, loss, batch), parameters)
+    assert expected.abs().max() > 0 or case.name == "l1"
+    assert_close(actual, expected, terms=1000)
+
+
+def test_torch_func_differentiates_the_interpreter_twice() -> None:
+    model, loss, batch = next(c for c in CASES if c.name == "mse").build(3, FLOAT64)
+    program = program_of(model, loss, batch)
+    constants = constants_of(program, model, loss, batch)
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+
+    def value(theta: dict[str, Tensor]) -> Tensor:
+        return interpret(program, theta, constants)[program.loss]
+
+    probe = {name: torch.randn_like(p) for name, p in theta.items()}
+    (product,) = torch.func.vjp(torch.func.grad(value), theta)[1](probe)
+    parameters = list(model.parameters())
+    expected = hessian(loss(model(batch[0]), batch[1]), parameters)
+    flat = torch.cat([v.reshape(-1) for v in probe.values()])
+    assert_close(torch.cat([p.reshape(-1) for p in product.values()]), expected @ flat, terms=1000)
+
+
+def test_weight_norm_has_the_hessian_of_its_definition() -> None:
+    """Not compared with autograd: the second derivative of torch's fused weight_norm (2.13, CPU) is wrong."""
+    torch.manual_seed(4)
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)).double()
+    batch = torch.randn(7, 5).double(), torch.randn(7, 3).double()
+    program = program_of(model, nn.MSELoss(), batch)
+    parameters = list(model.parameters())
+    bias, g, v = parameters
+    written_out = F.linear(batch[0], g * v / v.square().sum(1, keepdim=True).sqrt(), bias)
+    expected = hessian(F.mse_loss(written_out, batch[1]), parameters)
+    assert_close(hessian(interpreted(program, model, nn.MSELoss(), batch), parameters), expected, terms=1000)
+
+
+def test_float32_program_is_float32(case: Case) -> None:
+    model, loss, batch = case.build(1, torch.float32)
+    program = program_of(model, loss, batch, case.loss_kind)
+    assert {value.dtype for value in program.values} == {torch.float32}
+    with torch.no_grad():
+        expected = float(loss_of_model(model, loss, batch, case.loss_kind))
+        actual = float(interpreted(program, model, loss, batch))
+    assert abs(actual - expected) < 1000 * torch.finfo(torch.float32).eps * max(1.0, abs(expected))
+
+
+def test_a_program_serves_other_batches_of_its_shapes_and_other_parameters(case: Case) -> None:
+    model, loss, batch = case.build(1, FLOAT64)
+    program = program_of(model, loss, batch, case.loss_kind)
+    _, _, other = case.build(5, FLOAT64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.9)
+        for b in model.buffers():
+            if b.is_floating_point():
+                b.add_(0.1)
+        expected = loss_of_model(model, loss, other, case.loss_kind)
+        actual = interpreted(program, model, loss, other)
+    assert flatten_batch(other)[1].key == flatten_batch(batch)[1].key
+    assert abs(actual - expected) <= 1e-12 * max(1.0, abs(expected))
+
+
+def test_capture_leaves_everything_as_it_was(case: Case) -> None:
+    model, loss, batch = case.build(1, FLOAT64)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = {name: (id(t), t._version, t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    leaves = [t.clone() for t in batch_leaves(batch)]
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = program_of(model, loss, batch, case.loss_kind)
+        constants_of(program, model, loss, batch)
+    for name, t in model.state_dict(keep_vars=True).items():
+        assert before[name][:2] == (id(t), t._version)
+        assert torch.equal(before[name][2], t)
+    assert attributes == {name: set(vars(m)) for name, m in model.named_modules()}
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert not any(m.training for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(leaves, batch_leaves(batch), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.is_grad_enabled()
+
+
+# --- cut, normaliser, reduction ---
+
+
+def test_the_cut_separates_parameters_from_loss(case: Case) -> None:
+    model, loss, batch = case.build(1, FLOAT64)
+    program = program_of(model, loss, batch, case.loss_kind)
+    if case.name == "penalised":
+        assert program.cut is None
+        assert "another way" in program.cut_reason
+        return
+    assert program.cut
+    values = interpret(program, dict(model.named_parameters()), constants_of(program, model, loss, batch))
+    held = {i: values[i].detach() for i in program.cut}
+    for op in program.ops:
+        if op.output not in program.cut:
+            continue
+        assert torch.equal(values[op.output], held[op.output])
+    if case.name in ("mse", "cnn", "sequence-by-model"):
+        args, kwargs, _ = (
+            ((batch["x"], batch["mask"]), {}, None) if case.loss_kind == "model_batch" else split_batch(batch)
+        )
+        torch.testing.assert_close(held[program.cut[0]], model(*args, **kwargs).detach())
+
+
+def test_a_mean_cross_entropy_carries_what_it_divides_by() -> None:
+    wanted = {
+        "mlp-tanh": 13.0,
+        "ce-sum": None,
+        "mse": None,
+        "composite": None,
+        "ce-soft": 13.0,
+        "resnet": 7.0,
+    }
+    for case in CASES:
+        model, loss, batch = case.build(1, FLOAT64)
+        if case.name not in {*wanted, "ce-ignore", "ce-weighted", "ce-positions"}:
+            continue
+        program = program_of(model, loss, batch)
+        constants = constants_of(program, model, loss, batch)
+        if case.name in wanted:
+            expected = wanted[case.name]
+        else:
+            counted = batch[1][batch[1] != -100]
+            expected = float(counted.numel() if loss.weight is None else loss.weight[counted].sum())
+        actual = None if program.normaliser is None else float(constants[program.normaliser])
+        assert actual == pytest.approx(expected), case.name
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (nn.MSELoss(), "mean"),
+        (nn.MSELoss(reduction="sum"), "sum"),
+        (lambda o, t: F.mse_loss(o, t, reduction="none").sum(1).mean(), "mean"),
+        (lambda o, t: -(0.5 * (o - t).square()).mean() / 3, "mean"),
+        (lambda o, t: F.mse_loss(o, t) + 0.1 * o.abs().mean(), "mean"),
+        (lambda o, t: F.mse_loss(o, t) + 0.1 * o.abs().sum(), "other"),
+        (lambda o, t: (o - t).square().sum() / 13, "other"),
+        (lambda o, t: (o - t).square().mean().sqrt(), "other"),
+    ],
+)
+def test_reduction(loss: Callable[..., Tensor], expected: str) -> None:
+    model = nn.Linear(4, 3).double()
+    assert (
+        program_of(model, loss, (torch.randn(13, 4).double(), torch.randn(13, 3).double())).reduction
+        == expected
+    )
+
+
+# --- prelude ---
+
+
+def test_frozen_layers_in_front_belong_to_the_prelude() -> None:
+    model, loss, batch = next(c for c in CASES if c.name == "frozen-front").build(1, FLOAT64)
+    program = program_of(model, loss, batch)
+    assert not [
+        op for op in program.ops if op.kind in ("conv2d", "batch_norm")
+    ]  # nor the LayerNorm, which has no rule
+    constants = constants_of(program, model, loss, batch)
+    features = model[2](model[1](model[0](batch[0]))).detach()
+    assert any(t.shape == features.shape and torch.allclose(t, features) for t in constants.values())
+    assert all(t.is_contiguous() and not t.requires_grad for t in constants.values())
+
+
+def test_selection_decides_what_is_active() -> None:
+    model, loss, batch = next(c for c in CASES if c.name == "mlp-tanh").build(1, FLOAT64)
+    program = capture(model, loss, batch, selected=["5.bias", "3.weight"], loss_kind="output_target")
+    assert list(program.parameters.values()) == ["3.weight", "5.bias"]
+    assert program.ops[0].path == "3"
+    assert abs(interpreted(program, model, loss, batch) - loss(model(batch[0]), batch[1])) < 1e-12
+
+
+def test_a_tied_parameter_is_one_value() -> None:
+    model, loss, batch = next(c for c in CASES if c.name == "tied").build(1, FLOAT64)
+    program = program_of(model, loss, batch)
+    assert list(program.parameters.values()) == [name for name, _ in model.named_parameters()]
+
+
+def test_an_unused_parameter_is_listed() -> None:
+    model, loss, batch = next(c for c in CASES if c.name == "unused").build(1, FLOAT64)
+    program = program_of(model, loss, batch)
+    assert "spare.weight" in program.parameters.values()
+    read = {i for op in program.ops for i in op.inputs}
+    assert not {i for i, name in program.parameters.items() if "spare" in name} & read
+
+
+def test_a_target_outside_the_classes_is_refused_when_the_prelude_runs() -> None:
+    model, loss, batch = next(c for c in CASES if c.name == "mlp-tanh").build(1, FLOAT64)
+    program = program_of(model, loss, batch)
+    with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
+        constants_of(program, model, loss, (batch[0], torch.full_like(batch[1], 3)))
+
+
+class Attention(dict):  # a mapping type that torch's trees do not know
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+def test_a_mapping_type_of_the_users_own_arrives_as_itself() -> None:
+    model = nn.Linear(4, 3).double()
+    batch = Attention(x=torch.randn(5, 4).double(), y=torch.tensor([0, 1, 2, 0, 1]), note="first")
+
+    def loss(model: nn.Module, batch: Attention) -> Tensor:
+        assert batch.note == "first"
+        return F.cross_entropy(model(batch.x), batch.y)
+
+    program = program_of(model, loss, batch, "model_batch")
+    assert abs(interpreted(program, model, loss, batch) - loss(model, batch)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "batch", [{"x": torch.ones(2)}, {"y": 1, "label": 2}, (torch.ones(2),), "ab", torch.ones(2)]
+)
+def test_split_batch_says_what_it_expects(batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"^batch: expected .*, got .*ModelLoss"):
+        split_batch(batch)
+
+
+# --- refusals ---
+
+
+class Inner(nn.Module):
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("count", torch.zeros(()))
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class Outer(nn.Module):
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(Inner(forward))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return -dy
+
+
+def without_gradient(self: Inner, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    with torch.no_grad():
+        scale = y.abs().mean()
+    return y / scale
+
+
+def counting(self: Inner, x: Tensor) -> Tensor:
+    self.count.add_(1)
+    return self.linear(x)
+
+
+def branching(self: Inner, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    return y if y.sum() > 0 else -y
+
+
+def hooked(self: Inner, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    y.register_hook(lambda dy: 2 * dy)
+    return y
+
+
+REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
+    "sort": (lambda m, x: m.linear(x).sort(1)[0], "aten.sort.default", "no second-order rule"),
+    "detach": (lambda m, x: m.linear(x).detach() * m.linear(x), "aten.detach.default", "stops the gradient"),
+    "no_grad": (without_gradient, "torch.no_grad", "stops the gradient"),
+    "dropout": (lambda m, x: F.dropout(m.linear(x)), "aten.native_dropout.default", "random"),
+    "noise": (lambda m, x: m.linear(x + torch.randn_like(x)), "aten.randn_like.default", "random"),
+    "buffer": (counting, "aten.add.Tensor", "layer.0.count"),
+    "cast": (lambda m, x: m.linear(x).half().float(), "aten._to_copy.default", "precision"),
+    "embedding": (
+        lambda m, x: F.embedding(x[:, 0].long(), m.linear.weight),
+        "aten.embedding.default",
+        "no second",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_operation_and_module(name: str) -> None:
+    forward, op, reason = REFUSED[name]
+    batch = torch.randn(5, 4).abs(), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(CaptureError, match=reason) as info:
+        program_of(Outer(forward).eval(), nn.CrossEntropyLoss(), batch)
+    assert (info.value.op, info.value.path) == (op, "layer.0")
+    assert op in str(info.value)
+    assert "'layer.0'" in str(info.value)
+
+
+def test_batch_normalisation_in_training_mode_is_refused_by_name() -> None:
+    batch = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(CaptureError, match=r"'layer\.0\.norm'.*model\.eval\(\)"):
+        program_of(Outer(lambda m, x: m.norm(m.linear(x))).train(), nn.CrossEntropyLoss(), batch)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: Reversed.apply(m.linear(x)), r"Reversed\.apply.*own backward"),
+        (hooked, r"Tensor\.register_hook"),
+        (branching, "control flow depends on tensor values"),
+        (lambda m, x: m.missing(x), "no attribute 'missing'"),
+    ],
+)
+def test_refusals_without_a_place_in_the_graph(
+    forward: Callable[..., Tensor], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    batch = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(CaptureError, match=reason) as info:
+        program_of(Outer(forward).eval(), nn.CrossEntropyLoss(), batch)
+    assert "\n" not in str(info.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_gradient_hooks_are_refused() -> None:
+    model = Outer(lambda m, x: m.linear(x)).eval()
+    model.layer[0].linear.weight.register_hook(lambda dw: 2 * dw)
+    with pytest.raises(CaptureError, match=r"'layer\.0\.linear\.weight' has a gradient hook"):
+        program_of(model, nn.CrossEntropyLoss(), (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])))
+
+
+def test_what_does_not_depend_on_the_parameters_is_not_refused() -> None:
+    def forward(self: Inner, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.sort(1)[0].detach().abs().mean()
+        y = self.linear(x)
+        self.cache = y
+        return y * scale + torch.ones_like(y) * y.new_full((3,), 2.0)
+
+    model, loss = Outer(forward).eval(), nn.CrossEntropyLoss()
+    batch = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    program = program_of(model, loss, batch)
+    assert not hasattr(model.layer[0], "cache")
+    assert abs(interpreted(program, model, loss, batch) - loss(model(batch[0]), batch[1])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("loss", "names", "message"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), ["weight"], r"loss: expected one number, got .*\(5,\)"),
+        (nn.CrossEntropyLoss(), ["wait"], "selected: expected names of parameters"),
+        (nn.CrossEntropyLoss(), [], "selected: expected names of parameters"),
+        (lambda o, t: t.float().mean(), ["weight"], "none that reaches it"),
+    ],
+)
+def test_bad_input_is_a_value_error(loss: Callable[..., Tensor], names: list[str], message: str) -> None:
+    batch = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(ValueError, match=message):
+        capture(nn.Linear(4, 3), loss, batch, selected=names, loss_kind="output_target")
+
+
+def test_half_precision_parameters_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"float32 or float64, got torch\.bfloat16"):
+        program_of(
+            nn.Linear(4, 3).bfloat16(),
+            nn.MSELoss(),
+            (torch.ones(5, 4).bfloat16(), torch.ones(5, 3).bfloat16()),
+        )
+
+
+# --- verification ---
+
+
+@pytest.fixture(scope="module")
+def verified() -> Program:
+    model, loss, batch = next(c for c in CASES if c.name == "cnn").build(1, FLOAT64)
+    return program_of(model, loss, batch)
+
+
+def with_op(program: Program, index: int, **changes: Any) -> Program:
+    ops = list(program.ops)
+    ops[index] = dataclasses.replace(ops[index], **changes)
+    return dataclasses.replace(program, ops=tuple(ops))
+
+
+def with_value(program: Program, index: int, **changes: Any) -> Program:
+    values = list(program.values)
+    values[index] = dataclasses.replace(values[index], **changes)
+    return dataclasses.replace(program, values=tuple(values))
+
+
+MUTATIONS: dict[str, tuple[Callable[[Program], Program], str]] = {
+    "kind": (lambda p: with_op(p, 1, kind="rectify"), r"op 1 \(rectify, in module '1'\): unknown kind"),
+    "arity": (lambda p: with_op(p, 0, inputs=p.ops[0].inputs[:2]), "expected inputs x, weight, bias"),
+    "absent": (lambda p: with_op(p, 0, inputs=(None, *p.ops[0].inputs[1:])), "input x is absent"),
+    "order": (lambda p: with_op(p, 1, inputs=(p.ops[3].output,)), "not computed before this op"),
+    "twice": (lambda p: with_op(p, 1, output=p.ops[0].output), "computed twice"),
+    "shape": (lambda p: with_value(p, p.ops[0].output, shape=(7, 4, 5, 5)), "yields"),
+    "apply": (
+        lambda p: with_op(p, 0, inputs=(p.ops[0].inputs[0], p.ops[3].inputs[1], None)),
+        "does not apply",
+    ),
+    "dtype": (lambda p: with_value(p, p.ops[1].output, dtype=torch.float32), "float"),
+    "names": (lambda p: with_op(p, 0, attrs={**p.ops[0].attrs, "bias": True}), "expected attributes"),
+    "pair": (lambda p: with_op(p, 0, attrs={**p.ops[0].attrs, "stride": (2,)}), "stride: expected 2 ints"),
+    "bool": (lambda p: with_op(p, 0, attrs={**p.ops[0].attrs, "groups": True}), "groups: expected int"),
+    "real": (lambda p: with_op(p, 1, attrs={**p.ops[1].attrs, "a": 0}), "a: expected float"),
+    "function": (
+        lambda p: with_op(p, 1, attrs={**p.ops[1].attrs, "function": "rely"}),
+        "unknown function 'rely'",
+    ),
+    "mass": (lambda p: with_op(p, -2, inputs=(p.ops[-2].inputs[0],) * 2), "mass must not depend"),
+    "loss": (lambda p: dataclasses.replace(p, loss=p.ops[-3].output), "loss: expected one number"),
+    "cut": (lambda p: dataclasses.replace(p, cut=(0,)), "cut: expected the id of a computed activation"),
+    "normaliser": (
+        lambda p: dataclasses.replace(p, normaliser=0),
+        "normaliser: expected the id of a constant",
+    ),
+    "ids": (lambda p: with_value(p, 3, id=4), "value 3: expected its position as id"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_verification_catches_a_mutated_program(verified: Program, name: str) -> None:
+    verify(verified)
+    mutate, message = MUTATIONS[name]
+    with pytest.raises(VerificationError, match=message):
+        verify(mutate(verified))
+
+
+def test_a_program_prints_one_line_per_op(verified: Program) -> None:
+    text = str(verified)
+    lines = [line for line in text.splitlines() if " = " in line and line.startswith("  %")]
+    assert len(lines) == len(verified.ops)
+    assert "conv2d(%" in lines[0]
+    assert lines[0].endswith("[0]")
+
+
+def test_attributes_are_plain_data(case: Case) -> None:
+    program = program_of(*case.build(1, FLOAT64), case.loss_kind)
+    for op in program.ops:
+        for value in op.attrs.values():
+            assert type(value) in (bool, int, float, str, tuple)
