@@ -67,7 +67,9 @@ def ways(evaluate: Callable[..., torch.Tensor], parameters: Directions) -> dict[
         def directional(v: Directions, *tensors: torch.Tensor) -> torch.Tensor:
             return jvp(evaluate, tensors, v)[1]
 
-        return lambda V: vmap(lambda *v: grad(directional, argnums=tuple(p + 1 for p in places))(v, *parameters))(*V)
+        return lambda V: vmap(
+            lambda *v: grad(directional, argnums=tuple(p + 1 for p in places))(v, *parameters)
+        )(*V)
 
     return {
         "retained double backward": lambda: double_backward(batched=False),

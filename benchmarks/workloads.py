@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ def mlp(sizes: tuple[int, ...], examples: int) -> Callable:
 
     def build():
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        for inputs, outputs in pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), nn.Tanh()]
         batch = (torch.randn(examples, sizes[0]), torch.randint(sizes[-1], (examples,)))
         return nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss(), batch

@@ -44,15 +44,16 @@ using PyValue = std::tuple<std::string, Integers>;
 using PyOp = std::tuple<std::string, std::vector<int>, int, py::dict, std::string>;
 
 std::shared_ptr<Program> make_program(const std::vector<PyValue>& py_values, const std::vector<PyOp>& py_ops,
-                                      const std::unordered_map<int, int64_t>& offsets, int64_t parameters, int loss,
-                                      std::vector<int> cut) {
+                                      const std::unordered_map<int, int64_t>& offsets, int64_t parameters,
+                                      int loss, std::vector<int> cut) {
     std::vector<Value> values;
     for (const auto& [kind, shape] : py_values) values.push_back({kind_named(kind), shape, 0});
     for (const auto& [id, offset] : offsets) values.at(static_cast<size_t>(id)).offset = offset;
     std::vector<Op> ops;
     for (const auto& [kind, inputs, output, attributes, path] : py_ops) {
         std::map<std::string, Attribute> entries;
-        for (const auto& [name, value] : attributes) entries[name.cast<std::string>()] = attribute_from(value);
+        for (const auto& [name, value] : attributes)
+            entries[name.cast<std::string>()] = attribute_from(value);
         ops.push_back({kind, inputs, output, Attributes(std::move(entries)), path});
     }
     return std::make_shared<Program>(std::move(values), std::move(ops), parameters, loss, std::move(cut));
@@ -71,12 +72,12 @@ void check_leaves(const Program& program, const std::unordered_map<int, at::Tens
 
 void check_directions(const State& state, const at::Tensor& t, const char* name) {
     const int64_t P = state.program().parameters();
-    TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) == P && (P <= 1 || t.stride(1) == 1), name,
-                      ": expected (K, ", P, ") with unit stride along the parameters, got shape ", t.sizes(), " and strides ",
+    TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) == P && (P <= 1 || t.stride(1) == 1), name, ": expected (K, ",
+                      P, ") with unit stride along the parameters, got shape ", t.sizes(), " and strides ",
                       t.strides());
-    TORCH_CHECK_TYPE(t.scalar_type() == state.options().dtype() && t.device() == state.options().device(), name,
-                     ": expected ", state.options().dtype(), " on ", state.options().device(), ", got ", t.scalar_type(),
-                     " on ", t.device());
+    TORCH_CHECK_TYPE(t.scalar_type() == state.options().dtype() && t.device() == state.options().device(),
+                     name, ": expected ", state.options().dtype(), " on ", state.options().device(), ", got ",
+                     t.scalar_type(), " on ", t.device());
 }
 
 // A state keeps its program alive.
@@ -87,7 +88,8 @@ struct Linearization {
 };
 
 std::unique_ptr<Linearization> make_linearization(std::shared_ptr<Program> program,
-                                                  const std::unordered_map<int, at::Tensor>& leaves, double seed) {
+                                                  const std::unordered_map<int, at::Tensor>& leaves,
+                                                  double seed) {
     check_leaves(*program, leaves);
     py::gil_scoped_release release;
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -99,7 +101,8 @@ void run_product(const Linearization& self, const at::Tensor& V, const at::Tenso
                  bool accumulate, int64_t batch_examples, double examples) {
     check_directions(*self.state, V, "V");
     check_directions(*self.state, Y, "Y");
-    TORCH_CHECK_VALUE(V.size(0) == Y.size(0), "Y: expected ", V.size(0), " directions like V, got ", Y.size(0));
+    TORCH_CHECK_VALUE(V.size(0) == Y.size(0), "Y: expected ", V.size(0), " directions like V, got ",
+                      Y.size(0));
     const Mode parsed = mode_named(mode);
     TORCH_CHECK_VALUE(parsed == Mode::hessian || !self.program->cut().empty(), "mode: ", mode,
                       " needs a program with a cut, got one without");
@@ -134,25 +137,34 @@ void bind_engine(py::module_ m) {
         "Number of threads that a large kernel loop really runs on.");
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
     py::class_<Program, std::shared_ptr<Program>>(engine, "Program")
-        .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"), py::arg("parameters"),
-             py::arg("loss"), py::arg("cut"))
-        .def("flops", [](const Program& p, const std::string& mode, int64_t K) { return p.flops(mode_named(mode), K); },
-             py::arg("mode"), py::arg("K"))
-        .def("peak_bytes",
-             [](const Program& p, const std::string& mode, int64_t K, int64_t itemsize) {
-                 return p.peak_bytes(mode_named(mode), K, itemsize);
-             },
-             py::arg("mode"), py::arg("K"), py::arg("itemsize"))
+        .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"),
+             py::arg("parameters"), py::arg("loss"), py::arg("cut"))
+        .def(
+            "flops",
+            [](const Program& p, const std::string& mode, int64_t K) { return p.flops(mode_named(mode), K); },
+            py::arg("mode"), py::arg("K"))
+        .def(
+            "peak_bytes",
+            [](const Program& p, const std::string& mode, int64_t K, int64_t itemsize) {
+                return p.peak_bytes(mode_named(mode), K, itemsize);
+            },
+            py::arg("mode"), py::arg("K"), py::arg("itemsize"))
         .def("state_bytes", &Program::state_bytes, py::arg("itemsize"))
-        .def("op_flops", [](const Program& p, size_t op, const std::string& mode,
-                            int64_t K) { return p.rule(op).flops(K, p.second_order(mode_named(mode), op)); },
-             py::arg("op"), py::arg("mode"), py::arg("K"));
+        .def(
+            "op_flops",
+            [](const Program& p, size_t op, const std::string& mode, int64_t K) {
+                return p.rule(op).flops(K, p.second_order(mode_named(mode), op));
+            },
+            py::arg("op"), py::arg("mode"), py::arg("K"));
     py::class_<Linearization>(engine, "Linearization")
         .def(py::init(&make_linearization), py::arg("program"), py::arg("leaves"), py::arg("seed"))
         .def_property_readonly("loss", [](const Linearization& self) { return self.state->loss(); })
         .def_property_readonly("bytes", [](const Linearization& self) { return self.state->bytes(); })
-        .def("value", [](const Linearization& self, int id) { return self.state->value(id); }, py::arg("id"))
-        .def("adjoint", [](const Linearization& self, int id) { return self.state->adjoint(id); }, py::arg("id"))
+        .def(
+            "value", [](const Linearization& self, int id) { return self.state->value(id); }, py::arg("id"))
+        .def(
+            "adjoint", [](const Linearization& self, int id) { return self.state->adjoint(id); },
+            py::arg("id"))
         .def("product", &run_product, py::arg("V"), py::arg("Y"), py::arg("mode"), py::arg("accumulate"),
              py::arg("batch_examples"), py::arg("examples"))
         .def("gradient", &run_gradient, py::arg("y"), py::arg("accumulate"));

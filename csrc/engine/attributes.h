@@ -1,4 +1,5 @@
-// Attributes of an op: plain data under a name, read with a type. A wrong name or type is a bug in the lowering and says so.
+// Attributes of an op: plain data under a name, read with a type. A wrong name or type is a bug in the
+// lowering and says so.
 #pragma once
 
 #include <cstdint>

@@ -9,17 +9,20 @@ namespace flatcore {
 
 Program::~Program() = default;
 
-Program::Program(std::vector<Value> values, std::vector<Op> ops, int64_t parameters, int loss, std::vector<int> cut)
-    : values_(std::move(values)), ops_(std::move(ops)), parameters_(parameters), loss_(loss), cut_(std::move(cut)) {
+Program::Program(std::vector<Value> values, std::vector<Op> ops, int64_t parameters, int loss,
+                 std::vector<int> cut)
+    : values_(std::move(values)), ops_(std::move(ops)), parameters_(parameters), loss_(loss),
+      cut_(std::move(cut)) {
     mark_active();
     for (size_t i = 0; i < ops_.size(); ++i) {
         ops_[i].index = static_cast<int>(i);
         try {
             rules_.push_back(make_rule(*this, ops_[i]));
-            values_[static_cast<size_t>(ops_[i].output)].channels_last = rules_.back()->channels_last_output();
+            values_[static_cast<size_t>(ops_[i].output)].channels_last =
+                rules_.back()->channels_last_output();
         } catch (const std::exception& error) {
-            throw std::invalid_argument("op " + std::to_string(i) + " (" + ops_[i].kind + ", " + ops_[i].path +
-                                        "): " + error.what());
+            throw std::invalid_argument("op " + std::to_string(i) + " (" + ops_[i].kind + ", " +
+                                        ops_[i].path + "): " + error.what());
         }
     }
     // The model's side: ops from which the cut can be reached.
@@ -31,7 +34,8 @@ Program::Program(std::vector<Value> values, std::vector<Op> ops, int64_t paramet
         for (int input : ops_[i].inputs)
             if (input >= 0) reaches_cut[static_cast<size_t>(input)] = true;
     }
-    for (Mode mode : {Mode::hessian, Mode::ggn, Mode::covariance, Mode::gradient}) make_plan(mode, model_side);
+    for (Mode mode : {Mode::hessian, Mode::ggn, Mode::covariance, Mode::gradient})
+        make_plan(mode, model_side);
     mark_kept();
 }
 
@@ -48,15 +52,18 @@ void Program::mark_active() {
         value.active = value.kind == ValueKind::parameter;
         defined[id] = value.kind != ValueKind::activation;
         if (value.active && (value.offset < 0 || value.offset + value.numel > parameters_))
-            throw std::invalid_argument("parameter value " + std::to_string(id) + " lies outside the flat vector");
+            throw std::invalid_argument("parameter value " + std::to_string(id) +
+                                        " lies outside the flat vector");
     }
     for (const Op& op : ops_) {
         for (int input : op.inputs) {
             check(input);
             if (input < 0) continue;
             if (!defined[static_cast<size_t>(input)])
-                throw std::invalid_argument("value " + std::to_string(input) + " is read before it is computed");
-            if (values_[static_cast<size_t>(input)].active) values_[static_cast<size_t>(op.output)].active = true;
+                throw std::invalid_argument("value " + std::to_string(input) +
+                                            " is read before it is computed");
+            if (values_[static_cast<size_t>(input)].active)
+                values_[static_cast<size_t>(op.output)].active = true;
         }
         if (defined[static_cast<size_t>(op.output)])
             throw std::invalid_argument("value " + std::to_string(op.output) + " is computed twice");
@@ -94,7 +101,8 @@ void Program::make_plan(Mode mode, const std::vector<bool>& model_side) {
         }
     }
     if (mode == Mode::covariance)
-        for (int id : cut_) p.needs_tangent[static_cast<size_t>(id)] = p.keeps_tangent[static_cast<size_t>(id)] = true;
+        for (int id : cut_)
+            p.needs_tangent[static_cast<size_t>(id)] = p.keeps_tangent[static_cast<size_t>(id)] = true;
     for (size_t i = n; i-- > 0;) {
         if (!p.needs_tangent[static_cast<size_t>(ops_[i].output)]) continue;
         for (int id : ops_[i].inputs) {
@@ -129,7 +137,8 @@ int64_t Program::state_bytes(int64_t itemsize) const {
     int64_t elements = 0;
     for (size_t i = 0; i < ops_.size(); ++i) {
         const auto output = static_cast<size_t>(ops_[i].output);
-        const int64_t held = (keeps_value_[output] && !rules_[i]->aliases()) + (keeps_adjoint_[output] ? 1 : 0);
+        const int64_t held =
+            (keeps_value_[output] && !rules_[i]->aliases()) + (keeps_adjoint_[output] ? 1 : 0);
         elements += held * values_[output].numel + rules_[i]->saved();
     }
     return elements * itemsize;
@@ -191,7 +200,8 @@ int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize) const {
             ledger.allocate(output, elements(output));
         ledger.touch(rules_[i]->workspace(K));
         for (int id : ops_[i].inputs)
-            if (is_buffer(id) && last_tangent_use(mode, id) == static_cast<int>(i) && !keeps_tangent(mode, id))
+            if (is_buffer(id) && last_tangent_use(mode, id) == static_cast<int>(i) &&
+                !keeps_tangent(mode, id))
                 ledger.free(static_cast<size_t>(id));
     }
     for (size_t i = ops_.size(); i-- > 0;) {
@@ -207,7 +217,8 @@ int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize) const {
         ledger.touch(rules_[i]->workspace(K));
         ledger.free(m + output);
         for (int id : ops_[i].inputs)
-            if (is_buffer(id) && first_tangent_use(mode, id) == static_cast<int>(i)) ledger.free(static_cast<size_t>(id));
+            if (is_buffer(id) && first_tangent_use(mode, id) == static_cast<int>(i))
+                ledger.free(static_cast<size_t>(id));
     }
     return ledger.peak() * itemsize;
 }

@@ -1,5 +1,5 @@
-// The program as plain data, and what is known of it before it runs: which values depend on the parameters, which ops
-// lie on the model's side of the cut, what each mode of product must compute and keep.
+// The program as plain data, and what is known of it before it runs: which values depend on the parameters,
+// which ops lie on the model's side of the cut, what each mode of product must compute and keep.
 #pragma once
 
 #include <array>
@@ -24,8 +24,8 @@ struct Value {
     ValueKind kind;
     Integers shape;
     int64_t numel;
-    int64_t offset = -1;   // of a parameter in the flat vector
-    bool active = false;   // depends on a parameter
+    int64_t offset = -1;         // of a parameter in the flat vector
+    bool active = false;         // depends on a parameter
     bool channels_last = false;  // an image N C H W stored as N H W C
 };
 
@@ -40,7 +40,8 @@ struct Op {
 
 class Program {
  public:
-    Program(std::vector<Value> values, std::vector<Op> ops, int64_t parameters, int loss, std::vector<int> cut);
+    Program(std::vector<Value> values, std::vector<Op> ops, int64_t parameters, int loss,
+            std::vector<int> cut);
     ~Program();
 
     const std::vector<Value>& values() const { return values_; }
@@ -50,7 +51,8 @@ class Program {
     int loss() const { return loss_; }
     const std::vector<int>& cut() const { return cut_; }
 
-    // In `mode`: does op's adjoint carry its second-derivative terms / run at all; is the tangent of a value computed.
+    // In `mode`: does op's adjoint carry its second-derivative terms / run at all; is the tangent of a value
+    // computed.
     bool second_order(Mode mode, size_t op) const { return plan(mode).second_order[op]; }
     bool in_adjoint(Mode mode, size_t op) const { return plan(mode).in_adjoint[op]; }
     bool needs_tangent(Mode mode, int value) const { return plan(mode).needs_tangent[value]; }
@@ -67,8 +69,8 @@ class Program {
 
     // Floating-point operations of one product with K directions.
     double flops(Mode mode, int64_t K) const;
-    // The most bytes that buffers of one product occupy at once (V and the result not counted), and the bytes of the
-    // forward and backward state kept between products.
+    // The most bytes that buffers of one product occupy at once (V and the result not counted), and the bytes
+    // of the forward and backward state kept between products.
     int64_t peak_bytes(Mode mode, int64_t K, int64_t itemsize) const;
     int64_t state_bytes(int64_t itemsize) const;
 

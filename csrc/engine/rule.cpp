@@ -24,7 +24,8 @@ struct Kind {
 
 template <class R>
 Kind kind(size_t least, size_t most) {
-    return {[](const Program& program, const Op& op) { return std::make_unique<R>(program, op); }, least, most};
+    return {[](const Program& program, const Op& op) { return std::make_unique<R>(program, op); }, least,
+            most};
 }
 
 const std::unordered_map<std::string, Kind>& kinds() {
@@ -45,6 +46,16 @@ const std::unordered_map<std::string, Kind>& kinds() {
         {"permute", kind<PermuteRule>(1, 1)},
         {"expand", kind<ExpandRule>(1, 1)},
         {"cross_entropy", kind<CrossEntropyRule>(2, 2)},
+        {"normalise", kind<NormaliseRule>(3, 3)},
+        {"softmax", kind<SoftmaxRule>(1, 1)},
+        {"logsumexp", kind<LogSumExpRule>(1, 1)},
+        {"attention", kind<AttentionRule>(4, 4)},
+        {"slice", kind<SliceRule>(1, 1)},
+        {"cat", kind<CatRule>(1, 1 << 20)},
+        {"pad", kind<PadRule>(1, 1)},
+        {"rows", kind<RowsRule>(2, 2)},
+        {"where", kind<WhereRule>(3, 3)},
+        {"round", kind<RoundRule>(1, 1)},
     };
     return table;
 }
@@ -56,8 +67,8 @@ std::unique_ptr<Rule> make_rule(const Program& program, const Op& op) {
     if (entry == kinds().end()) throw std::invalid_argument("unknown op kind");
     const auto& [make, least, most] = entry->second;
     if (op.inputs.size() < least || op.inputs.size() > most)
-        throw std::invalid_argument("takes " + std::to_string(least) + " to " + std::to_string(most) + " inputs, got " +
-                                    std::to_string(op.inputs.size()));
+        throw std::invalid_argument("takes " + std::to_string(least) + " to " + std::to_string(most) +
+                                    " inputs, got " + std::to_string(op.inputs.size()));
     return make(program, op);
 }
 

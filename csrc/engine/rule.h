@@ -1,9 +1,12 @@
-// What an op kind must say of itself. With x its inputs, y its output, d. an adjoint of the loss, t. a tangent:
+// What an op kind must say of itself. With x its inputs, y its output, d. an adjoint of the loss, t. a
+// tangent:
 //   forward          y = f(x)
 //   tangent          ty = f'(x) tx                                            K directions at once
-//   adjoint          tdx += f'(x)^T tdy                        + (f'(x)^T)' applied to (tx, dy) where second_order
+//   adjoint          tdx += f'(x)^T tdy                        + (f'(x)^T)' applied to (tx, dy) where
+//   second_order
 // The backward sweep is `adjoint` for one direction with tdy = dy and no second-derivative term.
-// Every rule must be right for any subset of its inputs being active. Directions of a value of shape S are (K, *S).
+// Every rule must be right for any subset of its inputs being active. Directions of a value of shape S are
+// (K, *S).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -52,15 +55,16 @@ class Rule {
     virtual at::Tensor tangent(const Directions& d) const = 0;
     virtual void adjoint(Directions& d) const = 0;
 
-    // What tangent and adjoint read. Values and the output's adjoint are kept for it, tangents until it has run.
+    // What tangent and adjoint read. Values and the output's adjoint are kept for it, tangents until it has
+    // run.
     virtual bool reads_value(int /*input*/) const { return false; }
     virtual bool reads_output_value() const { return false; }
     virtual bool reads_output_adjoint() const { return false; }
     virtual bool reads_tangent_in_adjoint(int /*input*/) const { return false; }
     // The output's tangent is the first input's, seen through other strides: no memory of its own.
     virtual bool aliases() const { return false; }
-    // Is the output an image stored with channels last? The convolutions' layout (a third to a half faster in oneDNN than
-    // N C H W where channels are few), passed on by what works element by element.
+    // Is the output an image stored with channels last? The convolutions' layout (a third to a half faster in
+    // oneDNN than N C H W where channels are few), passed on by what works element by element.
     virtual bool channels_last_output() const { return false; }
     // Has a second derivative at all. Linear rules do not and are skipped where the cotangent is zero.
     virtual bool has_second_order() const { return false; }

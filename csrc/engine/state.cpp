@@ -8,13 +8,12 @@
 namespace flatcore {
 
 State::State(const Program& program, const std::unordered_map<int, at::Tensor>& leaves, double seed)
-    : program_(program),
-      values_(program.values().size()),
-      adjoints_(program.values().size()),
+    : program_(program), values_(program.values().size()), adjoints_(program.values().size()),
       saved_(program.ops().size()) {
     for (const auto& [id, tensor] : leaves) {
         values_[static_cast<size_t>(id)] = tensor;
-        if (program.values()[static_cast<size_t>(id)].kind == ValueKind::parameter) options_ = tensor.options();
+        if (program.values()[static_cast<size_t>(id)].kind == ValueKind::parameter)
+            options_ = tensor.options();
     }
     for (size_t i = 0; i < program.ops().size(); ++i) {
         const Op& op = program.ops()[i];
@@ -34,7 +33,8 @@ int64_t State::bytes() const {
     std::unordered_set<const void*> seen;
     int64_t total = 0;
     const auto count = [&](const at::Tensor& t) {
-        if (t.defined() && seen.insert(t.storage().unsafeGetStorageImpl()).second) total += t.storage().nbytes();
+        if (t.defined() && seen.insert(t.storage().unsafeGetStorageImpl()).second)
+            total += t.storage().nbytes();
     };
     for (size_t id = 0; id < values_.size(); ++id)
         if (program_.values()[id].kind == ValueKind::activation) {

@@ -12,9 +12,9 @@ namespace flatcore {
 
 class State {
  public:
-    // Runs forward and backward. `parameters` and `constants` hold a tensor per value id, of one floating dtype and on
-    // one device; constants that are not floating (indices) are allowed. `seed` is the adjoint of the loss: the weight
-    // of this batch in the objective. The program must outlive the state.
+    // Runs forward and backward. `parameters` and `constants` hold a tensor per value id, of one floating
+    // dtype and on one device; constants that are not floating (indices) are allowed. `seed` is the adjoint
+    // of the loss: the weight of this batch in the objective. The program must outlive the state.
     State(const Program& program, const std::unordered_map<int, at::Tensor>& leaves, double seed);
 
     const Program& program() const { return program_; }

@@ -14,16 +14,9 @@ namespace {
 class Pass final : public Directions {
  public:
     Pass(const State& state, Mode mode, int64_t K, at::Tensor V, at::Tensor Y, bool accumulate)
-        : state_(state),
-          program_(state.program()),
-          mode_(mode),
-          K_(K),
-          V_(std::move(V)),
-          Y_(std::move(Y)),
-          tangents_(program_.values().size()),
-          cotangents_(program_.values().size()),
-          owned_(program_.values().size(), false),
-          written_(program_.values().size(), accumulate) {}
+        : state_(state), program_(state.program()), mode_(mode), K_(K), V_(std::move(V)), Y_(std::move(Y)),
+          tangents_(program_.values().size()), cotangents_(program_.values().size()),
+          owned_(program_.values().size(), false), written_(program_.values().size(), accumulate) {}
 
     void tangent_sweep() {
         for (size_t i = 0; i < program_.ops().size(); ++i) {
@@ -65,7 +58,9 @@ class Pass final : public Directions {
 
     int64_t K() const override { return K_; }
     const State& state() const override { return state_; }
-    bool second_order() const override { return program_.second_order(mode_, static_cast<size_t>(op_->index)); }
+    bool second_order() const override {
+        return program_.second_order(mode_, static_cast<size_t>(op_->index));
+    }
     bool wants(int i) const override {
         if (i >= static_cast<int>(op_->inputs.size()) || op_->inputs[i] < 0) return false;
         const Value& value = program_.values()[static_cast<size_t>(op_->inputs[i])];
@@ -140,8 +135,9 @@ class Pass final : public Directions {
 void no_visit(const Op&, const Rule&) {}
 
 at::Tensor loss_seed(const State& state, double seed) {
-    return at::full(with_directions(1, state.program().values()[static_cast<size_t>(state.program().loss())].shape), seed,
-                    state.options());
+    return at::full(
+        with_directions(1, state.program().values()[static_cast<size_t>(state.program().loss())].shape), seed,
+        state.options());
 }
 
 }  // namespace
@@ -158,15 +154,15 @@ void backward_sweep(State& state, double seed) {
     pass.adjoint_sweep([&](const Op& op, const Rule& rule) {
         release();
         previous = &op;
-        if (pass.cotangent().defined())
-            state.set_adjoint(op.output, pass.cotangent().select(0, 0));
+        if (pass.cotangent().defined()) state.set_adjoint(op.output, pass.cotangent().select(0, 0));
         rule.finish_backward(state);
     });
     release();
 }
 
 // tdz_n = N dz_n <dz_n, tz_n> at the cut, the inner product over all of example n's rows of all cut values.
-static void seed_covariance(const State& state, Pass& pass, int64_t K, int64_t batch_examples, double examples) {
+static void seed_covariance(const State& state, Pass& pass, int64_t K, int64_t batch_examples,
+                            double examples) {
     const auto rows = [&](int id) { return state.adjoint(id).reshape({1, batch_examples, -1}); };
     at::Tensor inner = at::zeros({K, batch_examples, 1}, state.options());
     for (int id : state.program().cut())
@@ -176,7 +172,8 @@ static void seed_covariance(const State& state, Pass& pass, int64_t K, int64_t b
     for (int id : state.program().cut())
         if (state.adjoint(id).defined())
             pass.cotangent_of(id) =
-                (inner * rows(id)).reshape(with_directions(K, state.program().values()[static_cast<size_t>(id)].shape));
+                (inner * rows(id))
+                    .reshape(with_directions(K, state.program().values()[static_cast<size_t>(id)].shape));
 }
 
 void product(const State& state, Mode mode, const at::Tensor& V, const at::Tensor& Y, bool accumulate,

@@ -13,7 +13,8 @@ void backward_sweep(State& state, double seed);
 // Y_k (+)= A V_k for the K rows of V, where A is this batch's share of the operator `mode`:
 //   hessian      seed * H of the batch loss
 //   ggn          seed * J^T (d2 loss / d cut2) J
-//   covariance   examples * sum_n (J_n^T dz_n)(J_n^T dz_n)^T, dz_n the adjoint of example n's rows of the cut;
+//   covariance   examples * sum_n (J_n^T dz_n)(J_n^T dz_n)^T, dz_n the adjoint of example n's rows of the
+//   cut;
 //                with `examples` the number of examples of the whole objective this is (1/N) sum_n g_n g_n^T
 // V and Y are (K, P), unit stride along P. accumulate = false overwrites Y.
 void product(const State& state, Mode mode, const at::Tensor& V, const at::Tensor& Y, bool accumulate,

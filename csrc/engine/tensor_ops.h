@@ -1,4 +1,5 @@
-// Small helpers that rules share: directions in front, broadcasting undone, GEMM into a given buffer, typed pointers.
+// Small helpers that rules share: directions in front, broadcasting undone, GEMM into a given buffer, typed
+// pointers.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -32,7 +33,8 @@ inline at::Tensor dense_directions(const at::Tensor& t, const Value& value) {
 inline at::Tensor new_directions(int64_t K, const Value& value, const at::TensorOptions& options) {
     if (!value.channels_last) return at::empty(with_directions(K, value.shape), options);
     const Integers& s = value.shape;
-    return at::empty({K * s[0], s[1], s[2], s[3]}, options, at::MemoryFormat::ChannelsLast).unflatten(0, {K, s[0]});
+    return at::empty({K * s[0], s[1], s[2], s[3]}, options, at::MemoryFormat::ChannelsLast)
+        .unflatten(0, {K, s[0]});
 }
 
 inline at::Tensor new_value(const Value& value, const at::TensorOptions& options) {
@@ -40,7 +42,8 @@ inline at::Tensor new_value(const Value& value, const at::TensorOptions& options
                      value.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
 }
 
-// Directions t (K, *S) of a value of rank r, seen with `rank` axes behind K, so that they broadcast like the value does.
+// Directions t (K, *S) of a value of rank r, seen with `rank` axes behind K, so that they broadcast like the
+// value does.
 inline at::Tensor align_directions(const at::Tensor& t, int64_t rank) {
     Integers shape = t.sizes().vec();
     shape.insert(shape.begin() + 1, static_cast<size_t>(rank - (t.dim() - 1)), 1);
@@ -52,7 +55,8 @@ inline at::Tensor reduce_directions(const at::Tensor& t, const Integers& shape) 
     const int64_t extra = t.dim() - 1 - static_cast<int64_t>(shape.size());
     Integers axes;
     for (int64_t axis = 1; axis < t.dim(); ++axis)
-        if (axis <= extra || (shape[static_cast<size_t>(axis - 1 - extra)] == 1 && t.size(axis) != 1)) axes.push_back(axis);
+        if (axis <= extra || (shape[static_cast<size_t>(axis - 1 - extra)] == 1 && t.size(axis) != 1))
+            axes.push_back(axis);
     at::Tensor result = axes.empty() ? t : t.sum(axes, /*keepdim=*/true);
     return result.reshape(with_directions(t.size(0), shape));
 }
@@ -60,10 +64,12 @@ inline at::Tensor reduce_directions(const at::Tensor& t, const Integers& shape) 
 // c (+)= a b for matrices of any strides, without a temporary: `accumulate` false writes.
 void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate);
 
-// c_k (+)= a_k b for all directions at once: c (K, m, n), a (K, m, p), b (p, n). One GEMM where K folds into the rows.
+// c_k (+)= a_k b for all directions at once: c (K, m, n), a (K, m, p), b (p, n). One GEMM where K folds into
+// the rows.
 void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate);
 
-#define FLATCORE_DISPATCH(tensor, name, ...) AT_DISPATCH_FLOATING_TYPES((tensor).scalar_type(), name, __VA_ARGS__)
+#define FLATCORE_DISPATCH(tensor, name, ...) \
+    AT_DISPATCH_FLOATING_TYPES((tensor).scalar_type(), name, __VA_ARGS__)
 
 template <class T>
 const T* pointer_or_null(const at::Tensor& t) {

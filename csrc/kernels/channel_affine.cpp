@@ -14,8 +14,8 @@ int64_t row_grain(int64_t C) { return std::max<int64_t>(1, kGrain / std::max<int
 
 // y = scale x + (slope (z - mean) inverse_std) + shift for one row; absent arrays count as zero.
 template <class T>
-FLATCORE_CLONES void affine_row(int64_t C, const T* x, const T* scale, const T* z, const T* mean, const T* inverse_std,
-                                const T* slope, const T* shift, T* y) {
+FLATCORE_CLONES void affine_row(int64_t C, const T* x, const T* scale, const T* z, const T* mean,
+                                const T* inverse_std, const T* slope, const T* shift, T* y) {
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
         T value = shift ? shift[c] : T(0);
@@ -69,8 +69,8 @@ void channel_affine_forward(const ChannelAffine<T>& op, T* y) {
 }
 
 template <class T>
-void channel_affine_tangent(const ChannelAffine<T>& op, int64_t K, const T* tx, const T* tweight, int64_t weight_stride,
-                            const T* tbias, int64_t bias_stride, T* ty) {
+void channel_affine_tangent(const ChannelAffine<T>& op, int64_t K, const T* tx, const T* tweight,
+                            int64_t weight_stride, const T* tbias, int64_t bias_stride, T* ty) {
     const int64_t rows = op.rows, C = op.C;
     parallel_for(0, K * rows, row_grain(C), [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
@@ -83,8 +83,8 @@ void channel_affine_tangent(const ChannelAffine<T>& op, int64_t K, const T* tx, 
 }
 
 template <class T>
-void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy, const T* tweight,
-                            int64_t weight_stride, T* tdx) {
+void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy,
+                            const T* tweight, int64_t weight_stride, T* tdx) {
     const int64_t rows = op.rows, C = op.C;
     parallel_for(0, K * rows, row_grain(C), [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
@@ -108,8 +108,8 @@ void channel_affine_sums(const ChannelAffine<T>& op, int64_t K, const T* tdy, co
             if (bias) std::fill(bias, bias + C, 0.0);
             for (int64_t r = piece * piece_rows; r < std::min(rows, (piece + 1) * piece_rows); ++r) {
                 const int64_t at = (k * rows + r) * C;
-                add_row<T>(C, tdy ? tdy + at : nullptr, weight ? op.x + r * C : nullptr, op.mean, dy ? tx + at : nullptr,
-                           dy ? dy + r * C : nullptr, weight, bias);
+                add_row<T>(C, tdy ? tdy + at : nullptr, weight ? op.x + r * C : nullptr, op.mean,
+                           dy ? tx + at : nullptr, dy ? dy + r * C : nullptr, weight, bias);
             }
             if (weight)
                 for (int64_t c = 0; c < C; ++c) weight[c] *= static_cast<double>(op.inverse_std[c]);
@@ -117,12 +117,14 @@ void channel_affine_sums(const ChannelAffine<T>& op, int64_t K, const T* tdy, co
     });
 }
 
-#define INSTANTIATE(T)                                                                                             \
-    template void channel_affine_forward(const ChannelAffine<T>&, T*);                                             \
-    template void channel_affine_tangent(const ChannelAffine<T>&, int64_t, const T*, const T*, int64_t, const T*,  \
-                                         int64_t, T*);                                                             \
-    template void channel_affine_adjoint(const ChannelAffine<T>&, int64_t, const T*, const T*, const T*, int64_t, T*); \
-    template void channel_affine_sums(const ChannelAffine<T>&, int64_t, const T*, const T*, const T*, double*, double*);
+#define INSTANTIATE(T)                                                                                   \
+    template void channel_affine_forward(const ChannelAffine<T>&, T*);                                   \
+    template void channel_affine_tangent(const ChannelAffine<T>&, int64_t, const T*, const T*, int64_t,  \
+                                         const T*, int64_t, T*);                                         \
+    template void channel_affine_adjoint(const ChannelAffine<T>&, int64_t, const T*, const T*, const T*, \
+                                         int64_t, T*);                                                   \
+    template void channel_affine_sums(const ChannelAffine<T>&, int64_t, const T*, const T*, const T*,    \
+                                      double*, double*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

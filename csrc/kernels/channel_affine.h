@@ -1,10 +1,10 @@
-// Batch normalisation with fixed statistics, y = (x - mean) * inverse_std * weight + bias per channel, in the sweeps.
-// It is bilinear in x and weight, so the adjoint-tangent has cross terms:
-//   ty  = a tx + xhat tweight + tbias                a = inverse_std * weight,  xhat = (x - mean) * inverse_std
-//   tdx = a tdy + inverse_std tweight dy
-//   tdweight = sum (xhat tdy + inverse_std tx dy)    tdbias = sum tdy
-// Channels are the fastest axis: x, y, dy are (rows, C), directions (K, rows, C), all contiguous. Per-channel arrays
-// are (C); per-channel directions have a stride between directions, for they lie in the flat vector.
+// Batch normalisation with fixed statistics, y = (x - mean) * inverse_std * weight + bias per channel, in the
+// sweeps. It is bilinear in x and weight, so the adjoint-tangent has cross terms:
+//   ty  = a tx + xhat tweight + tbias                a = inverse_std * weight,  xhat = (x - mean) *
+//   inverse_std tdx = a tdy + inverse_std tweight dy tdweight = sum (xhat tdy + inverse_std tx dy)    tdbias
+//   = sum tdy
+// Channels are the fastest axis: x, y, dy are (rows, C), directions (K, rows, C), all contiguous. Per-channel
+// arrays are (C); per-channel directions have a stride between directions, for they lie in the flat vector.
 #pragma once
 
 #include <cstdint>
@@ -26,13 +26,13 @@ void channel_affine_forward(const ChannelAffine<T>& op, T* y);
 
 // tx, tweight, tbias may be null (not active).
 template <class T>
-void channel_affine_tangent(const ChannelAffine<T>& op, int64_t K, const T* tx, const T* tweight, int64_t weight_stride,
-                            const T* tbias, int64_t bias_stride, T* ty);
+void channel_affine_tangent(const ChannelAffine<T>& op, int64_t K, const T* tx, const T* tweight,
+                            int64_t weight_stride, const T* tbias, int64_t bias_stride, T* ty);
 
 // tdx = a tdy + inverse_std tweight dy. Either term may be absent: tdy null, or dy and tweight null.
 template <class T>
-void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy, const T* tweight,
-                            int64_t weight_stride, T* tdx);
+void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy,
+                            const T* tweight, int64_t weight_stride, T* tdx);
 
 // Sums over the rows, cut in kChannelPieces pieces that do not depend on the number of threads, in double:
 //   weight_sums[k, piece, c] = inverse_std sum ((x - mean) tdy + tx dy),  bias_sums[k, piece, c] = sum tdy.

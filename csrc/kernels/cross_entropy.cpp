@@ -14,16 +14,16 @@ constexpr int64_t kGrain = 4096;  // logits per thread below which a second thre
 int64_t row_grain(int64_t C) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(C, 1)); }
 
 template <class T>
-FLATCORE_CLONES void forward_rows(int64_t first, int64_t last, int64_t C, const T* z, const T* mass, T* loss, T* p,
-                                  T* total) {
+FLATCORE_CLONES void forward_rows(int64_t first, int64_t last, int64_t C, const T* z, const T* mass, T* loss,
+                                  T* p, T* total) {
     for (int64_t r = first; r < last; ++r)
         body::cross_entropy_forward(C, z + r * C, mass + r * C, loss + r, p + r * C, total + r);
 }
 
 // Rows of all directions are numbered k * rows + r.
 template <class T>
-FLATCORE_CLONES void tangent_rows(int64_t first, int64_t last, int64_t rows, int64_t C, const T* mass, const T* p,
-                                  const T* total, const T* tz, T* tloss) {
+FLATCORE_CLONES void tangent_rows(int64_t first, int64_t last, int64_t rows, int64_t C, const T* mass,
+                                  const T* p, const T* total, const T* tz, T* tloss) {
     for (int64_t row = first; row < last; ++row) {
         const int64_t r = row % rows;
         tloss[row] = body::cross_entropy_tangent(C, mass + r * C, p + r * C, total[r], tz + row * C);
@@ -31,8 +31,9 @@ FLATCORE_CLONES void tangent_rows(int64_t first, int64_t last, int64_t rows, int
 }
 
 template <class T>
-FLATCORE_CLONES void adjoint_rows(int64_t first, int64_t last, int64_t rows, int64_t C, const T* mass, const T* p,
-                                  const T* total, const T* tdloss, const T* dloss, const T* tz, T* out) {
+FLATCORE_CLONES void adjoint_rows(int64_t first, int64_t last, int64_t rows, int64_t C, const T* mass,
+                                  const T* p, const T* total, const T* tdloss, const T* dloss, const T* tz,
+                                  T* out) {
     for (int64_t row = first; row < last; ++row) {
         const int64_t r = row % rows;
         body::cross_entropy_adjoint(C, mass + r * C, p + r * C, total[r], tdloss ? tdloss[row] : T(0),
@@ -44,14 +45,13 @@ FLATCORE_CLONES void adjoint_rows(int64_t first, int64_t last, int64_t rows, int
 
 template <class T>
 void cross_entropy_forward(int64_t rows, int64_t C, const T* z, const T* mass, T* loss, T* p, T* total) {
-    parallel_for(0, rows, row_grain(C), [&](int64_t first, int64_t last) {
-        forward_rows(first, last, C, z, mass, loss, p, total);
-    });
+    parallel_for(0, rows, row_grain(C),
+                 [&](int64_t first, int64_t last) { forward_rows(first, last, C, z, mass, loss, p, total); });
 }
 
 template <class T>
-void cross_entropy_tangent(int64_t K, int64_t rows, int64_t C, const T* mass, const T* p, const T* total, const T* tz,
-                           T* tloss) {
+void cross_entropy_tangent(int64_t K, int64_t rows, int64_t C, const T* mass, const T* p, const T* total,
+                           const T* tz, T* tloss) {
     parallel_for(0, K * rows, row_grain(C), [&](int64_t first, int64_t last) {
         tangent_rows(first, last, rows, C, mass, p, total, tz, tloss);
     });
@@ -65,10 +65,11 @@ void cross_entropy_adjoint(int64_t K, int64_t rows, int64_t C, const T* mass, co
     });
 }
 
-#define INSTANTIATE(T)                                                                                         \
-    template void cross_entropy_forward(int64_t, int64_t, const T*, const T*, T*, T*, T*);                     \
-    template void cross_entropy_tangent(int64_t, int64_t, int64_t, const T*, const T*, const T*, const T*, T*); \
-    template void cross_entropy_adjoint(int64_t, int64_t, int64_t, const T*, const T*, const T*, const T*,     \
+#define INSTANTIATE(T)                                                                                     \
+    template void cross_entropy_forward(int64_t, int64_t, const T*, const T*, T*, T*, T*);                 \
+    template void cross_entropy_tangent(int64_t, int64_t, int64_t, const T*, const T*, const T*, const T*, \
+                                        T*);                                                               \
+    template void cross_entropy_adjoint(int64_t, int64_t, int64_t, const T*, const T*, const T*, const T*, \
                                         const T*, const T*, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -15,8 +15,8 @@ void cross_entropy_forward(int64_t rows, int64_t C, const T* z, const T* mass, T
 
 // tloss[k, r] = <g_r, tz[k, r]>
 template <class T>
-void cross_entropy_tangent(int64_t K, int64_t rows, int64_t C, const T* mass, const T* p, const T* total, const T* tz,
-                           T* tloss);
+void cross_entropy_tangent(int64_t K, int64_t rows, int64_t C, const T* mass, const T* p, const T* total,
+                           const T* tz, T* tloss);
 
 // out[k, r] = tdloss[k, r] g_r + dloss[r] M_r (p tz - p <p, tz>).
 // tdloss may be null (no first term); tz may be null (no second term).

@@ -9,7 +9,8 @@
 namespace flatcore::body {
 
 template <class T>
-FLATCORE_HOST_DEVICE void cross_entropy_forward(int64_t C, const T* z, const T* mass, T* loss, T* p, T* total) {
+FLATCORE_HOST_DEVICE void cross_entropy_forward(int64_t C, const T* z, const T* mass, T* loss, T* p,
+                                                T* total) {
     T peak = z[0];
 #pragma omp simd reduction(max : peak)
     for (int64_t c = 0; c < C; ++c) peak = z[c] > peak ? z[c] : peak;
@@ -39,8 +40,8 @@ FLATCORE_HOST_DEVICE T cross_entropy_tangent(int64_t C, const T* mass, const T* 
 }
 
 template <class T>
-FLATCORE_HOST_DEVICE void cross_entropy_adjoint(int64_t C, const T* mass, const T* p, T total, T tdloss, T dloss,
-                                                const T* tz, T* out) {
+FLATCORE_HOST_DEVICE void cross_entropy_adjoint(int64_t C, const T* mass, const T* p, T total, T tdloss,
+                                                T dloss, const T* tz, T* out) {
     T mean = 0;
     if (tz) {
 #pragma omp simd reduction(+ : mean)

@@ -1,6 +1,7 @@
-// The scalar functions of the `unary` op: value, first and second derivative side by side, for the CPU and CUDA.
-// Each functor takes z and writes y = f(z), d1 = f'(z), d2 = f''(z). `curved` is false where f'' is zero wherever it
-// exists; the caller then neither stores nor reads d2. At a kink the derivative is the one torch's autograd takes.
+// The scalar functions of the `unary` op: value, first and second derivative side by side, for the CPU and
+// CUDA. Each functor takes z and writes y = f(z), d1 = f'(z), d2 = f''(z). `curved` is false where f'' is
+// zero wherever it exists; the caller then neither stores nor reads d2. At a kink the derivative is the one
+// torch's autograd takes.
 #pragma once
 
 #include <stdexcept>
@@ -17,14 +18,14 @@ struct Constants {
 
 namespace functions {
 
-#define FLATCORE_FUNCTION(Name, is_curved)                                      \
-    struct Name {                                                               \
-        static constexpr bool curved = is_curved;                               \
-        Constants p;                                                            \
-        template <class T>                                                      \
-        FLATCORE_HOST_DEVICE void operator()(T z, T& y, T& d1, T& d2) const;    \
-    };                                                                          \
-    template <class T>                                                          \
+#define FLATCORE_FUNCTION(Name, is_curved)                                   \
+    struct Name {                                                            \
+        static constexpr bool curved = is_curved;                            \
+        Constants p;                                                         \
+        template <class T>                                                   \
+        FLATCORE_HOST_DEVICE void operator()(T z, T& y, T& d1, T& d2) const; \
+    };                                                                       \
+    template <class T>                                                       \
     FLATCORE_HOST_DEVICE void Name::operator()([[maybe_unused]] T z, T& y, T& d1, T& d2) const
 
 template <class T>
@@ -44,7 +45,8 @@ FLATCORE_FUNCTION(LeakyRelu, false) {  // a: slope for z <= 0
     d2 = T(0);
 }
 
-FLATCORE_FUNCTION(Elu, true) {  // a: alpha, b: scale, c: input scale; b z above zero, a b (exp(c z) - 1) below
+FLATCORE_FUNCTION(Elu,
+                  true) {  // a: alpha, b: scale, c: input scale; b z above zero, a b (exp(c z) - 1) below
     const T below = T(p.a) * T(p.b), rate = T(p.c);
     // exp of the clamped argument: the branch not taken must not overflow.
     const T e = std::exp(z < T(0) ? z * rate : T(0));
@@ -64,7 +66,8 @@ FLATCORE_FUNCTION(Gelu, true) {  // z Phi(z), Phi the normal distribution functi
 FLATCORE_FUNCTION(GeluTanh, true) {  // z (1 + tanh u) / 2, u = k (z + q z^3), k = sqrt(2/pi)
     const T k = T(0.79788456080286535588), q = T(0.044715);
     const T u = k * z * (T(1) + q * z * z);
-    // tanh u and its derivative s through e = exp(-2|u|): s as 1 - t^2 would lose all its digits where t nears 1.
+    // tanh u and its derivative s through e = exp(-2|u|): s as 1 - t^2 would lose all its digits where t
+    // nears 1.
     const T e = std::exp(T(-2) * (u < T(0) ? -u : u)), r = T(1) / (T(1) + e);
     const T magnitude = (T(1) - e) * r, t = u < T(0) ? -magnitude : magnitude;
     const T s = T(4) * e * r * r;

@@ -10,7 +10,9 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // elements per thread below which a second thread costs more than it saves
 
-int64_t image_grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
+int64_t image_grain(int64_t elements) {
+    return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1));
+}
 
 }  // namespace
 
@@ -45,8 +47,8 @@ void scatter_pixels(int64_t K, const PixelShape& shape, const int64_t* index, co
     });
 }
 
-#define INSTANTIATE(T)                                                                          \
-    template void gather_pixels(int64_t, const PixelShape&, const int64_t*, const T*, T*);      \
+#define INSTANTIATE(T)                                                                     \
+    template void gather_pixels(int64_t, const PixelShape&, const int64_t*, const T*, T*); \
     template void scatter_pixels(int64_t, const PixelShape&, const int64_t*, const T*, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

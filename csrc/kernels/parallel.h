@@ -1,5 +1,5 @@
-// A static parallel loop over [begin, end). Obeys torch.set_num_threads, which sets OpenMP's count; the split depends
-// only on the range and that count, so a result is the same from call to call.
+// A static parallel loop over [begin, end). Obeys torch.set_num_threads, which sets OpenMP's count; the split
+// depends only on the range and that count, so a result is the same from call to call.
 #pragma once
 
 #include <omp.h>

@@ -13,14 +13,15 @@ constexpr int64_t kTile = 2048;
 constexpr int64_t kGrain = 4;  // tiles per thread below which a second thread costs more than it saves
 
 template <class F, class T>
-FLATCORE_CLONES void forward_leaf(F f, int64_t n, const T* __restrict z, T* __restrict y, T* __restrict d1, T* __restrict d2) {
+FLATCORE_CLONES void forward_leaf(F f, int64_t n, const T* __restrict z, T* __restrict y, T* __restrict d1,
+                                  T* __restrict d2) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) body::unary_forward(i, f, z, y, d1, d2);
 }
 
 template <bool First, bool Second, bool Accumulate, class T>
-FLATCORE_CLONES void adjoint_leaf(int64_t n, const T* __restrict d1, const T* __restrict td, const T* __restrict h,
-                                  const T* __restrict t, T* __restrict out) {
+FLATCORE_CLONES void adjoint_leaf(int64_t n, const T* __restrict d1, const T* __restrict td,
+                                  const T* __restrict h, const T* __restrict t, T* __restrict out) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         const T value = body::adjoint<First, Second>(i, d1, td, h, t);
@@ -33,16 +34,17 @@ void adjoint_tiles(int64_t K, int64_t n, const T* d1, const T* td, const T* h, c
     const auto at = [](const T* p, int64_t offset) { return p ? p + offset : nullptr; };
     const int64_t tiles = (n + kTile - 1) / kTile;
     // Tiles times directions is the work: with many directions one tile is enough for a thread.
-    parallel_for(0, tiles, std::max<int64_t>(1, kGrain / std::max<int64_t>(K, 1)), [&](int64_t first, int64_t last) {
-        for (int64_t tile = first; tile < last; ++tile) {
-            const int64_t start = tile * kTile, size = std::min(kTile, n - start);
-            for (int64_t k = 0; k < K; ++k) {
-                const int64_t offset = k * n + start;
-                adjoint_leaf<First, Second, Accumulate>(size, at(d1, start), at(td, offset), at(h, start), at(t, offset),
-                                                        out + offset);
+    parallel_for(
+        0, tiles, std::max<int64_t>(1, kGrain / std::max<int64_t>(K, 1)), [&](int64_t first, int64_t last) {
+            for (int64_t tile = first; tile < last; ++tile) {
+                const int64_t start = tile * kTile, size = std::min(kTile, n - start);
+                for (int64_t k = 0; k < K; ++k) {
+                    const int64_t offset = k * n + start;
+                    adjoint_leaf<First, Second, Accumulate>(size, at(d1, start), at(td, offset), at(h, start),
+                                                            at(t, offset), out + offset);
+                }
             }
-        }
-    });
+        });
 }
 
 }  // namespace
@@ -64,11 +66,13 @@ void unary_forward(Function function, const Constants& constants, int64_t n, con
 
 template <class T>
 void scale_directions(int64_t K, int64_t n, const T* d, const T* t, T* out) {
-    adjoint_tiles<true, false, false>(K, n, d, t, static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), out);
+    adjoint_tiles<true, false, false>(K, n, d, t, static_cast<const T*>(nullptr),
+                                      static_cast<const T*>(nullptr), out);
 }
 
 template <class T>
-void adjoint_directions(int64_t K, int64_t n, const T* d1, const T* td, const T* h, const T* t, bool accumulate, T* out) {
+void adjoint_directions(int64_t K, int64_t n, const T* d1, const T* td, const T* h, const T* t,
+                        bool accumulate, T* out) {
     const auto run = [&](auto first, auto second) {
         if (accumulate)
             adjoint_tiles<first.value, second.value, true>(K, n, d1, td, h, t, out);
@@ -83,9 +87,9 @@ void adjoint_directions(int64_t K, int64_t n, const T* d1, const T* td, const T*
         run(std::false_type{}, std::true_type{});
 }
 
-#define INSTANTIATE(T)                                                                                             \
-    template void unary_forward(Function, const Constants&, int64_t, const T*, T*, T*, T*);                        \
-    template void scale_directions(int64_t, int64_t, const T*, const T*, T*);                                      \
+#define INSTANTIATE(T)                                                                      \
+    template void unary_forward(Function, const Constants&, int64_t, const T*, T*, T*, T*); \
+    template void scale_directions(int64_t, int64_t, const T*, const T*, T*);               \
     template void adjoint_directions(int64_t, int64_t, const T*, const T*, const T*, const T*, bool, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -24,18 +24,20 @@ void scale_directions(int64_t K, int64_t n, const T* d, const T* t, T* out);
 
 // out_k (+)= d1 td_k + h t_k. Either pair (d1, td) or (h, t) may be null, not both.
 template <class T>
-void adjoint_directions(int64_t K, int64_t n, const T* d1, const T* td, const T* h, const T* t, bool accumulate, T* out);
+void adjoint_directions(int64_t K, int64_t n, const T* d1, const T* td, const T* h, const T* t,
+                        bool accumulate, T* out);
 
 #if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
 namespace cuda {
 // The same three on a device; `stream` is a cudaStream_t.
 template <class T>
-void unary_forward(Function function, const Constants& constants, int64_t n, const T* z, T* y, T* d1, T* d2, void* stream);
+void unary_forward(Function function, const Constants& constants, int64_t n, const T* z, T* y, T* d1, T* d2,
+                   void* stream);
 template <class T>
 void scale_directions(int64_t K, int64_t n, const T* d, const T* t, T* out, void* stream);
 template <class T>
-void adjoint_directions(int64_t K, int64_t n, const T* d1, const T* td, const T* h, const T* t, bool accumulate, T* out,
-                        void* stream);
+void adjoint_directions(int64_t K, int64_t n, const T* d1, const T* td, const T* h, const T* t,
+                        bool accumulate, T* out, void* stream);
 }  // namespace cuda
 #endif
 

@@ -1,7 +1,7 @@
 // Elementary functions that a loop marked `omp simd` can call for a whole vector at once.
-// glibc ships them in libmvec but declares them only under -ffast-math, which flatcore does not use (it must keep
-// infinities, NaN and signed zeros). The declarations below add nothing but the vector variants; the build defines
-// FLATCORE_LIBMVEC after it has linked one. Their documented error is at most 4 ulp.
+// glibc ships them in libmvec but declares them only under -ffast-math, which flatcore does not use (it must
+// keep infinities, NaN and signed zeros). The declarations below add nothing but the vector variants; the
+// build defines FLATCORE_LIBMVEC after it has linked one. Their documented error is at most 4 ulp.
 #pragma once
 
 #include <cmath>

@@ -3,7 +3,8 @@
 
 namespace flatcore {
 
-AddRule::AddRule(const Program& program, const Op& op) : Rule(program, op), alpha_(op.attributes.real("alpha")) {}
+AddRule::AddRule(const Program& program, const Op& op)
+    : Rule(program, op), alpha_(op.attributes.real("alpha")) {}
 
 at::Tensor AddRule::forward(State& state) const {
     return state.value(op_.inputs[0]).add(state.value(op_.inputs[1]), alpha_);
@@ -29,7 +30,9 @@ void AddRule::adjoint(Directions& d) const {
         d.add(1, reduced * alpha_, true);
 }
 
-at::Tensor MulRule::forward(State& state) const { return state.value(op_.inputs[0]) * state.value(op_.inputs[1]); }
+at::Tensor MulRule::forward(State& state) const {
+    return state.value(op_.inputs[0]) * state.value(op_.inputs[1]);
+}
 
 at::Tensor MulRule::tangent(const Directions& d) const {
     const auto rank = static_cast<int64_t>(output().shape.size());

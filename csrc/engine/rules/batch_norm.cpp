@@ -1,4 +1,5 @@
-// Batch normalisation with fixed statistics: an affine map per channel (axis 1). See kernels/channel_affine.h.
+// Batch normalisation with fixed statistics: an affine map per channel (axis 1). See
+// kernels/channel_affine.h.
 #include <ATen/ops/empty.h>
 
 #include "kernels/channel_affine.h"
@@ -19,7 +20,8 @@ T* writable_or_null(const at::Tensor& t) {
 int64_t stride_or_zero(const at::Tensor& t) { return t.defined() ? t.stride(0) : 0; }
 
 template <class T>
-ChannelAffine<T> kernel_of(const State& state, const Op& op, int64_t rows, int64_t channels, const at::Tensor& x) {
+ChannelAffine<T> kernel_of(const State& state, const Op& op, int64_t rows, int64_t channels,
+                           const at::Tensor& x) {
     const auto& saved = state.saved(op);
     const at::Tensor bias = op.inputs[kBias] >= 0 ? state.value(op.inputs[kBias]) : at::Tensor();
     return {rows,
@@ -33,9 +35,11 @@ ChannelAffine<T> kernel_of(const State& state, const Op& op, int64_t rows, int64
 
 }  // namespace
 
-BatchNormRule::BatchNormRule(const Program& program, const Op& op) : Rule(program, op), eps_(op.attributes.real("eps")) {
+BatchNormRule::BatchNormRule(const Program& program, const Op& op)
+    : Rule(program, op), eps_(op.attributes.real("eps")) {
     if (input(kX).shape.size() < 2) throw std::invalid_argument("x must have a channel axis");
-    if (active(kMean) || active(kVariance)) throw std::invalid_argument("mean and variance must be constants");
+    if (active(kMean) || active(kVariance))
+        throw std::invalid_argument("mean and variance must be constants");
     channels_ = input(kX).shape[1];
     rows_ = channels_ == 0 ? 0 : input(kX).numel / channels_;
 }
@@ -61,7 +65,8 @@ at::Tensor BatchNormRule::forward(State& state) const {
     state.saved(op_) = {inverse_std, scale, state.value(op_.inputs[kMean]).contiguous()};
     at::Tensor y = at::empty({rows_, channels_}, x.options());
     FLATCORE_DISPATCH(y, "batch_norm", [&] {
-        channel_affine_forward(kernel_of<scalar_t>(state, op_, rows_, channels_, x), y.mutable_data_ptr<scalar_t>());
+        channel_affine_forward(kernel_of<scalar_t>(state, op_, rows_, channels_, x),
+                               y.mutable_data_ptr<scalar_t>());
     });
     return value_of(y, 0);
 }
@@ -74,9 +79,10 @@ at::Tensor BatchNormRule::tangent(const Directions& d) const {
     const at::Tensor tweight = active(kWeight) ? d.tangent(kWeight) : at::Tensor();
     const at::Tensor tbias = active(kBias) ? d.tangent(kBias) : at::Tensor();
     FLATCORE_DISPATCH(ty, "batch_norm", [&] {
-        channel_affine_tangent(kernel_of<scalar_t>(d.state(), op_, rows_, channels_, x), K, pointer_or_null<scalar_t>(tx),
-                               pointer_or_null<scalar_t>(tweight), stride_or_zero(tweight),
-                               pointer_or_null<scalar_t>(tbias), stride_or_zero(tbias), ty.mutable_data_ptr<scalar_t>());
+        channel_affine_tangent(kernel_of<scalar_t>(d.state(), op_, rows_, channels_, x), K,
+                               pointer_or_null<scalar_t>(tx), pointer_or_null<scalar_t>(tweight),
+                               stride_or_zero(tweight), pointer_or_null<scalar_t>(tbias),
+                               stride_or_zero(tbias), ty.mutable_data_ptr<scalar_t>());
     });
     return value_of(ty, K);
 }
@@ -92,7 +98,8 @@ void BatchNormRule::adjoint(Directions& d) const {
     const at::Tensor tx = cross ? rows_of(d.tangent(kX)) : at::Tensor();
     const at::Tensor tweight = cross ? d.tangent(kWeight) : at::Tensor();
     const auto sums = [&](int i) {
-        return d.wants(i) ? at::empty({K, kChannelPieces, channels_}, state.options().dtype(at::kDouble)) : at::Tensor();
+        return d.wants(i) ? at::empty({K, kChannelPieces, channels_}, state.options().dtype(at::kDouble))
+                          : at::Tensor();
     };
     const at::Tensor weight_sums = sums(kWeight), bias_sums = sums(kBias);
     const at::Tensor tdx = d.wants(kX) ? at::empty({K * rows_, channels_}, state.options()) : at::Tensor();
@@ -108,7 +115,8 @@ void BatchNormRule::adjoint(Directions& d) const {
     });
     if (tdx.defined()) d.add(kX, value_of(tdx, K), true);
     if (weight_sums.defined()) d.add(kWeight, weight_sums.sum(1).to(state.options().dtype()), true);
-    if (bias_sums.defined() && tdy.defined()) d.add(kBias, bias_sums.sum(1).to(state.options().dtype()), true);
+    if (bias_sums.defined() && tdy.defined())
+        d.add(kBias, bias_sums.sum(1).to(state.options().dtype()), true);
 }
 
 }  // namespace flatcore

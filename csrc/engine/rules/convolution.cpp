@@ -1,8 +1,8 @@
 // y = x * W + b (cross-correlation, N C H W, stored channels last).
 //   ty_k = tx_k * W + x * V_k + tb_k
 //   tdx_k = tdy_k *' W + dy *' V_k ;  tdW_k = wgrad(tdy_k, x) + wgrad(dy, tx_k) ;  tdb_k = sum of tdy_k
-// Where W is shared, K folds into the batch axis. The other terms run one direction at a time: channels last needs no
-// reordering of x or dy, and one direction's working set stays in the cache.
+// Where W is shared, K folds into the batch axis. The other terms run one direction at a time: channels last
+// needs no reordering of x or dy, and one direction's working set stays in the cache.
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/sum.h>
@@ -20,10 +20,8 @@ at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFo
 }  // namespace
 
 ConvolutionRule::ConvolutionRule(const Program& program, const Op& op)
-    : Rule(program, op),
-      stride_(op.attributes.integers("stride")),
-      padding_(op.attributes.integers("padding")),
-      dilation_(op.attributes.integers("dilation")),
+    : Rule(program, op), stride_(op.attributes.integers("stride")),
+      padding_(op.attributes.integers("padding")), dilation_(op.attributes.integers("dilation")),
       groups_(op.attributes.integer("groups")) {
     if (input(0).shape.size() != 4 || input(1).shape.size() != 4)
         throw std::invalid_argument("x and weight must have four axes");
@@ -32,26 +30,33 @@ ConvolutionRule::ConvolutionRule(const Program& program, const Op& op)
 }
 
 at::Tensor ConvolutionRule::convolve(const at::Tensor& x, const at::Tensor& weight) const {
-    return channels_last(at::convolution(x, weight, std::nullopt, stride_, padding_, dilation_, false, {0, 0}, groups_));
+    return channels_last(
+        at::convolution(x, weight, std::nullopt, stride_, padding_, dilation_, false, {0, 0}, groups_));
 }
 
 // Of x, only the shape is read.
-at::Tensor ConvolutionRule::input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const {
-    return channels_last(std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
-                                                              dilation_, false, {0, 0}, groups_, {true, false, false})));
+at::Tensor ConvolutionRule::input_gradient(const at::Tensor& dy, const at::Tensor& x,
+                                           const at::Tensor& weight) const {
+    return channels_last(
+        std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
+                                             dilation_, false, {0, 0}, groups_, {true, false, false})));
 }
 
 // Of weight, only the shape is read.
-at::Tensor ConvolutionRule::weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const {
-    return std::get<1>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_, dilation_,
-                                                false, {0, 0}, groups_, {false, true, false}));
+at::Tensor ConvolutionRule::weight_gradient(const at::Tensor& dy, const at::Tensor& x,
+                                            const at::Tensor& weight) const {
+    return std::get<1>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
+                                                dilation_, false, {0, 0}, groups_, {false, true, false}));
 }
 
 at::Tensor ConvolutionRule::forward(State& state) const {
-    const at::Tensor x = channels_last(state.value(op_.inputs[0])), weight = channels_last(state.value(op_.inputs[1]));
+    const at::Tensor x = channels_last(state.value(op_.inputs[0])),
+                     weight = channels_last(state.value(op_.inputs[1]));
     state.saved(op_) = {active(1) ? x : at::Tensor(), weight};
-    const std::optional<at::Tensor> bias = has(2) ? std::optional<at::Tensor>(state.value(op_.inputs[2])) : std::nullopt;
-    return channels_last(at::convolution(x, weight, bias, stride_, padding_, dilation_, false, {0, 0}, groups_));
+    const std::optional<at::Tensor> bias =
+        has(2) ? std::optional<at::Tensor>(state.value(op_.inputs[2])) : std::nullopt;
+    return channels_last(
+        at::convolution(x, weight, bias, stride_, padding_, dilation_, false, {0, 0}, groups_));
 }
 
 at::Tensor ConvolutionRule::tangent(const Directions& d) const {
@@ -78,7 +83,8 @@ at::Tensor ConvolutionRule::tangent(const Directions& d) const {
         if (ty.defined())
             ty.add_(bias);
         else
-            ty = new_directions(K, output(), d.state().options()).copy_(bias.expand(with_directions(K, output().shape)));
+            ty = new_directions(K, output(), d.state().options())
+                     .copy_(bias.expand(with_directions(K, output().shape)));
     }
     return ty;
 }

@@ -9,7 +9,8 @@
 
 namespace flatcore {
 
-LinearRule::LinearRule(const Program& program, const Op& op) : Rule(program, op), transposed_(op.attributes.flag("transposed")) {
+LinearRule::LinearRule(const Program& program, const Op& op)
+    : Rule(program, op), transposed_(op.attributes.flag("transposed")) {
     if (input(1).shape.size() != 2) throw std::invalid_argument("weight must be a matrix");
     in_ = input(1).shape[transposed_ ? 0 : 1];
     out_ = input(1).shape[transposed_ ? 1 : 0];
@@ -39,8 +40,8 @@ at::Tensor LinearRule::tangent(const Directions& d) const {
         started = true;
     }
     if (active(0)) {
-        gemm_shared(matrix, d.tangent(0).reshape({K, rows_, in_}), weight_as_matrix(d.state().value(op_.inputs[1])),
-                    started);
+        gemm_shared(matrix, d.tangent(0).reshape({K, rows_, in_}),
+                    weight_as_matrix(d.state().value(op_.inputs[1])), started);
         started = true;
     }
     if (active(1)) {
@@ -95,8 +96,8 @@ void LinearRule::adjoint(Directions& d) const {
 }
 
 double LinearRule::flops(int64_t K, bool second_order) const {
-    const int products = active(0) + active(1)                             // tangent
-                         + active(0) + active(1)                           // adjoint, first order
+    const int products = active(0) + active(1)                            // tangent
+                         + active(0) + active(1)                          // adjoint, first order
                          + (second_order && has_second_order() ? 2 : 0);  // cross terms
     return 2.0 * static_cast<double>(K * rows_ * in_ * out_) * products;
 }

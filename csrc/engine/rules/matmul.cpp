@@ -21,7 +21,8 @@ at::Tensor MatmulRule::tangent(const Directions& d) const {
     at::Tensor ty;
     if (active(0)) ty = at::matmul(align_directions(d.tangent(0), rank), d.state().value(op_.inputs[1]));
     if (active(1)) {
-        const at::Tensor term = at::matmul(d.state().value(op_.inputs[0]), align_directions(d.tangent(1), rank));
+        const at::Tensor term =
+            at::matmul(d.state().value(op_.inputs[0]), align_directions(d.tangent(1), rank));
         ty = ty.defined() ? ty.add_(term) : term;
     }
     return ty;

@@ -1,4 +1,5 @@
-// Pooling is linear once the maxima are known, so a direction is pooled like a batch: K folds into the batch axis.
+// Pooling is linear once the maxima are known, so a direction is pooled like a batch: K folds into the batch
+// axis.
 #include <ATen/ops/_adaptive_avg_pool2d.h>
 #include <ATen/ops/_adaptive_avg_pool2d_backward.h>
 #include <ATen/ops/avg_pool2d.h>
@@ -32,11 +33,8 @@ at::Tensor new_batch(int64_t K, const Value& value, const at::TensorOptions& opt
 }  // namespace
 
 MaxPoolRule::MaxPoolRule(const Program& program, const Op& op)
-    : Rule(program, op),
-      kernel_(op.attributes.integers("kernel")),
-      stride_(op.attributes.integers("stride")),
-      padding_(op.attributes.integers("padding")),
-      dilation_(op.attributes.integers("dilation")),
+    : Rule(program, op), kernel_(op.attributes.integers("kernel")), stride_(op.attributes.integers("stride")),
+      padding_(op.attributes.integers("padding")), dilation_(op.attributes.integers("dilation")),
       ceil_mode_(op.attributes.flag("ceil_mode")) {
     require_images(input(0));
 }
@@ -54,8 +52,8 @@ at::Tensor MaxPoolRule::tangent(const Directions& d) const {
     at::Tensor ty = new_batch(d.K(), out, tx.options());
     FLATCORE_DISPATCH(ty, "max_pool2d", [&] {
         gather_pixels<scalar_t>(d.K(), {in.shape[0], plane(in), plane(out), in.shape[1]},
-                                d.state().saved(op_)[0].const_data_ptr<int64_t>(), tx.const_data_ptr<scalar_t>(),
-                                ty.mutable_data_ptr<scalar_t>());
+                                d.state().saved(op_)[0].const_data_ptr<int64_t>(),
+                                tx.const_data_ptr<scalar_t>(), ty.mutable_data_ptr<scalar_t>());
     });
     return ty.unflatten(0, {d.K(), out.shape[0]});
 }
@@ -67,18 +65,15 @@ void MaxPoolRule::adjoint(Directions& d) const {
     at::Tensor tdx = new_batch(d.K(), in, tdy.options());
     FLATCORE_DISPATCH(tdx, "max_pool2d", [&] {
         scatter_pixels<scalar_t>(d.K(), {in.shape[0], plane(in), plane(out), in.shape[1]},
-                                 d.state().saved(op_)[0].const_data_ptr<int64_t>(), tdy.const_data_ptr<scalar_t>(),
-                                 tdx.mutable_data_ptr<scalar_t>());
+                                 d.state().saved(op_)[0].const_data_ptr<int64_t>(),
+                                 tdy.const_data_ptr<scalar_t>(), tdx.mutable_data_ptr<scalar_t>());
     });
     d.add(0, tdx.unflatten(0, {d.K(), in.shape[0]}), true);
 }
 
 AveragePoolRule::AveragePoolRule(const Program& program, const Op& op)
-    : Rule(program, op),
-      kernel_(op.attributes.integers("kernel")),
-      stride_(op.attributes.integers("stride")),
-      padding_(op.attributes.integers("padding")),
-      ceil_mode_(op.attributes.flag("ceil_mode")),
+    : Rule(program, op), kernel_(op.attributes.integers("kernel")), stride_(op.attributes.integers("stride")),
+      padding_(op.attributes.integers("padding")), ceil_mode_(op.attributes.flag("ceil_mode")),
       count_include_pad_(op.attributes.flag("count_include_pad")) {
     require_images(input(0));
     if (const int64_t divisor = op.attributes.integer("divisor")) divisor_ = divisor;
@@ -99,8 +94,8 @@ void AveragePoolRule::adjoint(Directions& d) const {
     if (!d.wants(0) || !d.cotangent().defined()) return;
     const at::Tensor shape_only = new_batch(d.K(), input(0), d.state().options());
     d.add(0,
-          at::avg_pool2d_backward(fold_batch(d.cotangent()), shape_only, kernel_, stride_, padding_, ceil_mode_,
-                                  count_include_pad_, divisor_)
+          at::avg_pool2d_backward(fold_batch(d.cotangent()), shape_only, kernel_, stride_, padding_,
+                                  ceil_mode_, count_include_pad_, divisor_)
               .unflatten(0, {d.K(), input(0).shape[0]}),
           true);
 }

@@ -6,13 +6,12 @@
 namespace flatcore {
 
 SumRule::SumRule(const Program& program, const Op& op)
-    : Rule(program, op),
-      dims_(op.attributes.integers("dims")),
-      keepdim_(op.attributes.flag("keepdim")),
+    : Rule(program, op), dims_(op.attributes.integers("dims")), keepdim_(op.attributes.flag("keepdim")),
       scale_(op.attributes.real("scale")) {
     const auto rank = static_cast<int64_t>(input(0).shape.size());
     for (int64_t& dim : dims_) {
-        if (dim < -rank || dim >= rank) throw std::invalid_argument("dims: axis " + std::to_string(dim) + " does not exist");
+        if (dim < -rank || dim >= rank)
+            throw std::invalid_argument("dims: axis " + std::to_string(dim) + " does not exist");
         if (dim < 0) dim += rank;
     }
     std::sort(dims_.begin(), dims_.end());

@@ -7,8 +7,8 @@
 
 namespace flatcore {
 
-#define FLATCORE_RULE_METHODS                           \
-    at::Tensor forward(State& state) const override;    \
+#define FLATCORE_RULE_METHODS                               \
+    at::Tensor forward(State& state) const override;        \
     at::Tensor tangent(const Directions& d) const override; \
     void adjoint(Directions& d) const override;
 
@@ -74,7 +74,7 @@ class BatchNormRule final : public Rule {
     bool channels_last_output() const override { return output().shape.size() == 4; }
 
  private:
-    at::Tensor rows_of(const at::Tensor& t) const;             // (..., C) contiguous, from a value or directions
+    at::Tensor rows_of(const at::Tensor& t) const;  // (..., C) contiguous, from a value or directions
     at::Tensor value_of(const at::Tensor& rows, int64_t K) const;  // the inverse
     double eps_;
     int64_t rows_, channels_;
@@ -213,6 +213,133 @@ class CrossEntropyRule final : public Rule {
 
  private:
     int64_t rows_, classes_;
+};
+
+// normalise.cpp
+class NormaliseRule final : public Rule {
+ public:
+    NormaliseRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return active(0) || active(1); }
+    bool reads_output_adjoint() const override { return true; }
+    bool reads_tangent_in_adjoint(int i) const override { return i < 2; }
+    int64_t saved() const override { return rows_ * (columns_ + 1); }
+
+ private:
+    double eps_;
+    bool centred_;
+    int64_t rows_, columns_;
+};
+
+// softmax.cpp
+class SoftmaxRule final : public Rule {
+ public:
+    SoftmaxRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return true; }
+    bool reads_output_adjoint() const override { return true; }
+    bool reads_tangent_in_adjoint(int) const override { return true; }
+    int64_t saved() const override { return output().numel; }
+
+ private:
+    int64_t rows_, columns_;
+};
+
+class LogSumExpRule final : public Rule {
+ public:
+    LogSumExpRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return true; }
+    bool reads_output_adjoint() const override { return true; }
+    bool reads_tangent_in_adjoint(int) const override { return true; }
+    int64_t saved() const override { return input(0).numel; }
+
+ private:
+    int64_t rows_, columns_;
+};
+
+// attention.cpp
+struct AttentionTile {  // a group of heads, a range of query rows, the keys from the first that those rows
+                        // may see
+    int64_t head, heads, row, rows, keys;
+};
+
+class AttentionRule final : public Rule {
+ public:
+    AttentionRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return active(0) || active(1); }
+    bool reads_output_adjoint() const override { return true; }
+    bool reads_tangent_in_adjoint(int i) const override { return i < 3; }
+    int64_t saved() const override { return input(0).numel + input(1).numel + input(2).numel; }
+    double flops(int64_t K, bool second_order) const override;
+    int64_t workspace(int64_t K) const override;
+
+ private:
+    using Tile = AttentionTile;
+    template <class Body>
+    void for_each_tile(const Body& body) const;
+    at::Tensor mask_part(const at::Tensor& mask, const Tile& tile) const;
+    at::Tensor probabilities(const State& state, const Tile& tile) const;
+    at::Tensor logit_tangent(const State& state, const Tile& tile, const at::Tensor& tq,
+                             const at::Tensor& tk) const;
+    bool causal_;
+    double scale_;
+    int64_t heads_, queries_, keys_;
+};
+
+// structure.cpp
+class SliceRule final : public Rule {
+ public:
+    SliceRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool aliases() const override { return true; }
+
+ private:
+    int64_t dim_, start_, step_, stop_;
+};
+
+class CatRule final : public Rule {
+ public:
+    CatRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+
+ private:
+    int64_t dim_;
+};
+
+class PadRule final : public Rule {
+ public:
+    PadRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+
+ private:
+    Integers pads_, reversed_;
+    double value_;
+};
+
+class RowsRule final : public Rule {
+ public:
+    RowsRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    int64_t saved() const override { return 2 * input(1).numel; }
+
+ private:
+    int64_t frozen_;
+};
+
+class WhereRule final : public Rule {
+ public:
+    using Rule::Rule;
+    FLATCORE_RULE_METHODS
+    bool reads_value(int i) const override { return i == 0; }
+};
+
+class RoundRule final : public Rule {
+ public:
+    using Rule::Rule;
+    FLATCORE_RULE_METHODS
+    bool aliases() const override { return true; }
 };
 
 #undef FLATCORE_RULE_METHODS

@@ -3,7 +3,9 @@
 
 namespace flatcore {
 
-at::Tensor ViewRule::forward(State& state) const { return state.value(op_.inputs[0]).reshape(output().shape); }
+at::Tensor ViewRule::forward(State& state) const {
+    return state.value(op_.inputs[0]).reshape(output().shape);
+}
 
 at::Tensor ViewRule::tangent(const Directions& d) const {
     return d.tangent(0).reshape(with_directions(d.K(), output().shape));
@@ -14,7 +16,8 @@ void ViewRule::adjoint(Directions& d) const {
         d.add(0, d.cotangent().reshape(with_directions(d.K(), input(0).shape)), false);
 }
 
-PermuteRule::PermuteRule(const Program& program, const Op& op) : Rule(program, op), dims_(op.attributes.integers("dims")) {
+PermuteRule::PermuteRule(const Program& program, const Op& op)
+    : Rule(program, op), dims_(op.attributes.integers("dims")) {
     const auto rank = static_cast<int64_t>(input(0).shape.size());
     inverse_.assign(dims_.size(), -1);
     for (size_t i = 0; i < dims_.size(); ++i) {
@@ -38,13 +41,18 @@ Integers behind_directions(const Integers& dims) {
 
 at::Tensor PermuteRule::forward(State& state) const { return state.value(op_.inputs[0]).permute(dims_); }
 
-at::Tensor PermuteRule::tangent(const Directions& d) const { return d.tangent(0).permute(behind_directions(dims_)); }
-
-void PermuteRule::adjoint(Directions& d) const {
-    if (d.wants(0) && d.cotangent().defined()) d.add(0, d.cotangent().permute(behind_directions(inverse_)), false);
+at::Tensor PermuteRule::tangent(const Directions& d) const {
+    return d.tangent(0).permute(behind_directions(dims_));
 }
 
-at::Tensor ExpandRule::forward(State& state) const { return state.value(op_.inputs[0]).expand(output().shape); }
+void PermuteRule::adjoint(Directions& d) const {
+    if (d.wants(0) && d.cotangent().defined())
+        d.add(0, d.cotangent().permute(behind_directions(inverse_)), false);
+}
+
+at::Tensor ExpandRule::forward(State& state) const {
+    return state.value(op_.inputs[0]).expand(output().shape);
+}
 
 at::Tensor ExpandRule::tangent(const Directions& d) const {
     return align_directions(d.tangent(0), static_cast<int64_t>(output().shape.size()))
@@ -52,7 +60,8 @@ at::Tensor ExpandRule::tangent(const Directions& d) const {
 }
 
 void ExpandRule::adjoint(Directions& d) const {
-    if (d.wants(0) && d.cotangent().defined()) d.add(0, reduce_directions(d.cotangent(), input(0).shape), false);
+    if (d.wants(0) && d.cotangent().defined())
+        d.add(0, reduce_directions(d.cotangent(), input(0).shape), false);
 }
 
 }  // namespace flatcore

@@ -1,5 +1,5 @@
-// y = f(z), element by element. Forward saves f' and f''; the backward sweep turns f'' into h = f'' dy, the only other
-// thing a product needs, so neither z, y nor dy is kept for it.
+// y = f(z), element by element. Forward saves f' and f''; the backward sweep turns f'' into h = f'' dy, the
+// only other thing a product needs, so neither z, y nor dy is kept for it.
 #include "kernels/pointwise.h"
 #include "rules.h"
 
@@ -10,11 +10,8 @@ enum Saved { kFirst, kSecond };
 }
 
 UnaryRule::UnaryRule(const Program& program, const Op& op)
-    : Rule(program, op),
-      function_(static_cast<int>(function_named(op.attributes.text("function")))),
-      a_(op.attributes.real_or("a", 0)),
-      b_(op.attributes.real_or("b", 0)),
-      c_(op.attributes.real_or("c", 0)),
+    : Rule(program, op), function_(static_cast<int>(function_named(op.attributes.text("function")))),
+      a_(op.attributes.real_or("a", 0)), b_(op.attributes.real_or("b", 0)), c_(op.attributes.real_or("c", 0)),
       curved_(is_curved(static_cast<Function>(function_))) {}
 
 at::Tensor UnaryRule::forward(State& state) const {
@@ -22,8 +19,9 @@ at::Tensor UnaryRule::forward(State& state) const {
     at::Tensor y = new_value(output(), z.options()), first = new_value(output(), z.options());
     at::Tensor second = curved_ ? new_value(output(), z.options()) : at::Tensor();
     FLATCORE_DISPATCH(z, "unary", [&] {
-        unary_forward<scalar_t>(static_cast<Function>(function_), {a_, b_, c_}, z.numel(), z.const_data_ptr<scalar_t>(),
-                                y.mutable_data_ptr<scalar_t>(), first.mutable_data_ptr<scalar_t>(),
+        unary_forward<scalar_t>(static_cast<Function>(function_), {a_, b_, c_}, z.numel(),
+                                z.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(),
+                                first.mutable_data_ptr<scalar_t>(),
                                 curved_ ? second.mutable_data_ptr<scalar_t>() : nullptr);
     });
     state.saved(op_) = {first, second};
@@ -45,8 +43,8 @@ at::Tensor UnaryRule::tangent(const Directions& d) const {
     const at::Tensor& first = d.state().saved(op_)[kFirst];
     at::Tensor ty = new_directions(d.K(), output(), tz.options());
     FLATCORE_DISPATCH(ty, "unary", [&] {
-        scale_directions<scalar_t>(d.K(), output().numel, first.const_data_ptr<scalar_t>(), tz.const_data_ptr<scalar_t>(),
-                                   ty.mutable_data_ptr<scalar_t>());
+        scale_directions<scalar_t>(d.K(), output().numel, first.const_data_ptr<scalar_t>(),
+                                   tz.const_data_ptr<scalar_t>(), ty.mutable_data_ptr<scalar_t>());
     });
     return ty;
 }

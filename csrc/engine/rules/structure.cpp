@@ -1,0 +1,166 @@
+// Ops that move elements: slices, concatenation, padding, rows picked by an index. All linear, with no
+// arithmetic but the sums where an element is read more than once.
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/zeros.h>
+
+#include "rules.h"
+
+namespace flatcore {
+
+namespace {
+
+int64_t axis_of(const Op& op, const Value& x) {
+    const auto rank = static_cast<int64_t>(x.shape.size());
+    int64_t dim = op.attributes.integer("dim");
+    if (dim < -rank || dim >= rank)
+        throw std::invalid_argument("dim: axis " + std::to_string(dim) + " does not exist");
+    return dim < 0 ? dim + rank : dim;
+}
+
+}  // namespace
+
+SliceRule::SliceRule(const Program& program, const Op& op)
+    : Rule(program, op), dim_(axis_of(op, input(0))), start_(op.attributes.integer("start")),
+      step_(op.attributes.integer("step")) {
+    const int64_t length = output().shape[static_cast<size_t>(dim_)];
+    const int64_t last = start_ + (length - 1) * step_;
+    if (start_ < 0 || step_ < 1 || (length > 0 && last >= input(0).shape[static_cast<size_t>(dim_)]))
+        throw std::invalid_argument("start, step and the output's length must stay within the axis");
+    stop_ = length > 0 ? last + 1 : start_;
+}
+
+at::Tensor SliceRule::forward(State& state) const {
+    return state.value(op_.inputs[0]).slice(dim_, start_, stop_, step_);
+}
+
+at::Tensor SliceRule::tangent(const Directions& d) const {
+    return d.tangent(0).slice(dim_ + 1, start_, stop_, step_);
+}
+
+void SliceRule::adjoint(Directions& d) const {
+    if (!d.wants(0) || !d.cotangent().defined()) return;
+    auto [buffer, fresh] = d.accumulator(0);
+    if (fresh) buffer.zero_();
+    buffer.slice(dim_ + 1, start_, stop_, step_).add_(d.cotangent());
+}
+
+CatRule::CatRule(const Program& program, const Op& op) : Rule(program, op), dim_(axis_of(op, output())) {}
+
+at::Tensor CatRule::forward(State& state) const {
+    std::vector<at::Tensor> parts;
+    for (int id : op_.inputs) parts.push_back(state.value(id));
+    return at::cat(parts, dim_);
+}
+
+at::Tensor CatRule::tangent(const Directions& d) const {
+    std::vector<at::Tensor> parts;
+    for (int i = 0; i < static_cast<int>(op_.inputs.size()); ++i)
+        parts.push_back(
+            active(i) ? d.tangent(i)
+                      : at::zeros({1}, d.state().options()).expand(with_directions(d.K(), input(i).shape)));
+    return at::cat(parts, dim_ + 1);
+}
+
+void CatRule::adjoint(Directions& d) const {
+    if (!d.cotangent().defined()) return;
+    int64_t start = 0;
+    for (int i = 0; i < static_cast<int>(op_.inputs.size()); ++i) {
+        const int64_t length = input(i).shape[static_cast<size_t>(dim_)];
+        if (d.wants(i)) d.add(i, d.cotangent().narrow(dim_ + 1, start, length), false);
+        start += length;
+    }
+}
+
+PadRule::PadRule(const Program& program, const Op& op)
+    : Rule(program, op), pads_(op.attributes.integers("pads")), value_(op.attributes.real("value")) {
+    if (pads_.size() % 2 || pads_.size() > 2 * input(0).shape.size())
+        throw std::invalid_argument("pads must be pairs, for at most every axis of x");
+    for (int64_t pad : pads_) reversed_.push_back(-pad);
+}
+
+at::Tensor PadRule::forward(State& state) const {
+    return at::constant_pad_nd(state.value(op_.inputs[0]), pads_, value_);
+}
+
+at::Tensor PadRule::tangent(const Directions& d) const { return at::constant_pad_nd(d.tangent(0), pads_, 0); }
+
+void PadRule::adjoint(Directions& d) const {
+    if (d.wants(0) && d.cotangent().defined())
+        d.add(0, at::constant_pad_nd(d.cotangent(), reversed_, 0), true);
+}
+
+// y[i, ...] = x[index[i], ...]: rows of the first axis. A row of `frozen` (an embedding's padding) is a
+// constant.
+RowsRule::RowsRule(const Program& program, const Op& op)
+    : Rule(program, op), frozen_(op.attributes.integer("frozen")) {
+    if (input(0).shape.empty()) throw std::invalid_argument("x must have rows");
+    if (active(1)) throw std::invalid_argument("the index must be a constant");
+}
+
+at::Tensor RowsRule::forward(State& state) const {
+    const at::Tensor index = state.value(op_.inputs[1]).to(at::kLong).reshape({-1});
+    at::Tensor kept;  // 0 for frozen rows, 1 for others
+    if (frozen_ >= 0) {
+        Integers shape(input(0).shape.size(), 1);
+        shape[0] = index.numel();
+        kept = index.ne(frozen_).to(state.value(op_.inputs[0]).scalar_type()).view(shape);
+    }
+    state.saved(op_) = {index, kept};
+    return state.value(op_.inputs[0]).index_select(0, index).view(output().shape);
+}
+
+at::Tensor RowsRule::tangent(const Directions& d) const {
+    const auto& saved = d.state().saved(op_);
+    at::Tensor rows = d.tangent(0).index_select(1, saved[0]);
+    if (saved[1].defined()) rows.mul_(saved[1]);
+    return rows.view(with_directions(d.K(), output().shape));
+}
+
+void RowsRule::adjoint(Directions& d) const {
+    if (!d.wants(0) || !d.cotangent().defined()) return;
+    const auto& saved = d.state().saved(op_);
+    Integers shape = with_directions(d.K(), input(0).shape);
+    shape[1] = saved[0].numel();
+    at::Tensor rows = d.cotangent().reshape(shape);
+    if (saved[1].defined()) rows = rows * saved[1];
+    auto [buffer, fresh] = d.accumulator(0);
+    if (fresh) buffer.zero_();
+    buffer.index_add_(1, saved[0], rows);
+}
+
+// y = mask ? a : b, with a constant mask; broadcast.
+at::Tensor WhereRule::forward(State& state) const {
+    return state.value(op_.inputs[1]).where(state.value(op_.inputs[0]), state.value(op_.inputs[2]));
+}
+
+at::Tensor WhereRule::tangent(const Directions& d) const {
+    const at::Tensor& mask = d.state().value(op_.inputs[0]);
+    const auto rank = static_cast<int64_t>(output().shape.size());
+    const at::Tensor zero = at::zeros({}, d.state().options());
+    const auto side = [&](int i) { return active(i) ? align_directions(d.tangent(i), rank) : zero; };
+    return side(1).where(mask, side(2)).expand(with_directions(d.K(), output().shape));
+}
+
+void WhereRule::adjoint(Directions& d) const {
+    if (!d.cotangent().defined()) return;
+    const at::Tensor& mask = d.state().value(op_.inputs[0]);
+    const at::Tensor zero = at::zeros({}, d.state().options());
+    if (d.wants(1)) d.add(1, reduce_directions(d.cotangent().where(mask, zero), input(1).shape), true);
+    if (d.wants(2)) d.add(2, reduce_directions(zero.where(mask, d.cotangent()), input(2).shape), true);
+}
+
+// The same number in a coarser format and back: what a cast inside the model leaves of it. Its derivative is
+// one.
+at::Tensor RoundRule::forward(State& state) const {
+    const at::Tensor& x = state.value(op_.inputs[0]);
+    return x.to(at::kFloat).to(x.scalar_type());
+}
+
+at::Tensor RoundRule::tangent(const Directions& d) const { return d.tangent(0); }
+
+void RoundRule::adjoint(Directions& d) const {
+    if (d.wants(0) && d.cotangent().defined()) d.add(0, d.cotangent(), false);
+}
+
+}  // namespace flatcore
