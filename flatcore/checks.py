@@ -117,7 +117,9 @@ def check_finite_loss(value: float, index: int) -> None:
 
 def check_repeats(model: nn.Module, first: float, second: float, dtype: torch.dtype) -> None:
     """Refuses a loss that differs between two evaluations by more than the order of additions can explain."""
-    if abs(first - second) <= 100 * torch.finfo(dtype).eps * max(abs(first), abs(second)):
+    if not math.isfinite(first) or abs(first - second) <= 100 * torch.finfo(dtype).eps * max(
+        abs(first), abs(second)
+    ):
         return
     suspects = list(_suspects(model))
     where = (

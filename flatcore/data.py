@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ class Data:
     Batches are held in memory while they fit into `budget` bytes; a loader that does not fit is read again
     on every pass, with the random generators set to where they stood on the first pass and set back
     afterwards, so that shuffling and augmentation repeat. A pass that differs in its batch sizes from the
-    first is an error.
+    first is an error. `count(batch, index)` gives the number of examples of a batch.
     """
 
-    def __init__(self, data: Any, budget: int) -> None:
+    def __init__(self, data: Any, budget: int, count: Callable[[Batch, int], int]) -> None:
+        self._count = count
         self._source = _source(data)
         self._random_state = _random_state(self._source)
         self._held: tuple[Batch, ...] | None = None
@@ -34,7 +35,7 @@ class Data:
         counts: list[int] = []
         storages: dict[int, int] = {}
         for index, batch in enumerate(self._read()):
-            counts.append(count_examples(batch, index))
+            counts.append(self._count(batch, index))
             storages |= {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch_leaves(batch)
             }
@@ -59,7 +60,7 @@ class Data:
             return
         counts: list[int] = []
         for index, batch in enumerate(self._read()):
-            counts.append(count_examples(batch, index))
+            counts.append(self._count(batch, index))
             if tuple(counts) != self.examples[: len(counts)]:
                 break
             yield batch
@@ -128,7 +129,7 @@ def _source(data: Any) -> Iterable[Any]:
             "data: expected one batch (a tuple or a mapping), a list of batches or a loader, got "
             f"{type(data).__name__}"
         )
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         raise TypeError(
             "data: expected something that can be read more than once, got a one-shot "
             f"{type(data).__name__}; pass "
@@ -152,7 +153,7 @@ def _generators(source: object) -> list[torch.Generator]:
 
 
 def _random_state(source: object) -> tuple[Any, ...]:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     own = [generator.get_state() for generator in _generators(source)]
     numpy = np.random.get_state()  # noqa: NPY002  # the global generator is what user code may draw from
     return random.getstate(), numpy, torch.get_rng_state(), devices, own

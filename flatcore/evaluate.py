@@ -115,38 +115,26 @@ class Evaluation:
     call: LossCall | None
 
 
-class _Whole(nn.Module):
-    """Model and loss as one module, so that one functional call sees all parameters and buffers."""
-
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | ModelLoss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Batch) -> tuple[Any, Any, Any]:
-        if isinstance(self.loss, ModelLoss):
-            return self.loss.fn(self.model, batch), None, None
-        args, kwargs, target = split_batch(batch)
-        output = self.model(*args, **kwargs)
-        return self.loss(output, target), output, target
-
-
 class Evaluator:
     """Evaluates (model, loss) with some parameters replaced; the rest enter detached, buffers as copies."""
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | ModelLoss) -> None:
-        self._whole = _Whole(model, loss)
+        self._model = model
         self._loss = loss
+        self._roots = [root for root in (model, loss) if isinstance(root, nn.Module)]
 
     def __call__(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Evaluation:
-        values = {name: p.detach() for name, p in self._whole.named_parameters()}
-        values |= {name: b.detach().clone() for name, b in self._whole.named_buffers()}
-        values |= {f"model.{name}": p for name, p in parameters.items()}
         # In-place operations of the model must not reach the user's batch.
         tensors, structure = flatten_batch(batch)
         batch = structure.rebuild([t.clone() for t in tensors])
-        with _LossCalls() as calls:
-            loss, output, target = torch.func.functional_call(self._whole, values, (batch,))
+        output = target = None
+        with _LossCalls() as calls, _substituted(self._roots, self._values(parameters)):
+            if isinstance(self._loss, ModelLoss):
+                loss = self._loss.fn(self._model, batch)
+            else:
+                args, kwargs, target = split_batch(batch)
+                output = self._model(*args, **kwargs)
+                loss = self._loss(output, target)
         call = calls.last if calls.last is not None and calls.last.result is loss else None
         if isinstance(self._loss, ModelLoss):
             if call is None:
@@ -165,6 +153,47 @@ class Evaluator:
             return self._loss(pytree.tree_unflatten(replaced, tree), target)  # type: ignore[operator]
 
         return Evaluation(loss, tuple(leaves[i] for i in places), loss_of, call)
+
+    def _values(self, parameters: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """What stands in for each parameter and buffer, by the identity of the original."""
+        values = {id(b): b.detach().clone() for root in self._roots for b in root.buffers()}
+        values |= {id(p): p.detach() for root in self._roots for p in root.parameters()}
+        originals = dict(self._model.named_parameters())
+        return values | {id(originals[name]): value for name, value in parameters.items()}
+
+
+@contextlib.contextmanager
+def _substituted(roots: list[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
+    """The modules with other tensors in them; afterwards with all their attributes as they were.
+
+    torch.func.functional_call is not used: in torch 2.13 it leaves its own tensors behind in a module that is
+    registered under two names. Tensors are known by identity, so ties need no care, and lists of them
+    (recurrent layers keep one) are replaced too.
+    """
+
+    def other(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return values.get(id(value), value)
+        if type(value) in (list, tuple) and any(isinstance(item, Tensor) for item in value):
+            return type(value)(other(item) for item in value)
+        return value
+
+    modules = {id(m): m for root in roots for m in root.modules()}.values()
+    saved = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+    try:
+        for module, attributes, own_parameters, own_buffers in saved:
+            vars(module).update((name, other(value)) for name, value in attributes.items())
+            module._parameters.update((name, other(value)) for name, value in own_parameters.items())
+            module._buffers.update((name, other(value)) for name, value in own_buffers.items())
+        yield
+    finally:
+        for module, attributes, own_parameters, own_buffers in saved:
+            module._parameters.clear()
+            module._parameters.update(own_parameters)
+            module._buffers.clear()
+            module._buffers.update(own_buffers)
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _unknown(_: tuple[Tensor, ...]) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flatcore import checks
-from flatcore.data import Batch, Data, version
+from flatcore.capture.batch import split_batch
+from flatcore.data import Batch, Data, count_examples, version
 from flatcore.evaluate import Evaluation, Evaluator, ModelLoss, hf_loss, plain_torch
 from flatcore.memory import Budget
 from flatcore.parameters import Selection, select
@@ -89,7 +90,7 @@ class Objective:
         checks.check_mode(self.model)
         self.layout = Layout.of(selected)
         self.budget = Budget.of(memory, self.layout.device)
-        self.data = Data(data, self.budget.data)
+        self.data = Data(data, self.budget.data, self._count)
         self.evaluate = Evaluator(self.model, loss)
         self._snapshot: Snapshot | None = None
         self._loss: tuple[Snapshot, float] | None = None
@@ -174,6 +175,13 @@ class Objective:
         modules = [self.model, *([self.loss_function] if isinstance(self.loss_function, nn.Module) else [])]
         state = [version(t) for m in modules for source in (m.parameters(), m.buffers()) for t in source]
         return (*state, tuple(m.training for m in self.model.modules()), self.data.versions())
+
+    def _count(self, batch: Batch, index: int) -> int:
+        if not isinstance(self.loss_function, ModelLoss):
+            target = split_batch(batch)[2]
+            if isinstance(target, Tensor) and not target.dim():
+                return 1  # one example without a batch axis
+        return count_examples(batch, index)
 
     def _check_batches(self) -> None:
         values = self.snapshot().values
