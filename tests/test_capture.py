@@ -27,7 +27,7 @@ from flatcore.capture import (
 )
 from flatcore.capture.export import LossKind
 from flatcore.capture.interpreter import meaning
-from flatcore.capture.program import Program
+from flatcore.capture.program import Program, depending
 from flatcore.errors import CaptureError
 
 FLOAT64 = torch.float64
@@ -236,6 +236,13 @@ def test_the_cut_separates_parameters_from_loss(case: Case) -> None:
             inputs = [None if i is None else changed[i] for i in op.inputs]
             changed[op.output] = meaning(op.kind, op.attrs, inputs)
     assert torch.equal(changed[program.loss], values[program.loss])
+
+
+def test_no_value_of_the_cut_depends_on_another(case: Case) -> None:
+    """Else the adjoint of one would contain the adjoint of the other."""
+    program = program_for(case)
+    for i in program.cut or ():
+        assert depending(program.ops, [i]) & set(program.cut or ()) == {i}
 
 
 @pytest.mark.parametrize("name", ["mse", "cnn", "sequence", "ce-none", "heads", "ce-positions"])
