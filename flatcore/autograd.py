@@ -128,9 +128,8 @@ class AutogradBackend:
         if not any(z.requires_grad for z in evaluation.outputs):
             raise ValueError(
                 "loss: the Gauss-Newton matrix needs to know where the model ends and the loss begins, got "
-                "a ModelLoss whose "
-                "value is not the direct result of one function of torch.nn.functional; pass loss(output, "
-                "target)"
+                "a ModelLoss whose value is not the direct result of one function of torch.nn.functional; "
+                "pass loss(output, target)"
             )
         outputs = Outputs(evaluation, theta)
         if mode == "ggn":
@@ -147,8 +146,7 @@ class AutogradBackend:
         if abs(a - b) > _agreement(theta[0].dtype) * scale:
             raise RuntimeError(
                 "model: torch's second derivative of the loss is not symmetric, so one of its operations "
-                "differentiates "
-                f"wrongly: <u, H v> = {a:.6g} and <v, H u> = {b:.6g} for random u and v"
+                f"differentiates wrongly: <u, H v> = {a:.6g} and <v, H u> = {b:.6g} for random u and v"
             )
         self._symmetric = True
 
@@ -179,8 +177,8 @@ class AutogradBackend:
         ):
             raise ValueError(
                 "loss: the gradient covariance needs a loss that is the mean over the examples, got "
-                f"{float(whole.loss.detach()):.6g} for "
-                f"batch {batch.index} and {total:.6g} as the mean over its examples one by one"
+                f"{float(whole.loss.detach()):.6g} for batch {batch.index} and {total:.6g} as the mean "
+                "over its examples one by one"
             )
 
 
@@ -188,7 +186,7 @@ class _FlopCounter(TorchDispatchMode):
     """Adds up torch's own counts. FlopCounterMode also hooks into modules, which fails with shared parameters."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -248,9 +246,8 @@ class Outputs:
         if difference > _agreement(whole[0].dtype) * sum(float(a.norm()) for a in whole):
             raise ValueError(
                 "loss: expected a loss that depends on the parameters through the model's output alone, "
-                "got one that depends on "
-                "them in another way too (a penalty, say), for which there is no Gauss-Newton matrix or "
-                "gradient per example"
+                "got one that depends on them in another way too (a penalty, say), for which there is no "
+                "Gauss-Newton matrix or gradient per example"
             )
 
 

@@ -50,8 +50,7 @@ class Backends:
             self._others[reason] = AutogradBackend(self._objective, reason)
             warnings.warn(
                 f"products run through torch autograd, one direction at a time: {reason}. The results are "
-                "right; "
-                "each takes several times as long",
+                "right; each takes several times as long",
                 FlatcoreWarning,
                 stacklevel=5,
             )

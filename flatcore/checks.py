@@ -74,8 +74,7 @@ def check_batch_statistics(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"model: expected examples that do not interact, got {name!r} ({type(module).__name__}) "
-                "without running "
-                "statistics, which normalises over the batch; use track_running_stats=True"
+                "without running statistics, which normalises over the batch; use track_running_stats=True"
             )
 
 
@@ -90,8 +89,7 @@ def evaluate(evaluator: Evaluator, batch: Batch, parameters: Mapping[str, Tensor
         first_line = (str(error).strip() or "no message").splitlines()[0]
         raise ValueError(
             f"data: the model or the loss rejected batch {index} of shapes {_shapes(batch)}: "
-            f"{type(error).__name__}: "
-            f"{first_line}"
+            f"{type(error).__name__}: {first_line}"
         ) from error
     check_loss(result.loss, index)
     return result

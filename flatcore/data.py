@@ -67,8 +67,8 @@ class Data:
         if tuple(counts) != self.examples:
             raise ValueError(
                 "data: expected every pass to give the batch sizes of the first "
-                f"({_sizes(self.examples)}), got "
-                f"{_sizes(counts)}; pass a list of batches or a loader that repeats"
+                f"({_sizes(self.examples)}), got {_sizes(counts)}; pass a list of batches or a loader that "
+                "repeats"
             )
 
     def _read(self) -> Iterator[Batch]:
@@ -105,8 +105,7 @@ def count_examples(batch: Batch, index: int) -> int:
             return leaf.shape[0]
     raise ValueError(
         "data: expected batches of tensors whose leading axis counts the examples, got "
-        f"{type(batch).__name__} without "
-        f"such a tensor in batch {index}"
+        f"{type(batch).__name__} without such a tensor in batch {index}"
     )
 
 
@@ -132,8 +131,7 @@ def _source(data: Any) -> Iterable[Any]:
     if isinstance(data, Iterator):
         raise TypeError(
             "data: expected something that can be read more than once, got a one-shot "
-            f"{type(data).__name__}; pass "
-            "list(data), or a loader"
+            f"{type(data).__name__}; pass list(data), or a loader"
         )
     return data
 

@@ -127,7 +127,7 @@ class NativeBackend:
     def _check_loss(self, batch: WeightedBatch) -> None:
         """A program that does not compute the model's loss must not be used, whatever the reason."""
         objective = self.objective
-        ours = self._linearize(batch, objective.snapshot()).loss
+        ours = self._linearize(batch, objective.snapshot())[0].loss
         with torch.no_grad():
             theirs = float(
                 checks.evaluate(
@@ -151,20 +151,25 @@ class NativeBackend:
             state = self._states.get(batch.index)
             if state is None:
                 with plain_torch():
-                    state = self._linearize(batch, snapshot)
+                    state, size = self._linearize(batch, snapshot)
                 checks.check_finite_loss(state.loss, batch.index)
-                if self._held + state.bytes <= self.objective.budget.states:
+                if self._held + size <= self.objective.budget.states:
                     self._states[batch.index] = state
-                    self._held += state.bytes
+                    self._held += size
             yield batch, state
 
-    def _linearize(self, batch: WeightedBatch, snapshot: Snapshot) -> engine.Linearization:
+    def _linearize(self, batch: WeightedBatch, snapshot: Snapshot) -> tuple[engine.Linearization, int]:
+        """The state of a batch and the bytes it holds, constants included."""
         compiled = self._compiled[flatten_batch(batch.batch)[1].key]
         program = compiled.program
         frozen = named_tensors(self.objective.model, self.objective.loss_function)
-        leaves = program.prelude.run(batch_leaves(batch.batch), frozen)
-        leaves |= {i: snapshot.values[name] for i, name in program.parameters.items()}
-        return engine.Linearization(compiled.engine, leaves, batch.weight)
+        given = batch_leaves(batch.batch)
+        constants = program.prelude.run(given, frozen)
+        parameters = {i: snapshot.values[name] for i, name in program.parameters.items()}
+        state = engine.Linearization(compiled.engine, constants | parameters, batch.weight)
+        known = {t.untyped_storage().data_ptr() for t in (*given, *frozen.values())}
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in constants.values()}
+        return state, state.bytes + sum(size for storage, size in own.items() if storage not in known)
 
     def _sizes(self) -> list[int]:
         objective = self.objective

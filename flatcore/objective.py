@@ -228,6 +228,5 @@ class Objective:
         if not checks.evaluate(self.evaluate, batch, leaves, 0).loss.requires_grad:
             raise ValueError(
                 "loss: expected a differentiable function of the selected parameters, got one that does "
-                "not depend on them; "
-                "look for detach(), .item() or no_grad() in the model or the loss"
+                "not depend on them; look for detach(), .item() or no_grad() in the model or the loss"
             )

@@ -32,8 +32,7 @@ def select(model: nn.Module, params: Selection) -> dict[str, Tensor]:
         if not chosen:
             raise ValueError(
                 f"model: expected at least one parameter with requires_grad, got none of {len(canonical)}; "
-                "name the "
-                "parameters to look at with params="
+                "name the parameters to look at with params="
             )
     elif callable(params):
         chosen = {name for name, parameter in canonical.items() if params(name, parameter)}
@@ -96,8 +95,7 @@ def _check_kinds(selected: dict[str, Tensor]) -> None:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"model: expected float32 or float64 parameters, got {parameter.dtype} for {name!r}; "
-                "convert the model "
-                "with .float() or .double(), or leave the parameter out with params="
+                "convert the model with .float() or .double(), or leave the parameter out with params="
             )
     first_name, first = next(iter(selected.items()))
     for name, parameter in selected.items():
@@ -105,6 +103,5 @@ def _check_kinds(selected: dict[str, Tensor]) -> None:
             if getattr(parameter, what) != getattr(first, what):
                 raise ValueError(
                     f"model: expected all selected parameters of one {what}, got {getattr(first, what)} "
-                    f"for {first_name!r} "
-                    f"and {getattr(parameter, what)} for {name!r}"
+                    f"for {first_name!r} and {getattr(parameter, what)} for {name!r}"
                 )

@@ -56,14 +56,12 @@ def to_rows(V: Directions, layout: Layout) -> tuple[Tensor, Restore]:
     if not isinstance(V, Tensor):
         raise TypeError(
             f"V: expected a torch.Tensor of shape ({layout.size},) or ({layout.size}, K), or a dict from "
-            "parameter name "
-            f"to tensor, got {type(V).__name__}; convert it with torch.as_tensor"
+            f"parameter name to tensor, got {type(V).__name__}; convert it with torch.as_tensor"
         )
     if V.dim() not in (1, 2) or V.shape[0] != layout.size:
         raise ValueError(
             f"V: expected shape ({layout.size},) or ({layout.size}, K) for {layout.size} selected "
-            "parameter entries, got "
-            f"{tuple(V.shape)}{_transposed_hint(V, layout)}"
+            f"parameter entries, got {tuple(V.shape)}{_transposed_hint(V, layout)}"
         )
     _check_kind(V, "V", layout)
     if V.dim() == 1:
@@ -140,8 +138,7 @@ def _check_kind(value: Tensor, argument: str, layout: Layout) -> None:
     if value.device != layout.device:
         raise ValueError(
             f"{argument}: expected a tensor on {layout.device} like the parameters, got one on "
-            f"{value.device}; move it with "
-            f".to({str(layout.device)!r})"
+            f"{value.device}; move it with .to({str(layout.device)!r})"
         )
 
 

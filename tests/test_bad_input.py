@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from untouched import untouched
+from untouched import one_thread, untouched
 
 import flatcore as fc
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 X, Y = torch.randn(5, 4), torch.randint(0, 3, (5,))
 CE = nn.CrossEntropyLoss()
@@ -33,12 +37,9 @@ def check(error: BaseException, *words: str) -> None:
 def refused(
     model: Any, loss: Any, data: Any, *words: str, params: Any = None, **options: Any
 ) -> BaseException:
-    with pytest.raises((ValueError, TypeError)) as caught:
-        if isinstance(model, nn.Module):
-            with untouched(model):
-                fc.Objective(model, loss, data, params, **options)
-        else:
-            fc.Objective(model, loss, data, params, **options)
+    guard = untouched(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+    with guard, pytest.raises((ValueError, TypeError)) as caught:
+        fc.Objective(model, loss, data, params, **options)
     check(caught.value, *words)
     return caught.value
 
@@ -142,7 +143,7 @@ def test_train_mode_after_construction() -> None:
     model = mlp(nn.Dropout(0.2))
     H = fc.Hessian(fc.Objective(model, CE, (X, Y)))
     model.train()
-    with pytest.raises(ValueError, match="train mode.*'1'"):
+    with pytest.raises(ValueError, match=r"train mode.*'1'"):
         H @ torch.ones(H.shape[0])
 
 
@@ -293,7 +294,7 @@ def test_memory(memory: Any) -> None:
 
 
 def test_operator_of_something_else() -> None:
-    with pytest.raises(TypeError, match="objective: expected a flatcore.Objective, got Sequential"):
+    with pytest.raises(TypeError, match=r"objective: expected a flatcore.Objective, got Sequential"):
         fc.Hessian(mlp())  # type: ignore[arg-type]
 
 
@@ -341,5 +342,5 @@ def test_dense_matrix_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
 
     H = fc.Hessian(fc.Objective(mlp(), CE, (X, Y)))
     monkeypatch.setattr(operators, "free_bytes", lambda device: 1000)
-    with pytest.raises(ValueError, match="to_dense: expected .* P = 51.* GiB"):
+    with pytest.raises(ValueError, match=r"to_dense: expected .* P = 51.* GiB"):
         H.to_dense()

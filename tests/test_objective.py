@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from test_operators import PROBLEMS, assert_close, build, joined, reference
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from untouched import untouched
+from untouched import one_thread, untouched
 
 import flatcore as fc
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = 1000  # bytes: not even the smallest data set is held
 
@@ -39,7 +42,7 @@ class Reiterable:
 def test_loss_is_the_mean_over_all_examples(name: str, memory: int | None) -> None:
     model, loss, batches = build(name)
     x, y = joined(batches)
-    expected = float(loss(model(x), y))
+    expected = loss(model(x), y).item()
     for data in (batches, Reiterable(batches), (x, y), [(x, y)]):
         objective = fc.Objective(model, loss, data, memory=memory)
         assert objective.loss() == pytest.approx(expected, rel=1e-12)
@@ -226,7 +229,7 @@ def test_after_a_change_the_products_are_those_of_the_new_point(
     assert (before - after).abs().max() > 1e-3 * after.abs().max()
     assert_close(A.to_dense(), after)
     x, y = joined(batches)
-    assert objective.loss() == pytest.approx(float(loss(model(x), y)), rel=1e-12)
+    assert objective.loss() == pytest.approx(loss(model(x), y).item(), rel=1e-12)
     assert objective.loss() != loss_before
 
 

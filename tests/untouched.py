@@ -1,4 +1,4 @@
-"""Everything of the user's that no call may change, taken down and compared."""
+"""Everything of the user's that no call may change, taken down and compared; and a fixture for small problems."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Operations of a few dozen numbers take longer to share among threads than to do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 HOOKS = (
     "_forward_hooks",
