@@ -12,6 +12,25 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from case_models import (
+    ACTIVATIONS,
+    Heads,
+    LeftMatrix,
+    NormedWeight,
+    PerPosition,
+    Pooled,
+    Scalars,
+    Tied,
+    TwoInputs,
+    Unused,
+    cnn,
+    depthwise,
+    frozen_front,
+    frozen_middle,
+    mlp,
+    normed_mlp,
+    resnet,
+)
 from torch import Tensor, nn
 
 LossKind = Literal["output_target", "model_batch"]
@@ -33,250 +52,6 @@ class Case:
 def selected(model: nn.Module) -> list[str]:
     """Names of the trainable parameters, as an objective selects them when nothing is said."""
     return [name for name, p in model.named_parameters() if p.requires_grad]
-
-
-# --- models ---
-
-
-class Residual(nn.Module):
-    """Two convolutions with batch normalisation around a shortcut; the second block halves the image."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.shortcut = (
-            nn.Identity()
-            if inputs == outputs and stride == 1
-            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(y + self.shortcut(x))
-
-
-class Tied(nn.Module):
-    """One weight in two layers, once as it is and once transposed, and one layer called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode = nn.Linear(6, 5)
-        self.middle = nn.Linear(5, 5)
-        self.decode = nn.Linear(5, 6)
-        self.alias = self.encode
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.alias(x))
-        h = torch.tanh(self.middle(torch.sigmoid(self.middle(h))))
-        return F.linear(h, self.encode.weight.t(), self.decode.bias)[..., None].flatten(1)
-
-
-class Unused(nn.Module):
-    """A parameter that the loss does not read, between two that it does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, 7)
-        self.spare = nn.Linear(3, 4)
-        self.second = nn.Linear(7, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
-
-
-class LeftMatrix(nn.Module):
-    """The parameter on the left of the product, a Gram matrix, and products of every rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Parameter(torch.randn(4, 3))
-        self.read = nn.Parameter(torch.randn(5, 3))
-        self.direction = nn.Parameter(torch.randn(3))
-
-    def forward(self, x: Tensor) -> Tensor:  # x: (examples, 3, 5)
-        h = torch.tanh(self.mix @ x)  # (examples, 4, 5)
-        gram = torch.bmm(h, h.transpose(1, 2))  # (examples, 4, 4)
-        scores = (h @ self.read).mean(1) + 0.1 * gram.sum((1, 2)).unsqueeze(-1)
-        return scores + (scores @ self.direction)[:, None] * torch.mv(self.mix.t() @ self.mix, self.direction)
-
-
-class TwoInputs(nn.Module):
-    """Two inputs, merged by products, a quotient and numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.Linear(4, 6)
-        self.right = nn.Linear(3, 6)
-        self.out = nn.Linear(6, 3)
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        a, b = self.left(left), self.right(right)
-        h = a * torch.sigmoid(b) - 2 * a / (1 + b.square()) + (1 - b) / 3
-        return self.out(h)
-
-
-class NormedWeight(nn.Module):
-    """Weight normalisation written out: weight = g v / |v| row by row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.randn(6, 5))
-        self.g = nn.Parameter(torch.rand(6, 1) + 0.5)
-        self.out = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.g * self.v / self.v.pow(2).sum(1, keepdim=True).sqrt()
-        return self.out(F.softplus(F.linear(x, weight)))
-
-
-class Pooled(nn.Module):
-    """An MLP on every position of a sequence, then the mean over the positions that a mask leaves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 8)
-        self.second = nn.Linear(8, 5)
-        self.out = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (examples, positions, 4), (examples, positions)
-        h = torch.tanh(self.second(F.gelu(self.first(x))))
-        return self.out((h * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
-
-
-class PerPosition(nn.Module):
-    """Class scores for every position, classes on axis 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv1d(2, 5, 3, padding="same")
-        self.second = nn.Conv1d(5, 4, 3, padding=2, dilation=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.silu(self.first(x)))
-
-
-class Scalars(nn.Module):
-    """Scalar functions in a row, on arguments that stay where each is defined and smooth."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, 6)
-        self.second = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.first(x)
-        positive = z.square() + 0.5
-        h = z.sin() + z.cos() * (0.3 * z).exp() + positive.log() + positive.sqrt() + positive.rsqrt()
-        h = h - positive.reciprocal() + positive**1.7 + (1 + z.abs()) ** -0.5 + F.logsigmoid(z) + 1.5**z
-        return self.second(h / 4)
-
-
-class Heads(nn.Module):
-    """Two outputs, one of which the other is computed from."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(5, 6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        features = torch.tanh(self.body(x))
-        return {"features": features, "scores": self.head(features)}
-
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.1),
-    "elu": lambda: nn.ELU(0.7),
-    "selu": nn.SELU,
-    "celu": lambda: nn.CELU(0.5),  # torch's backward rounds alpha to float32, so one that float32 holds
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "softplus": lambda: nn.Softplus(beta=2.0, threshold=4.0),
-}
-
-
-def mlp(activation: str = "tanh", inputs: int = 6, outputs: int = 3) -> nn.Module:
-    act = ACTIVATIONS[activation]
-    return nn.Sequential(
-        nn.Linear(inputs, 9), act(), nn.Dropout(0.3), nn.Linear(9, 7), act(), nn.Linear(7, outputs)
-    )
-
-
-def normed_mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(6, 8),
-        nn.BatchNorm1d(8),
-        nn.Tanh(),
-        nn.Linear(8, 5),
-        nn.BatchNorm1d(5, affine=False),
-        nn.Linear(5, 3),
-    )
-
-
-def frozen_middle() -> nn.Module:
-    model = nn.Sequential(
-        nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)
-    )
-    model[2:4].requires_grad_(False)
-    return model
-
-
-def frozen_front() -> nn.Module:
-    model = nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.LayerNorm([4, 4]), nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 3)
-    )
-    model[:2].requires_grad_(False)
-    return model
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2, stride=1, padding=1),
-        nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2),
-        nn.GELU(),
-        nn.AvgPool2d(3, stride=2, ceil_mode=True),
-        nn.Conv2d(6, 4, (1, 3), padding="same", bias=False),
-        nn.SiLU(),
-        nn.Flatten(),
-        nn.LazyLinear(3),
-    )
-
-
-def depthwise() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding="same", groups=3, bias=False),
-        nn.Tanh(),
-        nn.Conv2d(6, 5, 1),
-        nn.Softplus(),
-        nn.Conv2d(5, 5, 3, stride=(2, 1), groups=5),
-        nn.AdaptiveAvgPool2d((2, 3)),
-        nn.Flatten(),
-        nn.Linear(30, 3),
-    )
-
-
-def resnet() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1, bias=False),
-        nn.BatchNorm2d(3),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        Residual(3, 3, 1),
-        Residual(3, 4, 2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 3),
-    )
 
 
 # --- batches and losses ---
