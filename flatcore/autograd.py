@@ -3,8 +3,9 @@ model that torch can differentiate twice, and slow."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,11 +16,12 @@ from torch.utils.flop_counter import flop_registry
 
 from flatcore import checks
 from flatcore.capture.batch import flatten_batch
+from flatcore.data import Batch
 from flatcore.evaluate import Evaluation, plain_torch
 from flatcore.plan import Plan, PlanRow
 
 if TYPE_CHECKING:
-    from flatcore.objective import Objective, WeightedBatch
+    from flatcore.objective import Objective, Snapshot, WeightedBatch
 
 Mode = Literal["hessian", "ggn", "covariance"]
 Vectors = Sequence[Tensor]  # one tensor per parameter
@@ -33,43 +35,36 @@ class AutogradBackend:
         self.reason = reason
         self._symmetric = False  # not checked yet
 
-    def product(self, mode: Mode, V: Tensor, Y: Tensor) -> None:
+    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
         """Y = A V for the rows of V and Y, both (K, P)."""
         objective = self.objective
         Y.zero_()
-        values = objective.snapshot().values
         with plain_torch():
             V = V.clone() if V.is_inference() else V
             for batch in objective.batches():
-                theta = {name: value.detach().requires_grad_() for name, value in values.items()}
-                evaluation = checks.evaluate(objective.evaluate, batch.batch, theta, batch.index)
+                evaluation, theta = self._evaluate(batch.batch, batch.index, at)
                 checks.check_finite_loss(float(evaluation.loss.detach()), batch.index)
-                inputs = list(theta.values())
                 if mode == "covariance" and not _rows_are_examples(evaluation, batch.examples):
-                    self._covariance_by_example(batch, evaluation, V, Y)
+                    self._covariance_by_example(batch, evaluation, V, Y, at)
                     continue
-                try:
+                with _second_derivatives():
+                    apply = self._map(mode, evaluation, theta, batch)
                     if mode == "hessian" and not self._symmetric:
-                        self._check_symmetry(hessian_map(evaluation.loss, inputs), inputs)
-                    apply = self._map(mode, evaluation, inputs, batch)
+                        self._check_symmetry(apply, theta)
                     for v, y in zip(V, Y, strict=True):
                         parts = apply(list(objective.layout.split(v).values()))
                         y.add_(torch.cat([part.reshape(-1) for part in parts]), alpha=batch.weight)
-                except RuntimeError as error:
-                    raise _not_twice_differentiable(error) from error
 
-    def gradient(self) -> Tensor:
+    def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
         objective = self.objective
-        values = objective.snapshot().values
         total = torch.zeros(
             objective.layout.size, dtype=objective.layout.dtype, device=objective.layout.device
         )
         with plain_torch():
             for batch in objective.batches():
-                theta = {name: value.detach().requires_grad_() for name, value in values.items()}
-                loss = checks.evaluate(objective.evaluate, batch.batch, theta, batch.index).loss
-                total.add_(_flat_gradient(loss, list(theta.values())), alpha=batch.weight)
+                evaluation, theta = self._evaluate(batch.batch, batch.index, at)
+                total.add_(_flat_gradient(evaluation.loss, theta), alpha=batch.weight)
         return total
 
     def plan(self, mode: Mode) -> Plan:
@@ -102,23 +97,23 @@ class AutogradBackend:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        theta = {
-            name: value.detach().requires_grad_() for name, value in self.objective.snapshot().values.items()
-        }
-        V = torch.ones(
-            (directions, self.objective.layout.size),
-            dtype=self.objective.layout.dtype,
-            device=self.objective.layout.device,
-        )
+        layout, at = self.objective.layout, self.objective.snapshot()
+        V = torch.ones((directions, layout.size), dtype=layout.dtype, device=layout.device)
         with plain_torch(), _FlopCounter() as counter, saved_tensors_hooks(note, lambda t: t):
-            evaluation = checks.evaluate(self.objective.evaluate, batch.batch, theta, batch.index)
+            evaluation, theta = self._evaluate(batch.batch, batch.index, at)
             if mode == "covariance" and not _rows_are_examples(evaluation, batch.examples):
-                self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V))
-            else:
-                apply = self._map(mode, evaluation, list(theta.values()), batch)
+                self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V), at)
+                return counter.total, sum(storages.values())
+            with _second_derivatives():
+                apply = self._map(mode, evaluation, theta, batch)
                 for v in V:
-                    apply(list(self.objective.layout.split(v).values()))
+                    apply(list(layout.split(v).values()))
         return counter.total, sum(storages.values())
+
+    def _evaluate(self, batch: Batch, index: int, at: Snapshot) -> tuple[Evaluation, list[Tensor]]:
+        """The loss of a batch as a function of fresh leaves, and the leaves."""
+        theta = {name: value.detach().requires_grad_() for name, value in at.values.items()}
+        return checks.evaluate(self.objective.evaluate, batch, theta, index), list(theta.values())
 
     def _map(
         self, mode: Mode, evaluation: Evaluation, theta: list[Tensor], batch: WeightedBatch
@@ -144,16 +139,17 @@ class AutogradBackend:
         a, b = _inner(u, Hv), _inner(v, Hu)
         scale = math.sqrt(_inner(Hu, Hu) * _inner(v, v)) + math.sqrt(_inner(Hv, Hv) * _inner(u, u))
         if abs(a - b) > _agreement(theta[0].dtype) * scale:
-            raise RuntimeError(
+            raise ValueError(
                 "model: torch's second derivative of the loss is not symmetric, so one of its operations "
                 f"differentiates wrongly: <u, H v> = {a:.6g} and <v, H u> = {b:.6g} for random u and v"
             )
         self._symmetric = True
 
-    def _covariance_by_example(self, batch: WeightedBatch, whole: Evaluation, V: Tensor, Y: Tensor) -> None:
+    def _covariance_by_example(
+        self, batch: WeightedBatch, whole: Evaluation, V: Tensor, Y: Tensor, at: Snapshot
+    ) -> None:
         """Each example as a batch of its own: for losses whose model part is not known."""
         objective = self.objective
-        values = objective.snapshot().values
         call = whole.call
         divisor = call.normaliser if call and call.normaliser else float(batch.examples)
         tensors, structure = flatten_batch(batch.batch)
@@ -162,15 +158,12 @@ class AutogradBackend:
             alone = structure.rebuild(
                 [t[n : n + 1] if t.dim() and t.shape[0] == batch.examples else t for t in tensors]
             )
-            theta = {name: value.detach().requires_grad_() for name, value in values.items()}
-            result = checks.evaluate(objective.evaluate, alone, theta, batch.index)
+            result, theta = self._evaluate(alone, batch.index, at)
             count = result.call.normaliser if result.call and result.call.normaliser is not None else 1.0
             if not count:
                 continue
             total += count / divisor * float(result.loss.detach())
-            g = _flat_gradient(result.loss, list(theta.values())) * (
-                objective.examples * batch.weight * count / divisor
-            )
+            g = _flat_gradient(result.loss, theta) * (objective.examples * batch.weight * count / divisor)
             Y.addr_(V @ g, g, alpha=1 / objective.examples)
         if abs(total - float(whole.loss.detach())) > _agreement(objective.layout.dtype) * max(
             abs(total), abs(float(whole.loss.detach()))
@@ -254,6 +247,7 @@ class Outputs:
 def _transposed(values: Vectors, inputs: Vectors) -> Callable[[Vectors], Vectors]:
     """v -> derivative of <values, v> in the inputs; values that do not depend on the inputs give nothing."""
     live = [i for i, value in enumerate(values) if value.requires_grad]
+    _refuse_dead_ends([values[i] for i in live])
 
     def apply(v: Vectors) -> Vectors:
         if not live:
@@ -263,6 +257,21 @@ def _transposed(values: Vectors, inputs: Vectors) -> Callable[[Vectors], Vectors
         )
 
     return apply
+
+
+def _refuse_dead_ends(values: Vectors) -> None:
+    """A function that is differentiable once ends its gradient in an error node, behind which torch sees
+    nothing: asked for the derivative in what lies beyond, it answers zero and never reaches the error."""
+    seen: set[Any] = set()
+    pending: list[Any] = [value.grad_fn for value in values]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("one of its functions is marked as differentiable once only")
+        seen.add(node)
+        pending.extend(successor for successor, _ in node.next_functions)
 
 
 def _rows_are_examples(evaluation: Evaluation, examples: int) -> bool:
@@ -284,6 +293,12 @@ def _agreement(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).eps)
 
 
-def _not_twice_differentiable(error: RuntimeError) -> RuntimeError:
-    first_line = (str(error).strip() or "no message").splitlines()[0]
-    return RuntimeError(f"model: torch could not differentiate the loss twice: {first_line}")
+@contextlib.contextmanager
+def _second_derivatives() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(f"model: torch could not differentiate the loss twice: {first_line}") from error

@@ -11,15 +11,15 @@ from torch import Tensor
 from flatcore.autograd import AutogradBackend, Mode
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.native import NativeBackend
-from flatcore.objective import Objective
+from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
 
 
 class Backend(Protocol):
-    def product(self, mode: Mode, V: Tensor, Y: Tensor) -> None:
+    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
         """Y = A V for the rows of V and Y, both (K, P) with unit stride along P; Y is overwritten."""
 
-    def gradient(self) -> Tensor:
+    def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
 
     def plan(self, mode: Mode) -> Plan:
@@ -58,8 +58,10 @@ class Backends:
 
 
 def backend_for(objective: Objective, mode: Mode) -> Backend:
-    """The backend for this kind of product; warns once where it is not the engine."""
-    objective.snapshot()  # forgets a backend whose modules were replaced
+    """The backend for this kind of product; warns once where it is not the engine.
+
+    Take the snapshot that the product is to be at first: it forgets a backend whose modules were replaced.
+    """
     if not isinstance(objective.backends, Backends):
         objective.backends = Backends(objective)
     return objective.backends.choose(mode)

@@ -74,20 +74,20 @@ class NativeBackend:
                 return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
         return ""
 
-    def product(self, mode: Mode, V: Tensor, Y: Tensor) -> None:
+    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
         """Y = A V for the rows of V and Y, both (K, P)."""
         pieces = self._pieces(mode, V.shape[0])
         accumulate = False
-        for batch, state in self._linearizations():
+        for batch, state in self._linearizations(at):
             for piece in pieces:
                 state.product(V[piece], Y[piece], mode, accumulate, batch.examples, self.objective.examples)
             accumulate = True
 
-    def gradient(self) -> Tensor:
+    def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
         layout = self.objective.layout
         total = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
-        for _, state in self._linearizations():
+        for _, state in self._linearizations(at):
             state.gradient(total, True)
         return total
 
@@ -140,9 +140,8 @@ class NativeBackend:
                 f"the captured program gives the loss {ours:.9g} where the model gives {theirs:.9g}"
             )
 
-    def _linearizations(self) -> Iterator[tuple[WeightedBatch, engine.Linearization]]:
-        """The states of all batches at the present parameters, kept as far as the budget goes."""
-        snapshot = self.objective.snapshot()
+    def _linearizations(self, snapshot: Snapshot) -> Iterator[tuple[WeightedBatch, engine.Linearization]]:
+        """The states of all batches at these parameters, kept as far as the budget goes."""
         if snapshot is not self._snapshot:
             self._states.clear()
             self._held = 0

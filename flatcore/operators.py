@@ -65,7 +65,8 @@ class Operator:
     def _product(self, V: Tensor) -> Tensor:
         Y = torch.empty_like(V, memory_format=torch.contiguous_format)
         if V.shape[0]:
-            backend_for(self.objective, self.mode).product(self.mode, V, Y)
+            snapshot = self.objective.snapshot()
+            backend_for(self.objective, self.mode).product(self.mode, V, Y, snapshot)
         return Y
 
     def to_scipy(self) -> LinearOperator:
@@ -109,6 +110,7 @@ class Operator:
 
     def plan(self) -> Plan:
         """Which ops a product runs, natively or through autograd, with bytes and flops; print to read it."""
+        self.objective.snapshot()
         return backend_for(self.objective, self.mode).plan(self.mode)
 
     def __repr__(self) -> str:
@@ -165,5 +167,5 @@ class GradientCovariance(Operator):
     def _mean_gradient(self) -> Tensor:
         snapshot = self.objective.snapshot()
         if self._mean is None or self._mean[0] is not snapshot:
-            self._mean = (snapshot, backend_for(self.objective, self.mode).gradient())
+            self._mean = (snapshot, backend_for(self.objective, self.mode).gradient(snapshot))
         return self._mean[1]

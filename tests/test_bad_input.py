@@ -213,7 +213,7 @@ def test_no_gauss_newton_where_the_loss_sees_the_parameters(operator: type) -> N
     penalised = fc.ModelLoss(lambda m, b: CE(m(b[0]), b[1]) + sum(p.square().sum() for p in m.parameters()))
     A = operator(fc.Objective(model, penalised, (X, Y)))
     if operator is fc.GGN:
-        with pytest.raises(ValueError) as caught, untouched(model):
+        with untouched(model), pytest.raises(ValueError) as caught:
             A @ torch.ones(A.shape[0])
         check(caught.value, "loss:", "Gauss-Newton")
     else:
@@ -332,7 +332,7 @@ VECTORS: list[tuple[str, Callable[[], Any], list[str]]] = [
 def test_vectors(make: Callable[[], Any], words: list[str]) -> None:
     model = mlp()
     H = fc.Hessian(fc.Objective(model, CE, (X, Y)))
-    with pytest.raises((ValueError, TypeError)) as caught, untouched(model):
+    with untouched(model), pytest.raises((ValueError, TypeError)) as caught:
         H @ make()
     check(caught.value, *words)
 

@@ -241,8 +241,32 @@ def test_a_wrong_second_derivative_of_torch_is_refused(monkeypatch: pytest.Monke
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)
     ).double()
     A = without_engine(monkeypatch, fc.Hessian, fc.Objective(model, loss, batches))
-    with pytest.raises(RuntimeError, match="not symmetric"):
+    with pytest.raises(ValueError, match=r"^model: torch's second derivative of the loss is not symmetric"):
         A.to_dense()
+
+
+def test_what_torch_cannot_differentiate_twice_is_said() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            return g
+
+    class Model(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(super().forward(x))
+
+    batches = build("mlp-ce")[2]
+    A = fc.Hessian(fc.Objective(Model(4, 3).double(), F.cross_entropy, batches))
+    V = torch.ones(A.shape[0], dtype=A.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FlatcoreWarning)
+        with pytest.raises(ValueError, match=r"^model: torch could not differentiate .* once only"):
+            A @ V
 
 
 def test_covariance_example_by_example_where_the_output_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,9 @@ def untouched(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
     assert before.keys() == after.keys()
     for name, value in before.items():
         now = after[name]
-        same = (
-            torch.equal(value, now) if isinstance(value, Tensor) and isinstance(now, Tensor) else value == now
-        )
+        if isinstance(value, Tensor) and isinstance(now, Tensor):
+            assert value.device == now.device, name
+            same = value.is_meta or torch.allclose(value, now, rtol=0, atol=0, equal_nan=True)
+        else:
+            same = value == now
         assert same, f"{name} changed"
