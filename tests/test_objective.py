@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from untouched import one_thread, untouched
 
 import flatcore as fc
+from flatcore.errors import FlatcoreWarning
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,12 +92,52 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
 
 def test_random_augmentation_repeats_in_every_pass() -> None:
+    """The passes see what one pass with the generators as they stood would have seen."""
+
+    def seed() -> None:
+        torch.manual_seed(3)
+        np.random.seed(3)  # noqa: NPY002
+        random.seed(3)
+
     model, loss, batches = build("mlp-ce")
     loader = DataLoader(Augmented(*joined(batches)), batch_size=4)
+    seed()
+    expected = reference(fc.Hessian, model, loss, joined([(x, y) for x, y in loader]))
+    seed()
     with untouched(model):
-        H = fc.Hessian(fc.Objective(model, loss, loader, memory=SMALL))
-        V = torch.ones(H.shape[0], dtype=torch.float64)
-        assert torch.equal(H @ V, H @ V)
+        objective = fc.Objective(model, loss, loader, memory=SMALL)
+    torch.manual_seed(4)
+    with untouched(model):
+        assert_close(dense(objective), expected)
+        assert_close(dense(objective), expected)
+
+
+class Inconsiderate(nn.Module):
+    """Writes into its input, its buffer and its own attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last_input = x
+        return self.linear(x.mul_(0.5).tanh_())
+
+
+def test_what_a_model_writes_reaches_nobody() -> None:
+    _, loss, batches = build("mlp-ce")
+    model = Inconsiderate().double()
+    with warnings.catch_warnings(), untouched(model, *(t for batch in batches for t in batch)):
+        warnings.simplefilter("ignore", FlatcoreWarning)
+        A = fc.Hessian(fc.Objective(model, loss, batches))
+        result = A.to_dense()
+        result = A.to_dense()
+
+    x, y = joined(batches)
+    plain = nn.Sequential(nn.Tanh(), model.linear)
+    assert_close(result, reference(fc.Hessian, plain, loss, (x * 0.5, y)))
 
 
 def test_batches_without_a_counted_target_count_nothing() -> None:
