@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# For a torch of your own choice: make dev TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# For a torch of your own choice: make dev TORCH="torch==2.13.0 --index-url URL"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA ?= AUTO
@@ -32,6 +32,9 @@ $(VENV)/.ready: pyproject.toml tools/requirements.py
 	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.txt
 	$(BIN)/python tools/requirements.py > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/torch.txt -r $(VENV)/requirements.txt
+	# The environment sees this folder as the package, wherever Python is started.
+	$(BIN)/python -c 'import pathlib, sysconfig; \
+	    pathlib.Path(sysconfig.get_path("purelib"), "flatcore.pth").write_text("$(CURDIR)\n")'
 	touch $@
 
 dev: $(VENV)/.ready  ## environment in .venv and the extension built in place
@@ -59,7 +62,7 @@ check-cuda: $(VENV)/.ready  ## CUDA kernels: emulated on the host, and compiled 
 	$(BIN)/python tools/check_cuda.py
 
 bench: dev  ## flatcore against autograd loops
-	$(BIN)/python benchmarks/compare_autograd.py
+	$(BIN)/python -m benchmarks.compare_autograd
 
 format: $(VENV)/.ready  ## rewrites what `check` would refuse for its layout
 	ruff format .

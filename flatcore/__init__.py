@@ -10,15 +10,20 @@ from flatcore.trace import diagonal, trace
 
 __version__ = "0.1.0"
 
+# Behind the version, which the report's account of the machine reads.
+from flatcore.report import compare, report  # noqa: E402
+
 __all__ = [
     "GGN",
     "GradientCovariance",
     "Hessian",
     "ModelLoss",
     "Objective",
+    "compare",
     "diagonal",
     "eigsh",
     "hf_loss",
+    "report",
     "spectral_density",
     "trace",
 ]
