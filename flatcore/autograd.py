@@ -288,8 +288,8 @@ def _inner(a: Vectors, b: Vectors) -> float:
 
 
 def _agreement(dtype: torch.dtype) -> float:
-    """Two ways to one number agree to the square root of the precision, if they are the same number at "
-    "all."""
+    """Two ways to one number agree to the square root of the precision, if they are the same number at
+    all."""
     return math.sqrt(torch.finfo(dtype).eps)
 
 

@@ -1,5 +1,5 @@
-"""Who computes the products of an objective: the engine where there is a program, torch autograd "
-"elsewhere."""
+"""Who computes the products of an objective: the engine where there is a program, torch autograd
+elsewhere."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def check_batch_statistics(model: nn.Module) -> None:
 
 
 def evaluate(evaluator: Evaluator, batch: Batch, parameters: Mapping[str, Tensor], index: int) -> Evaluation:
-    """Evaluates one batch; a batch that the model or the loss rejects is told with its shapes, its cause "
-    "chained."""
+    """Evaluates one batch; a batch that the model or the loss rejects is told with its shapes, its cause
+    chained."""
     try:
         result = evaluator(batch, parameters)
     except torch.OutOfMemoryError:

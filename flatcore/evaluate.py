@@ -25,8 +25,8 @@ from flatcore.data import Batch, preserved_random_state
 
 @dataclass(frozen=True)
 class ModelLoss:
-    """A loss `fn(model, batch)` that returns the scalar mean over the batch's examples, for any model and "
-    "any batch."""
+    """A loss `fn(model, batch)` that returns the scalar mean over the batch's examples, for any model and
+    any batch."""
 
     fn: Callable[[nn.Module, Any], Tensor]
 
@@ -202,8 +202,8 @@ def _unknown(_: tuple[Tensor, ...]) -> Tensor:
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """Autograd on, autocast off, attention in its twice differentiable form, random generators set back "
-    "afterwards."""
+    """Autograd on, autocast off, attention in its twice differentiable form, random generators set back
+    afterwards."""
     with (
         preserved_random_state(),
         torch.inference_mode(False),

@@ -1,5 +1,5 @@
-"""The function whose curvature is asked for: the mean loss of a model over data, as a function of some "
-"parameters."""
+"""The function whose curvature is asked for: the mean loss of a model over data, as a function of some
+parameters."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ class Objective:
         return self._weights
 
     def loss(self) -> float:
-        """The value L at the present parameters. Costs one evaluation of the data, or nothing if it is "
-        "known."""
+        """The value L at the present parameters. Costs one evaluation of the data, or nothing if it is
+        known."""
         snapshot = self.snapshot()
         if self._loss is None or self._loss[0] is not snapshot:
             with plain_torch(), torch.no_grad():

@@ -52,13 +52,13 @@ class Plan:
         )
 
     def peak_bytes(self, K: int) -> int:
-        """The most bytes that the buffers of one product with K directions occupy, V and the result not "
-        "counted."""
+        """The most bytes that the buffers of one product with K directions occupy, V and the result not
+        counted."""
         return self._peak(K)
 
     def flops(self, K: int) -> float:
-        """Floating-point operations of one product with K directions, activations and adjoints being "
-        "known."""
+        """Floating-point operations of one product with K directions, activations and adjoints being
+        known."""
         return self._flops(K)
 
     def __str__(self) -> str:
