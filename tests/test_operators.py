@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -106,6 +107,7 @@ def unflatten(model: nn.Module, flat: Tensor) -> dict[str, Tensor]:
 def reference(operator: type, model: nn.Module, loss: Callable[..., Tensor], batch: Batch) -> Tensor:
     """The dense matrix from one batch with every example, by torch.func, reverse over reverse."""
     x, y = batch
+    model = copy.deepcopy(model)  # torch's functional_call leaves its tensors in a module with two names
     flat = flat_parameters(model)
 
     def output(flat: Tensor, x: Tensor = x) -> Tensor:
