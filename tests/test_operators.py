@@ -173,32 +173,6 @@ def without_engine(monkeypatch: pytest.MonkeyPatch, operator: type, objective: f
     return A
 
 
-class Cumulative(nn.Module):
-    """A cumulative product stands for any operation the program does not know."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.cumprod(torch.tanh(self.first(x)), 1))
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_unknown_operation_runs_through_autograd_and_says_so_once(operator: type) -> None:
-    _, loss, batches = build("mlp-ce")
-    model = Cumulative().double()
-    objective = fc.Objective(model, loss, batches)
-    with pytest.warns(FlatcoreWarning, match="through torch autograd") as caught:
-        dense = operator(objective).to_dense()
-    assert len(caught) == 1
-    fc.Hessian(objective).to_dense()  # any warning now is an error
-    assert_close(dense, reference(operator, model, loss, joined(batches)))
-    plan = operator(objective).plan()
-    assert plan.native_fraction == 0
-    assert "autograd" in str(plan)
-
-
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_loss_of_model_and_batch_gives_the_same(operator: type, monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss, batches = build("mlp-ignore")
@@ -208,75 +182,6 @@ def test_a_loss_of_model_and_batch_gives_the_same(operator: type, monkeypatch: p
     assert_close(operator(fc.Objective(model, by_model, mappings)).to_dense(), expected)
     A = without_engine(monkeypatch, operator, fc.Objective(model, by_model, mappings))
     assert_close(A.to_dense(), expected)
-
-
-class Recurrent(nn.Module):
-    """Recurrent layers keep their parameters in a list of their own as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.last = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.cell(x.view(-1, 2, 2))[0][:, -1])
-
-
-def test_recurrent_layers() -> None:
-    torch.manual_seed(0)
-    model, (x, y) = Recurrent().double(), joined(build("mlp-ce")[2])
-    own = list(model.parameters())
-    gradient = torch.autograd.grad(F.cross_entropy(model(x), y), own, create_graph=True)
-    v = torch.randn(len(flat_parameters(model)), dtype=torch.float64)
-    product = torch.autograd.grad(torch.cat([g.reshape(-1) for g in gradient]) @ v, own)
-    with warnings.catch_warnings(), untouched(model, x, y):
-        warnings.simplefilter("ignore", FlatcoreWarning)
-        assert_close(
-            fc.Hessian(fc.Objective(model, F.cross_entropy, (x, y))) @ v,
-            torch.cat([h.reshape(-1) for h in product]),
-        )
-
-
-def test_a_wrong_second_derivative_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.13 differentiates weight_norm wrongly the second time; finite differences agree with the engine."""
-    _, loss, batches = build("mlp-ce")
-    model = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)
-    ).double()
-    A = without_engine(monkeypatch, fc.Hessian, fc.Objective(model, loss, batches))
-    with pytest.raises(ValueError, match=r"^model: torch's second derivative of the loss is not symmetric"):
-        A.to_dense()
-
-
-def test_what_torch_cannot_differentiate_twice_is_said() -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x.square()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: object, g: Tensor) -> Tensor:
-            return g
-
-    class Model(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return Once.apply(super().forward(x))
-
-    batches = build("mlp-ce")[2]
-    A = fc.Hessian(fc.Objective(Model(4, 3).double(), F.cross_entropy, batches))
-    V = torch.ones(A.shape[0], dtype=A.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FlatcoreWarning)
-        with pytest.raises(ValueError, match=r"^model: torch could not differentiate .* once only"):
-            A @ V
-
-
-def test_covariance_example_by_example_where_the_output_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, loss, batches = build("mlp-mse")
-    # halved twice: the loss is not the direct result of one loss function
-    scaled = fc.ModelLoss(lambda model, batch: 2 * loss(model(batch[0]), batch[1]) / 2)
-    A = without_engine(monkeypatch, fc.GradientCovariance, fc.Objective(model, scaled, batches))
-    assert_close(A.to_dense(), reference(fc.GradientCovariance, model, loss, joined(batches)))
 
 
 @pytest.mark.parametrize("backend", ["native", "autograd"])
