@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from flatcore import checks
 from flatcore._C import engine
 from flatcore.capture import Program, batch_leaves, capture, flatten_batch, named_tensors
+from flatcore.capture.verify import VerificationError
+from flatcore.data import Batch, version
+from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
 from flatcore.evaluate import ModelLoss, plain_torch
 from flatcore.plan import Plan, PlanRow
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 # A program is captured for every batch structure; more than this many cost more than they save.
 _MOST_STRUCTURES = 16
+# What a batch may hold besides tensors: equal where it prints alike, as the key of a structure has it.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,12 @@ class NativeBackend:
         self.objective = objective
         self._compiled: dict[Hashable, Compiled] = {}
         self._keys: list[Hashable] = []
-        self._snapshot: Snapshot | None = None
+        self._point: tuple[Any, ...] = ()
         self._states: dict[int, engine.Linearization] = {}
         self._held = 0
         with plain_torch():
             for batch in objective.batches():
-                key = flatten_batch(batch.batch)[1].key
+                key = _key(batch.batch)
                 self._keys.append(key)
                 if key in self._compiled:
                     continue
@@ -113,13 +119,16 @@ class NativeBackend:
     def _compile(self, batch: WeightedBatch) -> Compiled:
         objective = self.objective
         loss = objective.loss_function
-        program = capture(
-            objective.model,
-            loss.fn if isinstance(loss, ModelLoss) else loss,
-            batch.batch,
-            selected=list(objective.layout.slices),
-            loss_kind="model_batch" if isinstance(loss, ModelLoss) else "output_target",
-        )
+        try:
+            program = capture(
+                objective.model,
+                loss.fn if isinstance(loss, ModelLoss) else loss,
+                batch.batch,
+                selected=list(objective.layout.slices),
+                loss_kind="model_batch" if isinstance(loss, ModelLoss) else "output_target",
+            )
+        except VerificationError as error:
+            raise CaptureError(f"its program breaks the rules of the vocabulary: {error}") from error
         if program.reduction == "sum":
             objective.refuse_sum()
         return Compiled(program, _engine_program(program, objective))
@@ -127,39 +136,55 @@ class NativeBackend:
     def _check_loss(self, batch: WeightedBatch) -> None:
         """A program that does not compute the model's loss must not be used, whatever the reason."""
         objective = self.objective
-        ours = self._linearize(batch, objective.snapshot())[0].loss
+        try:
+            ours = self._linearize(batch, objective.snapshot())[0].loss
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(
+                f"the engine does not run its program: {str(error).splitlines()[0]}"
+            ) from error
         with torch.no_grad():
             theirs = float(
                 checks.evaluate(
                     objective.evaluate, batch.batch, objective.snapshot().values, batch.index
                 ).loss
             )
+        program = self._compiled[_key(batch.batch)].program
+        rounds = any(op.kind == "round" for op in program.ops)  # the model casts to float32 inside
+        precision = torch.float32 if rounds else objective.layout.dtype
         # A loss near zero is the difference of numbers of order one.
-        if not abs(ours - theirs) <= math.sqrt(torch.finfo(objective.layout.dtype).eps) * (1 + abs(theirs)):
+        if not abs(ours - theirs) <= math.sqrt(torch.finfo(precision).eps) * (1 + abs(theirs)):
             raise CaptureError(
                 f"the captured program gives the loss {ours:.9g} where the model gives {theirs:.9g}"
             )
 
     def _linearizations(self, snapshot: Snapshot) -> Iterator[tuple[WeightedBatch, engine.Linearization]]:
         """The states of all batches at these parameters, kept as far as the budget goes."""
-        if snapshot is not self._snapshot:
-            self._states.clear()
-            self._held = 0
-            self._snapshot = snapshot
+        with ONE_AT_A_TIME:
+            point = (snapshot, *map(version, self._code_tensors()))
+            if point != self._point:
+                self._states, self._held, self._point = {}, 0, point
+            states = self._states  # another thread may go on to other parameters meanwhile
         for batch in self.objective.batches():
-            state = self._states.get(batch.index)
+            state = states.get(batch.index)
             if state is None:
                 with plain_torch():
                     state, size = self._linearize(batch, snapshot)
-                checks.check_finite_loss(state.loss, batch.index)
-                if self._held + size <= self.objective.budget.states:
-                    self._states[batch.index] = state
-                    self._held += size
+                    checks.check_finite_loss(state.loss, batch.index)
+                    if states is self._states and self._held + size <= self.objective.budget.states:
+                        self._held += size if batch.index not in states else 0
+                        states[batch.index] = state
             yield batch, state
+
+    def _code_tensors(self) -> list[Tensor]:
+        """Tensors that the model or the loss hold outside their modules, in a closure say."""
+        sources = [s for c in self._compiled.values() for s in c.program.prelude.sources]
+        return [s.tensor for s in sources if s.tensor is not None]
 
     def _linearize(self, batch: WeightedBatch, snapshot: Snapshot) -> tuple[engine.Linearization, int]:
         """The state of a batch and the bytes it holds, constants included."""
-        compiled = self._compiled[flatten_batch(batch.batch)[1].key]
+        compiled = self._compiled[_key(batch.batch)]
         program = compiled.program
         frozen = named_tensors(self.objective.model, self.objective.loss_function)
         given = batch_leaves(batch.batch)
@@ -188,6 +213,17 @@ class NativeBackend:
         count = -(-K // self._most_directions(mode))
         bounds = [K * i // count for i in range(count + 1)]
         return [slice(a, b) for a, b in pairwise(bounds)]
+
+
+def _key(batch: Batch) -> Hashable:
+    """Batches of one key share a program. Raises CaptureError where that could mix up two batches."""
+    structure = flatten_batch(batch)[1]
+    for _, leaf in structure.others:
+        if not isinstance(leaf, _PLAIN):
+            raise CaptureError(
+                f"a batch holds a {type(leaf).__name__}, which a program cannot read; pass it as a tensor"
+            )
+    return structure.key
 
 
 def _engine_program(program: Program, objective: Objective) -> engine.Program:

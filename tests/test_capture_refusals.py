@@ -98,9 +98,9 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "noise": (lambda m, x: m.linear(x + torch.randn_like(x)), "aten.randn_like.default", "random"),
     "buffer": (counting, "aten.add.Tensor", "layer.0.count"),
     "cast": (lambda m, x: m.linear(x).half().float(), "aten._to_copy.default", "precision"),
-    "embedding": (
-        lambda m, x: F.embedding(x[:, 0].long(), m.linear.weight),
-        "aten.embedding.default",
+    "mask of values": (
+        lambda m, x: torch.where(m.linear(x) > 0, m.linear(x), 0.0),
+        "aten.gt.Scalar",
         "no second",
     ),
 }

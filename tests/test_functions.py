@@ -46,6 +46,14 @@ FUNCTIONS = {
     "pow": ({"a": 2.5}, lambda z: z**2.5, POSITIVE),
     "sin": ({}, torch.sin, SIGNED),
     "cos": ({}, torch.cos, SIGNED),
+    "clamp": ({"a": -1.5, "b": 2.5}, lambda z: z.clamp(-1.5, 2.5), SIGNED),
+    "hardtanh": ({"a": -1.5, "b": 2.5}, lambda z: F.hardtanh(z, -1.5, 2.5), SIGNED),
+    "hardsigmoid": ({}, lambda z: F.relu6(z + 3) / 6, SIGNED),  # torch has no second derivative of its own
+    "hardswish": ({}, F.hardswish, SIGNED),
+    "mish": ({}, F.mish, SIGNED),
+    "erf": ({}, torch.erf, SIGNED),
+    "log1p": ({}, torch.log1p, POSITIVE),
+    "expm1": ({}, torch.expm1, SIGNED),
 }
 
 
@@ -110,8 +118,18 @@ def test_float32_is_as_good_as_torch(name):
         assert (got - mine).abs().max() <= max(2 * (theirs - mine).abs().max().item(), floor)
 
 
+@pytest.mark.parametrize(
+    ("name", "z", "first"),
+    [("clamp", -1.5, 1), ("clamp", 2.5, 1), ("hardtanh", -1.5, 0), ("hardtanh", 2.5, 0)],
+)
+def test_ends_of_an_interval_are_torchs(name, z, first):
+    constants, function, _ = FUNCTIONS[name]
+    point = torch.tensor([z], dtype=torch.float64)
+    assert derivatives(name, constants, point)[1] == reference(function, point)[1] == first
+
+
 @pytest.mark.parametrize("z", [-1e4, -200.0, 200.0, 1e4])
-@pytest.mark.parametrize("name", ["elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softplus"])
+@pytest.mark.parametrize("name", ["elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softplus", "mish"])
 def test_saturated_arguments_stay_finite(name, z):
     constants, function, _ = FUNCTIONS[name]
     for dtype in (torch.float32, torch.float64):

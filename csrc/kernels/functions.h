@@ -180,33 +180,99 @@ FLATCORE_FUNCTION(Cos, true) {
     d2 = -y;
 }
 
+FLATCORE_FUNCTION(Clamp, false) {  // a: least, b: most; torch counts both ends to the inside
+    const T least = T(p.a), most = T(p.b);
+    y = z < least ? least : (z > most ? most : z);
+    d1 = z < least || z > most ? T(0) : T(1);
+    d2 = T(0);
+}
+
+FLATCORE_FUNCTION(Hardtanh, false) {  // the same, but both ends count to the outside, as in relu
+    const T least = T(p.a), most = T(p.b);
+    y = z < least ? least : (z > most ? most : z);
+    d1 = z <= least || z >= most ? T(0) : T(1);
+    d2 = T(0);
+}
+
+FLATCORE_FUNCTION(Hardsigmoid, false) {  // (z + 3) / 6 between -3 and 3
+    const bool inside = z > T(-3) && z < T(3);
+    y = inside ? (z + T(3)) / T(6) : (z > T(0) ? T(1) : T(0));
+    d1 = inside ? T(1) / T(6) : T(0);
+    d2 = T(0);
+}
+
+FLATCORE_FUNCTION(Hardswish, true) {  // z (z + 3) / 6 between -3 and 3
+    const bool inside = z > T(-3) && z < T(3);
+    const T outside = z > T(0) ? T(1) : T(0);
+    y = inside ? z * (z + T(3)) / T(6) : z * outside;
+    d1 = inside ? z / T(3) + T(0.5) : outside;
+    d2 = inside ? T(1) / T(3) : T(0);
+}
+
+FLATCORE_FUNCTION(Mish, true) {  // z t, t = tanh(log(1 + exp z)) = (1 + 2 v) / D with D = 1 + 2 v + 2 v^2
+    // In v = exp(-|z|), for either sign of z, so that nothing overflows and no digits of t' are lost.
+    const bool positive = z > T(0);
+    const T v = std::exp(positive ? -z : z), s = (positive ? T(1) : v) / (T(1) + v);
+    const T inverse = T(1) / (positive ? T(1) + T(2) * v + T(2) * v * v : v * v + T(2) * v + T(2));
+    const T t = (positive ? T(1) + T(2) * v : v * (v + T(2))) * inverse;
+    const T dt = T(4) * v * (T(1) + v) * (positive ? v : T(1)) * inverse * inverse;
+    y = z * t;
+    d1 = t + z * dt;
+    d2 = dt * (T(2) + z * (T(1) - s - T(2) * t * s));
+}
+
+FLATCORE_FUNCTION(Erf, true) {
+    y = std::erf(z);
+    d1 = T(1.12837916709551257390) * std::exp(-z * z);
+    d2 = T(-2) * z * d1;
+}
+
+FLATCORE_FUNCTION(Log1p, true) {
+    y = std::log1p(z);
+    d1 = T(1) / (T(1) + z);
+    d2 = -d1 * d1;
+}
+
+FLATCORE_FUNCTION(Expm1, true) {
+    y = std::expm1(z);
+    d1 = d2 = std::exp(z);
+}
+
 #undef FLATCORE_FUNCTION
 
 }  // namespace functions
 
 // The one list of names. X(name used in programs, functor)
-#define FLATCORE_FUNCTIONS(X)   \
-    X("relu", Relu)             \
-    X("leaky_relu", LeakyRelu)  \
-    X("elu", Elu)               \
-    X("gelu", Gelu)             \
-    X("gelu_tanh", GeluTanh)    \
-    X("silu", Silu)             \
-    X("tanh", Tanh)             \
-    X("sigmoid", Sigmoid)       \
-    X("softplus", Softplus)     \
-    X("square", Square)         \
-    X("abs", Abs)               \
-    X("smooth_l1", SmoothL1)    \
-    X("huber", Huber)           \
-    X("exp", Exp)               \
-    X("log", Log)               \
-    X("sqrt", Sqrt)             \
-    X("rsqrt", Rsqrt)           \
-    X("reciprocal", Reciprocal) \
-    X("pow", Pow)               \
-    X("sin", Sin)               \
-    X("cos", Cos)
+#define FLATCORE_FUNCTIONS(X)     \
+    X("relu", Relu)               \
+    X("leaky_relu", LeakyRelu)    \
+    X("elu", Elu)                 \
+    X("gelu", Gelu)               \
+    X("gelu_tanh", GeluTanh)      \
+    X("silu", Silu)               \
+    X("tanh", Tanh)               \
+    X("sigmoid", Sigmoid)         \
+    X("softplus", Softplus)       \
+    X("square", Square)           \
+    X("abs", Abs)                 \
+    X("smooth_l1", SmoothL1)      \
+    X("huber", Huber)             \
+    X("exp", Exp)                 \
+    X("log", Log)                 \
+    X("sqrt", Sqrt)               \
+    X("rsqrt", Rsqrt)             \
+    X("reciprocal", Reciprocal)   \
+    X("pow", Pow)                 \
+    X("sin", Sin)                 \
+    X("cos", Cos)                 \
+    X("clamp", Clamp)             \
+    X("hardtanh", Hardtanh)       \
+    X("hardsigmoid", Hardsigmoid) \
+    X("hardswish", Hardswish)     \
+    X("mish", Mish)               \
+    X("erf", Erf)                 \
+    X("log1p", Log1p)             \
+    X("expm1", Expm1)
 
 enum class Function {
 #define X(name, Functor) Functor,

@@ -35,7 +35,50 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "pow": lambda x, a, b, c: x**a,
     "sin": lambda x, a, b, c: x.sin(),
     "cos": lambda x, a, b, c: x.cos(),
+    "clamp": lambda x, a, b, c: x.clamp(a, b),
+    "hardtanh": lambda x, a, b, c: F.hardtanh(x, a, b),
+    "hardsigmoid": lambda x, a, b, c: F.relu6(x + 3) / 6,  # F.hardsigmoid has no second derivative
+    "hardswish": lambda x, a, b, c: F.hardswish(x),
+    "mish": lambda x, a, b, c: F.mish(x),
+    "erf": lambda x, a, b, c: x.erf(),
+    "log1p": lambda x, a, b, c: x.log1p(),
+    "expm1": lambda x, a, b, c: x.expm1(),
 }
+
+
+def _normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool, axes: int
+) -> Tensor:
+    dims = tuple(range(-axes, 0))
+    if centred:
+        x = x - x.mean(dims, keepdim=True)
+    y = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """A row that sees no key is zero."""
+    z = scale * q @ k.transpose(-2, -1)
+    if causal:
+        z = z.masked_fill(torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1), -torch.inf)
+    if mask is not None:
+        z = z.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else z + mask
+    blind = (z == -torch.inf).all(-1, keepdim=True)
+    return z.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0) @ v
+
+
+def _rows(x: Tensor, index: Tensor, frozen: int) -> Tensor:
+    y = x.index_select(0, index.reshape(-1)).reshape(*index.shape, *x.shape[1:])
+    if frozen < 0:
+        return y
+    constant = (index == frozen).reshape(*index.shape, *(1 for _ in x.shape[1:]))
+    return torch.where(constant, y.detach(), y)
+
+
+def _round(x: Tensor) -> Tensor:
+    return x + (x.detach().float().to(x.dtype) - x.detach())
+
 
 # kind -> meaning(*inputs, **attrs); an absent input is None.
 MEANING: dict[str, Callable[..., Tensor]] = {
@@ -59,6 +102,18 @@ MEANING: dict[str, Callable[..., Tensor]] = {
     "permute": lambda x, dims: x.permute(dims),
     "expand": lambda x, shape: x.expand(shape),
     "cross_entropy": lambda z, mass: (mass * (z.logsumexp(-1, keepdim=True) - z)).sum(-1),
+    "normalise": _normalise,
+    "softmax": lambda x: x.softmax(-1),
+    "logsumexp": lambda x: x.logsumexp(-1, keepdim=True),
+    "attention": _attention,
+    "slice": lambda x, dim, start, step, length: x.index_select(
+        dim, torch.arange(start, start + length * step, step, device=x.device)
+    ),
+    "cat": lambda *x, dim: torch.cat(x, dim),
+    "pad": lambda x, pads, value: F.pad(x, pads, value=value),
+    "rows": _rows,
+    "where": lambda mask, a, b: torch.where(mask, a, b),
+    "round": _round,
 }
 
 

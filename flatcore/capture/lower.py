@@ -24,6 +24,9 @@ Result = Any  # a value id, a LogSoftmax, or a tuple with None for outputs that 
 Lowered = Callable[["Lowering", fx.Node, SimpleNamespace], Result]
 LOWERINGS: dict[str, Lowered] = {}
 
+# What the model may compute in. The program has one of them: the selected parameters'.
+REAL_DTYPES = (torch.float32, torch.float64)
+
 # Ops that read only the shape of their first input: what they give does not depend on the parameters.
 FILL_VALUES: dict[str, Callable[[SimpleNamespace], Any]] = {
     "zeros_like.default": lambda a: 0,
@@ -90,7 +93,7 @@ def needed_nodes(outputs: Iterable[fx.Node]) -> set[fx.Node]:
 
 @dataclasses.dataclass(frozen=True)
 class LogSoftmax:
-    """Log-softmax of value `logits` over axis `dim`; nll_loss reads it, and the two are a cross-entropy."""
+    """Log-softmax of value `logits` over axis `dim`: with nll_loss a cross-entropy, computed for others."""
 
     logits: int
     dim: int
@@ -118,7 +121,9 @@ class Lowering:
         self._path_of = path_of
         self._results: dict[fx.Node, Result] = {}
         self._constant_ids: dict[fx.Node, int] = {}
-        self._casts: dict[fx.Node, fx.Node] = {}  # handle -> the same in the program's dtype
+        self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}  # (handle, dtype) -> the same in dtype
+        self._log_softmax: dict[LogSoftmax, int] = {}
+        self.device = next(iter(selected.values())).device
         self._producers: dict[int, Op] = {}
         self._node: fx.Node | None = None
         ids = {name: self._new("parameter", tuple(t.shape), name) for name, t in selected.items()}
@@ -166,7 +171,7 @@ class Lowering:
         result, expected = self._results[node], node.meta.get("val")
         if not isinstance(result, int) or not isinstance(expected, torch.Tensor):
             return
-        if expected.dtype != self.dtype:
+        if expected.dtype not in REAL_DTYPES:
             raise self.error(f"gives {expected.dtype} where the selected parameters are {self.dtype}")
         assert self.shape(result) == tuple(expected.shape), (node, self.shape(result), expected.shape)
 
@@ -183,9 +188,7 @@ class Lowering:
             return self.constant(self.take(argument))
         result = self._results[argument]
         if isinstance(result, LogSoftmax):
-            raise self.error(
-                "log_softmax has rules only in front of nll_loss, on the same axis; use cross_entropy"
-            )
+            return self._computed(result)
         if not isinstance(result, int):
             raise self.error(f"reads an output of {argument.target} that has no second-order rule")
         return result
@@ -201,17 +204,26 @@ class Lowering:
 
     def take_real(self, node: fx.Node) -> fx.Node:
         """The same in the program's dtype, for arithmetic that would lose digits in another."""
-        return self._real(self.take(node))
+        return self._cast(self.take(node), self.dtype)
 
-    def constant(self, handle: fx.Node) -> int:
-        """The value id of a prelude handle, cast to the program's dtype."""
-        handle = self._real(handle)
+    def constant(self, handle: fx.Node, dtype: torch.dtype | None = None) -> int:
+        """The value id of a prelude handle, cast to the program's dtype or to the one named."""
+        handle = self._cast(handle, dtype or self.dtype)
         if handle not in self._constant_ids:
             shape = tuple(handle.meta["val"].shape)
-            i = self._new("constant", shape, self.prelude.origin(handle))
+            i = self._new("constant", shape, self.prelude.origin(handle), dtype)
             self._constant_ids[handle] = i
             self.constants[i] = handle
         return self._constant_ids[handle]
+
+    def number(self, value: float) -> int:
+        """The value id of a constant with no axes."""
+        return self.constant(self.prelude.call(torch.full, (), value, dtype=self.dtype, device=self.device))
+
+    def index(self, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> int:
+        """The value id of an index that function(*args, device=...) computes in the prelude."""
+        handle = self.prelude.call(function, *args, device=self.device, **kwargs)
+        return self.constant(handle, torch.int64)
 
     def emit(self, kind: str, *inputs: int | None, **attrs: Attribute) -> int:
         """Append an op; the id of its output."""
@@ -243,6 +255,42 @@ class Lowering:
         wanted = tuple(int(dim) % max(self.rank(x), 1) for dim in dims)
         return x if wanted == tuple(range(self.rank(x))) else self.emit("permute", x, dims=wanted)
 
+    def to_last(self, x: int, dim: int) -> int:
+        """The same with axis `dim` moved to the end."""
+        return self.permute(x, [*(i for i in range(self.rank(x)) if i != dim % self.rank(x)), dim])
+
+    def from_last(self, x: int, dim: int) -> int:
+        """Undoes `to_last`."""
+        rank = self.rank(x)
+        order = list(range(rank - 1))
+        order.insert(dim % rank, rank - 1)
+        return self.permute(x, order)
+
+    def expand(self, x: int, shape: Iterable[int]) -> int:
+        wanted = tuple(int(size) for size in shape)
+        return x if wanted == self.shape(x) else self.emit("expand", x, shape=wanted)
+
+    def slice(self, x: int, dim: int, start: int, length: int, step: int = 1) -> int:
+        """Elements start, start + step, ... of an axis, `length` of them."""
+        dim %= self.rank(x)
+        if start == 0 and step == 1 and length == self.shape(x)[dim]:
+            return x
+        return self.emit("slice", x, dim=dim, start=int(start), step=int(step), length=int(length))
+
+    def cat(self, parts: Iterable[int], dim: int) -> int:
+        listed = list(parts)
+        return listed[0] if len(listed) == 1 else self.emit("cat", *listed, dim=dim % self.rank(listed[0]))
+
+    def rows(self, x: int, dim: int, index: int) -> int:
+        """x[..., index, ...] with the axes of `index` where axis `dim` was."""
+        rank, dim = self.rank(x), dim % self.rank(x)
+        front = self.permute(x, [dim, *(i for i in range(rank) if i != dim)])
+        picked = self.emit("rows", front, index, frozen=-1)
+        count = self.rank(index)
+        return self.permute(
+            picked, [*range(count, count + dim), *range(count), *range(count + dim, self.rank(picked))]
+        )
+
     def sum(self, x: int, dims: Iterable[int], keepdim: bool = False, scale: float = 1.0) -> int:
         axes = tuple(sorted(int(dim) % max(self.rank(x), 1) for dim in dims))
         if self.rank(x) == 0:
@@ -259,17 +307,29 @@ class Lowering:
         """The op that computes a value; None for parameters and constants."""
         return self._producers.get(x)
 
-    def _real(self, handle: fx.Node) -> fx.Node:
+    def _cast(self, handle: fx.Node, dtype: torch.dtype) -> fx.Node:
         if handle.meta["val"].is_complex():
             raise self.error("complex tensors are not supported")
-        if handle.meta["val"].dtype == self.dtype:
+        if handle.meta["val"].dtype == dtype:
             return handle
-        if handle not in self._casts:
-            self._casts[handle] = self.prelude.call(torch.Tensor.to, handle, self.dtype)
-        return self._casts[handle]
+        if (handle, dtype) not in self._casts:
+            self._casts[handle, dtype] = self.prelude.call(torch.Tensor.to, handle, dtype)
+        return self._casts[handle, dtype]
 
-    def _new(self, kind: ValueKind, shape: tuple[int, ...], name: str) -> int:
-        self.values.append(Value(len(self.values), kind, shape, self.dtype, name))
+    def _computed(self, log_softmax: LogSoftmax) -> int:
+        if log_softmax not in self._log_softmax:
+            z, last = log_softmax.logits, self.rank(log_softmax.logits) - 1
+            rows = self.to_last(z, log_softmax.dim) if last >= 0 else self.view(z, (1,))
+            y = self.emit("add", rows, self.emit("logsumexp", rows), alpha=-1.0)
+            self._log_softmax[log_softmax] = (
+                self.from_last(y, log_softmax.dim) if last >= 0 else self.view(y, ())
+            )
+        return self._log_softmax[log_softmax]
+
+    def _new(
+        self, kind: ValueKind, shape: tuple[int, ...], name: str, dtype: torch.dtype | None = None
+    ) -> int:
+        self.values.append(Value(len(self.values), kind, shape, dtype or self.dtype, name))
         return len(self.values) - 1
 
 

@@ -19,10 +19,11 @@ _TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
 
 @dataclass(frozen=True)
 class Signature:
-    """What an op takes: input names ("?" marks one that may be absent), its attributes and their types."""
+    """What an op takes: input names ("?": may be absent), its attributes and their types."""
 
     inputs: tuple[str, ...]
     attrs: Mapping[str, str]
+    several: bool = False  # the one input may come any number of times
 
 
 _WINDOW = {"kernel": _PAIR, "stride": _PAIR, "padding": _PAIR}
@@ -47,11 +48,34 @@ SIGNATURES: dict[str, Signature] = {
     "permute": Signature(("x",), {"dims": _INTS}),
     "expand": Signature(("x",), {"shape": _INTS}),
     "cross_entropy": Signature(("z", "mass"), {}),
+    "normalise": Signature(("x", "weight?", "bias?"), {"eps": "float", "centred": "bool", "axes": "int"}),
+    "softmax": Signature(("x",), {}),
+    "logsumexp": Signature(("x",), {}),
+    "attention": Signature(("q", "k", "v", "mask?"), {"causal": "bool", "scale": "float"}),
+    "slice": Signature(("x",), {"dim": "int", "start": "int", "step": "int", "length": "int"}),
+    "cat": Signature(("x",), {"dim": "int"}, several=True),
+    "pad": Signature(("x",), {"pads": _INTS, "value": "float"}),
+    "rows": Signature(("x", "index"), {"frozen": "int"}),
+    "where": Signature(("mask", "a", "b"), {}),
+    "round": Signature(("x",), {}),
 }
 assert SIGNATURES.keys() == MEANING.keys()
 
 # Inputs whose derivative the vocabulary does not have.
-CONSTANT_INPUTS = {"batch_norm": ("mean", "var"), "cross_entropy": ("mass",)}
+CONSTANT_INPUTS = {
+    "batch_norm": ("mean", "var"),
+    "cross_entropy": ("mass",),
+    "attention": ("mask?",),
+    "rows": ("index",),
+    "where": ("mask",),
+}
+# Inputs that need not be numbers of the program's dtype, and what they may be instead.
+_OTHER_DTYPES = {
+    ("attention", "mask?"): torch.bool,
+    ("rows", "index"): torch.int64,
+    ("where", "mask"): torch.bool,
+}
+_OWN_DTYPE_ALLOWED = {("attention", "mask?")}
 
 
 class VerificationError(ValueError):
@@ -105,15 +129,16 @@ def _problem(op: Op, values: Sequence[Value], defined: set[int], active: frozens
     signature = SIGNATURES.get(op.kind)
     if signature is None:
         return f"unknown kind; known are {', '.join(SIGNATURES)}"
-    if len(op.inputs) != len(signature.inputs):
+    names = signature.inputs * (len(op.inputs) if signature.several else 1)
+    if len(op.inputs) != len(names) or not names:
         return f"expected inputs {', '.join(signature.inputs)}, got {len(op.inputs)} of them"
-    for name, i in zip(signature.inputs, op.inputs, strict=True):
+    for name, i in zip(names, op.inputs, strict=True):
         if i is None and not name.endswith("?"):
             return f"input {name} is absent"
         if i is not None and i not in defined:
             return f"input {name} is value {i}, which is not computed before this op"
         if i in active and name in CONSTANT_INPUTS.get(op.kind, ()):
-            return f"input {name} must not depend on a parameter"
+            return f"input {name.rstrip('?')} must not depend on a parameter"
     if not 0 <= op.output < len(values) or op.output in defined:
         return f"output {op.output} does not exist or is computed twice"
     inputs = [None if i is None else values[i] for i in op.inputs]
@@ -121,10 +146,12 @@ def _problem(op: Op, values: Sequence[Value], defined: set[int], active: frozens
     if problem:
         return problem
     recorded = values[op.output].shape, values[op.output].dtype
-    if any(v is not None and v.dtype != recorded[1] for v in inputs):
-        return (
-            f"expected {recorded[1]} everywhere, got inputs of {', '.join(str(v.dtype) for v in inputs if v)}"
-        )
+    for name, v in zip(names, inputs, strict=True):
+        allowed = {_OTHER_DTYPES.get((op.kind, name), recorded[1])}
+        if (op.kind, name) in _OWN_DTYPE_ALLOWED:
+            allowed.add(recorded[1])
+        if v is not None and v.dtype not in allowed:
+            return f"expected input {name.rstrip('?')} of {' or '.join(map(str, allowed))}, got {v.dtype}"
     try:
         inferred = infer(op.kind, op.attrs, inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -163,6 +190,12 @@ def _extra_problem(op: Op, inputs: Sequence[Value | None]) -> str:
         return f"expected x of 4 axes, got {ranks[0]}"
     if op.kind == "batch_norm" and ranks[0] < 2:
         return f"expected x of at least 2 axes, got {ranks[0]}"
+    if op.kind == "attention" and set(ranks[:3]) != {4}:
+        return "expected q, k and v of 4 axes"
+    if op.kind == "normalise" and not 1 <= op.attrs["axes"] <= ranks[0]:  # type: ignore[operator]
+        return f"axes must be between 1 and {ranks[0]}"
+    if op.kind == "slice" and (op.attrs["start"] < 0 or op.attrs["step"] < 1):  # type: ignore[operator]
+        return "start must not be negative, step must be positive"
     if op.kind == "sum" and not op.attrs["dims"]:
         return "dims must name at least one axis"
     if op.kind == "cross_entropy" and (ranks[0] < 1 or inputs[0].shape != inputs[1].shape):  # type: ignore[union-attr]

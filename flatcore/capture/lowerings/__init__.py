@@ -1,15 +1,33 @@
 """One family of ATen operations per file; importing this package registers all of them."""
 
-from . import arithmetic, convolution, linear, loss, normalisation, pointwise, pooling, reduction, shape
+from . import (
+    arithmetic,
+    attention,
+    convolution,
+    indexing,
+    linear,
+    loss,
+    normalisation,
+    pointwise,
+    pooling,
+    reduction,
+    resampling,
+    shape,
+    slices,
+)
 
 __all__ = [
     "arithmetic",
+    "attention",
     "convolution",
+    "indexing",
     "linear",
     "loss",
     "normalisation",
     "pointwise",
     "pooling",
     "reduction",
+    "resampling",
     "shape",
+    "slices",
 ]

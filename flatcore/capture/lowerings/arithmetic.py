@@ -58,3 +58,14 @@ def _div(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     else:
         inverse = lower.constant(lower.prelude.call(torch.reciprocal, lower.take_real(a.other)))
     return lower.emit("mul", lower.operand(a.self), inverse)
+
+
+@lowers("addcmul.default")
+def _addcmul(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    product = lower.emit("mul", lower.operand(a.tensor1), lower.operand(a.tensor2))
+    return lower.emit("add", lower.operand(a.self), product, alpha=float(a.value))
+
+
+@lowers("lerp.Scalar")
+def _interpolate(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return _combine(lower, a.self, a.end, 1.0 - float(a.weight), float(a.weight))

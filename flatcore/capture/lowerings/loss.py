@@ -77,14 +77,16 @@ def _log_softmax(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> LogSoftm
 
 @lowers("nll_loss_nd.default", "nll_loss.default", "nll_loss2d.default")
 def _nll(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    source = lower.result(a.self) if lower.is_active(a.self) else None
-    if not isinstance(source, LogSoftmax):
-        raise lower.error("has rules only behind log_softmax; use cross_entropy")
-    axis = 0 if lower.rank(source.logits) == 1 else 1
-    if source.dim != axis:
-        raise lower.error(f"reads classes on axis {axis}, log_softmax runs over axis {source.dim}")
-    both = _index_mass(lower, a, lower.shape(source.logits)[axis], 0.0)
-    return _against_mass(lower, source.logits, axis, both, a.reduction)
+    """Behind log_softmax over the classes a cross-entropy; else -sum of mass times what comes."""
+    source = lower.result(a.self)
+    axis = 0 if a.self.meta["val"].dim() == 1 else 1
+    both = _index_mass(lower, a, a.self.meta["val"].shape[axis], 0.0)
+    if isinstance(source, LogSoftmax) and source.dim == axis:
+        return _against_mass(lower, source.logits, axis, both, a.reduction)
+    rows = lower.to_last(lower.operand(a.self), axis)
+    mass, divisor = _mass(lower, both, a.reduction)
+    losses = lower.sum(lower.emit("mul", rows, lower.constant(mass)), [-1], scale=-1.0)
+    return _total(lower, losses, divisor, a.reduction)
 
 
 def _take(lower: Lowering, argument: fx.Node | None) -> fx.Node | None:
@@ -100,12 +102,18 @@ def _index_mass(lower: Lowering, a: SimpleNamespace, classes: int, smoothing: fl
 
 def _against_mass(lower: Lowering, logits: int, axis: int, both: fx.Node, reduction: int) -> int:
     """The cross-entropy of `logits` against the mass in the pair (mass, divisor)."""
+    mass, divisor = _mass(lower, both, reduction)
+    losses = lower.emit("cross_entropy", lower.to_last(logits, axis), lower.constant(mass))
+    return _total(lower, losses, divisor, reduction)
+
+
+def _mass(lower: Lowering, both: fx.Node, reduction: int) -> tuple[fx.Node, fx.Node]:
+    """(mass, divisor), with the mass divided already where the loss is a mean."""
     mass, divisor = (lower.prelude.call(getitem, both, i) for i in (0, 1))
-    if reduction == _MEAN:
-        mass = lower.prelude.call(torch.div, mass, divisor)
-    rank = lower.rank(logits)
-    rows = lower.permute(logits, [*(i for i in range(rank) if i != axis), axis])
-    losses = lower.emit("cross_entropy", rows, lower.constant(mass))
+    return (lower.prelude.call(torch.div, mass, divisor) if reduction == _MEAN else mass), divisor
+
+
+def _total(lower: Lowering, losses: int, divisor: fx.Node, reduction: int) -> int:
     if reduction == _NONE:
         return losses
     total = lower.sum(losses, range(lower.rank(losses)))

@@ -1,9 +1,11 @@
-"""Batch normalisation in eval mode; weight normalisation."""
+"""Normalisation: batch (eval mode), layer, RMS, group, instance; weight normalisation."""
 
 from __future__ import annotations
 
+from math import prod
 from types import SimpleNamespace
 
+import torch
 from torch import fx
 
 from ..lower import Lowering, lowers
@@ -20,11 +22,57 @@ def _batch_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int
     )
 
 
-@lowers("_native_batch_norm_legit_functional.default", "_native_batch_norm_legit.no_stats")
+@lowers("_native_batch_norm_legit_functional.default")
 def _batch_statistics(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int, None, None]:
     raise lower.error(
         "normalises by the statistics of the batch; call model.eval() and track running statistics"
     )
+
+
+@lowers("layer_norm.default", "native_layer_norm.default")
+def _layer_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int | tuple[int, None, None]:
+    x, weight, bias = lower.operand(a.input), lower.optional(a.weight), lower.optional(a.bias)
+    axes = len(a.normalized_shape)
+    y = lower.emit("normalise", x, weight, bias, eps=float(a.eps), centred=True, axes=axes)
+    return (y, None, None) if "native" in str(node.target) else y
+
+
+@lowers("rms_norm.default", "_fused_rms_norm.default")
+def _rms_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int | tuple[int, None]:
+    x, weight = lower.operand(a.input), lower.optional(a.weight)
+    eps = torch.finfo(a.input.meta["val"].dtype).eps if a.eps is None else float(a.eps)
+    y = lower.emit("normalise", x, weight, None, eps=eps, centred=False, axes=len(a.normalized_shape))
+    return (y, None) if "fused" in str(node.target) else y
+
+
+@lowers("group_norm.default", "native_group_norm.default")
+def _group_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int | tuple[int, None, None]:
+    groups = a.group if "native" in str(node.target) else a.num_groups
+    y = _grouped(
+        lower, lower.operand(a.input), groups, lower.optional(a.weight), lower.optional(a.bias), a.eps
+    )
+    return (y, None, None) if "native" in str(node.target) else y
+
+
+@lowers("instance_norm.default")
+def _instance_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    x, weight, bias = lower.operand(a.input), lower.optional(a.weight), lower.optional(a.bias)
+    if a.use_input_stats:
+        return _grouped(lower, x, lower.shape(x)[1], weight, bias, a.eps)
+    mean, var = lower.constant(lower.take(a.running_mean)), lower.constant(lower.take(a.running_var))
+    return lower.emit("batch_norm", x, weight, bias, mean, var, eps=float(a.eps))
+
+
+@lowers("_native_batch_norm_legit.no_stats")
+def _no_running_statistics(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int, None, None]:
+    """Instance normalisation comes as this, with the examples put into the axis of the channels."""
+    x = lower.operand(a.input)
+    if lower.shape(x)[0] != 1:
+        raise lower.error(
+            "normalises by the statistics of the batch; call model.eval() and track running statistics"
+        )
+    weight, bias = lower.optional(a.weight), lower.optional(a.bias)
+    return _grouped(lower, x, lower.shape(x)[1], weight, bias, a.eps), None, None
 
 
 @lowers("_weight_norm.default", "_weight_norm_interface.default")
@@ -34,3 +82,15 @@ def _weight_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int | tu
     inverse = lower.unary("rsqrt", lower.sum(lower.unary("square", v), axes, keepdim=lower.rank(g) > 0))
     weight = lower.emit("mul", v, lower.emit("mul", g, inverse))
     return weight if "interface" not in str(node.target) else (weight, None)
+
+
+def _grouped(lower: Lowering, x: int, groups: int, weight: int | None, bias: int | None, eps: float) -> int:
+    """Each group of channels of each example normalised; weight and bias per channel (axis 1)."""
+    shape = lower.shape(x)
+    flat = lower.view(x, (shape[0], groups, prod(shape[1:]) // groups))
+    y = lower.emit("normalise", flat, None, None, eps=float(eps), centred=True, axes=1)
+    y = lower.view(y, shape)
+    per_channel = (shape[1], *(1 for _ in shape[2:]))
+    if weight is not None:
+        y = lower.emit("mul", y, lower.view(weight, per_channel))
+    return y if bias is None else lower.emit("add", y, lower.view(bias, per_channel), alpha=1.0)

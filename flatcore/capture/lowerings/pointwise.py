@@ -24,6 +24,12 @@ _PLAIN = (
     "cos",
     "abs",
     "square",
+    "hardsigmoid",
+    "hardswish",
+    "mish",
+    "erf",
+    "log1p",
+    "expm1",
 )
 
 # Constants of the self-normalising ELU (Klambauer et al., 2017), as torch defines them.
@@ -86,3 +92,49 @@ def _exponential(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     if base <= 0:
         raise lower.error(f"expected a positive base, got {base}")
     return lower.unary("exp", lower.affine(lower.operand(a.exponent), log(base)))
+
+
+@lowers("clamp.default", "clip.default", "clamp_min.default", "clamp_max.default")
+def _clamp(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    least, most = getattr(a, "min", None), getattr(a, "max", None)
+    return lower.unary(
+        "clamp", lower.operand(a.self), -inf if least is None else least, inf if most is None else most
+    )
+
+
+@lowers("hardtanh.default")
+def _hardtanh(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return lower.unary("hardtanh", lower.operand(a.self), a.min_val, a.max_val)
+
+
+@lowers("relu6.default")
+def _relu6(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return lower.unary("hardtanh", lower.operand(a.self), 0.0, 6.0)
+
+
+@lowers("softshrink.default")
+def _softshrink(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    x = lower.operand(a.self)
+    return lower.emit("add", x, lower.unary("clamp", x, -a.lambd, a.lambd), alpha=-1.0)
+
+
+@lowers("prelu.default", "_prelu_kernel.default")
+def _prelu(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    """relu(x) - slope relu(-x), one slope for all or one per channel (axis 1)."""
+    x, slope = lower.operand(a.self), lower.operand(a.weight)
+    rank = lower.rank(x)
+    if "kernel" not in str(node.target) and rank > 1:
+        slope = lower.view(slope, (lower.shape(slope)[-1] if lower.rank(slope) else 1, *[1] * (rank - 2)))
+    below = lower.emit("mul", lower.unary("relu", lower.affine(x, -1.0)), slope)
+    return lower.emit("add", lower.unary("relu", x), below, alpha=-1.0)
+
+
+@lowers("log2.default", "log10.default")
+def _logarithm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    base = 2 if "log2" in str(node.target) else 10
+    return lower.affine(lower.unary("log", lower.operand(a.self)), 1 / log(base))
+
+
+@lowers("exp2.default")
+def _exp2(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return lower.unary("exp", lower.affine(lower.operand(a.self), log(2)))

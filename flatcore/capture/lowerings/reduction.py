@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import prod
 from types import SimpleNamespace
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ..lower import Lowering, lowers
 
@@ -34,7 +35,41 @@ def _mean(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 
 @lowers("linalg_vector_norm.default")
 def _norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    if a.ord != 2:
-        raise lower.error(f"only the Euclidean norm has a rule, got order {a.ord}")
     x = lower.operand(a.self)
+    if a.ord == 1:
+        return lower.sum(lower.unary("abs", x), _axes(lower, x, a), a.keepdim)
+    if a.ord != 2:
+        raise lower.error(f"only the norms of order 1 and 2 have rules, got order {a.ord}")
     return lower.unary("sqrt", lower.sum(lower.unary("square", x), _axes(lower, x, a), a.keepdim))
+
+
+@lowers("var.correction", "std.correction", "var_mean.correction", "std_mean.correction")
+def _variance(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int | tuple[int, int]:
+    x = lower.operand(a.self)
+    axes = _axes(lower, x, a)
+    count = prod(lower.shape(x)[axis] for axis in axes)
+    degrees = count - (1 if a.correction is None else a.correction)
+    if degrees <= 0:
+        raise lower.error(f"the variance of {count} elements")
+    mean = lower.sum(x, axes, True, 1.0 / count)
+    deviation = lower.emit("add", x, mean, alpha=-1.0)
+    spread = lower.sum(lower.unary("square", deviation), axes, a.keepdim, 1.0 / degrees)
+    if "std" in str(node.target):
+        spread = lower.unary("sqrt", spread)
+    if "mean" not in str(node.target):
+        return spread
+    return spread, lower.view(mean, lower.shape(spread))
+
+
+@lowers("cumsum.default")
+def _cumulative_sum(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    x = lower.operand(a.self)
+    if lower.rank(x) == 0:
+        return x
+    ones = lower.prelude.call(_lower_triangle, lower.shape(x)[a.dim], lower.dtype, lower.device)
+    sums = lower.emit("linear", lower.to_last(x, a.dim), lower.constant(ones), None, transposed=False)
+    return lower.from_last(sums, a.dim)
+
+
+def _lower_triangle(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=dtype, device=device).tril()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import torch
 from torch import fx
 
-from ..lower import Lowering, Result, lowers
+from ..lower import REAL_DTYPES, Lowering, Result, lowers
 
 
 @lowers(
@@ -51,20 +52,13 @@ def _t(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 
 @lowers("expand.default", "expand_as.default", "broadcast_to.default")
 def _expand(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    return _expanded(lower, lower.operand(a.self), node.meta["val"].shape)
+    return lower.expand(lower.operand(a.self), node.meta["val"].shape)
 
 
 @lowers("broadcast_tensors.default")
 def _broadcast(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[Result, ...]:
     shapes = [value.shape for value in node.meta["val"]]
-    return tuple(
-        _expanded(lower, lower.operand(x), shape) for x, shape in zip(a.tensors, shapes, strict=True)
-    )
-
-
-def _expanded(lower: Lowering, x: int, shape: tuple[int, ...]) -> int:
-    wanted = tuple(int(size) for size in shape)
-    return x if wanted == lower.shape(x) else lower.emit("expand", x, shape=wanted)
+    return tuple(lower.expand(lower.operand(x), shape) for x, shape in zip(a.tensors, shapes, strict=True))
 
 
 @lowers(
@@ -80,12 +74,15 @@ def _expanded(lower: Lowering, x: int, shape: tuple[int, ...]) -> int:
     "type_as.default",
 )
 def _copy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
+    """A cast to float32 inside a float64 model leaves a rounding; all else is computed in the program's dtype."""
     source, result = a.self.meta["val"], node.meta["val"]
-    if result.dtype != source.dtype or result.device != source.device:
+    if result.device != source.device or not {source.dtype, result.dtype} <= set(REAL_DTYPES):
         raise lower.error(
             f"converts {source.dtype} on {source.device} to {result.dtype} on {result.device}; "
             "keep the model in one precision on one device"
         )
+    if source.dtype == torch.float64 and result.dtype == torch.float32 and lower.dtype == torch.float64:
+        return lower.emit("round", lower.operand(a.self))
     return lower.result(a.self)
 
 
