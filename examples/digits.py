@@ -55,7 +55,9 @@ def network(seed: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 10))
 
 
-def learn_shuffled_labels(model: nn.Sequential, x: Tensor, y: Tensor, epochs: int, generator: torch.Generator) -> None:
+def learn_shuffled_labels(
+    model: nn.Sequential, x: Tensor, y: Tensor, epochs: int, generator: torch.Generator
+) -> None:
     shuffled = y[torch.randperm(len(y), generator=generator)]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     for _ in range(epochs):
@@ -87,7 +89,9 @@ def train(recipe: Recipe, data: Batch, on_step: Callable[[int], object]) -> nn.S
     raise RuntimeError(f"the training loss is above {TARGET_LOSS} after {recipe.max_steps} steps of {recipe}")
 
 
-def factory(on_step: Callable[[int], object] = lambda steps: None) -> dict[str, tuple[nn.Module, nn.Module, Batch, Batch]]:
+def factory(
+    on_step: Callable[[int], object] = lambda steps: None,
+) -> dict[str, tuple[nn.Module, nn.Module, Batch, Batch]]:
     """name -> (model, loss, training data, test data), as `flatcore report` takes it."""
     training, test = digits()
     loss = nn.CrossEntropyLoss()

@@ -19,15 +19,20 @@ from flatcore.progress import progress_bar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(), help="folder for report.html and report.json")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    print("Training two networks on 1 437 handwritten digits, one into a flat minimum and one into a sharp one.")
+    print(
+        "Training two networks on 1 437 handwritten digits, one into a flat minimum and one into a sharp one."
+    )
     with progress_bar("training", enabled=True) as bar:
         made = factory(lambda done: bar.update(done, f"{done} steps"))
     subjects = [
-        Subject(name, Objective(model, loss, training), test) for name, (model, loss, training, test) in made.items()
+        Subject(name, Objective(model, loss, training), test)
+        for name, (model, loss, training, test) in made.items()
     ]
     with (out / "report.json").open("w") as file:
         write_report(subjects, out, compare_autograd=True, json_file=file)

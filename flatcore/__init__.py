@@ -11,7 +11,7 @@ from flatcore.trace import diagonal, trace
 __version__ = "0.1.0"
 
 # Behind the version, which the report's account of the machine reads.
-from flatcore.report import compare, report  # noqa: E402
+from flatcore.report import compare, report
 
 __all__ = [
     "GGN",

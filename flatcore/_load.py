@@ -65,8 +65,8 @@ def load() -> None:
         import flatcore._C  # noqa: F401
     except ModuleNotFoundError:
         raise ImportError(not_built) from None
-    except ImportError as error:  # the same minor version, yet another build of torch
-        raise ImportError(mismatch(TORCH_VERSION, found)) from error
+    except ImportError as error:  # the same minor version, yet another build of torch, or a build cut short
+        raise ImportError(f"{mismatch(TORCH_VERSION, found)} (the loader says: {error})") from error
 
 
 load()

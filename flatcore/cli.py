@@ -17,8 +17,8 @@ from flatcore import doctor as doctor_module
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
 from flatcore.report import compare
-from flatcore.report.document import dumps, eigenpairs
 from flatcore.report.document import density as density_document
+from flatcore.report.document import dumps, eigenpairs
 from flatcore.report.numbers import with_error
 
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -61,7 +61,11 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 subject_argument = click.argument("subject")
 seed_option = click.option("--seed", default=0, show_default=True, help="Of the random probes.")
 json_option = click.option(
-    "--json", "json_file", type=click.File("w"), metavar="FILE", help="Write the numbers as JSON; - for stdout."
+    "--json",
+    "json_file",
+    type=click.File("w"),
+    metavar="FILE",
+    help="Write the numbers as JSON; - for stdout.",
 )
 
 
@@ -72,7 +76,9 @@ def _text(json_file: TextIO | None) -> Console:
 
 @main.command()
 @subject_argument
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=".", help="Folder for report.html.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=".", help="Folder for report.html."
+)
 @click.option("-k", default=5, show_default=True, help="Number of largest eigenvalues.")
 @click.option("--rtol", default=0.01, show_default=True, help="Relative standard error of the trace.")
 @click.option("--compare-autograd", is_flag=True, help="Compute all a second time through an autograd loop.")
@@ -124,8 +130,12 @@ def write_report(
 @click.option("--operator", type=click.Choice(list(OPERATORS)), default="hessian", show_default=True)
 @click.option("-k", default=6, show_default=True, help="Number of eigenvalues.")
 @click.option("--which", type=click.Choice(["LM", "LA", "SA", "BE"]), default="LM", show_default=True)
-@click.option("--tol", default=1e-3, show_default=True, help="Residual, relative to the largest |eigenvalue|.")
-@click.option("--density", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the density to FILE.")
+@click.option(
+    "--tol", default=1e-3, show_default=True, help="Residual, relative to the largest |eigenvalue|."
+)
+@click.option(
+    "--density", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the density to FILE."
+)
 @seed_option
 @json_option
 def spectrum(
@@ -188,7 +198,9 @@ def plan(subject: str, operator: str, json_file: TextIO | None) -> None:
             "state_bytes": planned.state_bytes,
             "peak_bytes": {K: planned.peak_bytes(K) for K in (1, 4, 8)},
             "flops": {K: planned.flops(K) for K in (1, 4, 8)},
-            "ops": [{"kind": r.kind, "path": r.path, "native": r.native, "flops": r.flops} for r in planned.rows],
+            "ops": [
+                {"kind": r.kind, "path": r.path, "native": r.native, "flops": r.flops} for r in planned.rows
+            ],
         }
     if json_file is not None:
         json_file.write(dumps(found))

@@ -25,7 +25,7 @@ def diagnose() -> dict[str, Any]:
 
 def _complaints(machine: Machine, threads: int) -> Iterator[str]:
     if threads != machine.threads:
-        yield f"torch is set to {machine.threads} threads, but a kernel loop ran on {threads}; is OpenMP limited elsewhere?"
+        yield f"torch is set to {machine.threads} threads, a kernel loop ran on {threads}: OpenMP is limited elsewhere"
     if machine.threads > machine.cores:
         yield (
             f"torch is set to {machine.threads} threads on {machine.cores} cores, which is slower than one each; "

@@ -13,7 +13,9 @@ from flatcore.objective import Objective
 
 __all__ = ["FactoryError", "Subject", "load_subjects"]
 
-_EXPECTED = "an Objective, (model, loss, data), (model, loss, data, test data), or a dict of name -> one of these"
+_EXPECTED = (
+    "an Objective, (model, loss, data), (model, loss, data, test data), or a dict of name -> one of these"
+)
 
 
 class FactoryError(ValueError):
@@ -72,10 +74,14 @@ def _load(reference: str) -> Callable[[], Any]:
         sys.path.remove(str(path.resolve().parent))
     function = getattr(module, name, None)
     if function is None:
-        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == spec.name]
+        own = [
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == spec.name
+        ]
         raise FactoryError(f"{path_text} has no function {name}; it has {', '.join(sorted(own)) or 'none'}")
     if not callable(function):
-        raise FactoryError(f"{name} in {path_text} is a {type(function).__name__}, expected a function of no arguments")
+        raise FactoryError(
+            f"{name} in {path_text} is a {type(function).__name__}, expected a function of no arguments"
+        )
     return function  # type: ignore[no-any-return]
 
 

@@ -27,7 +27,9 @@ class AutogradLoop:
             for batch in objective.batches():
                 loss = batch.weight * objective.evaluate(batch.batch, self._leaves).loss
                 leaves = tuple(self._leaves.values())
-                self._gradients.append(torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True))
+                self._gradients.append(
+                    torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+                )
 
     def __matmul__(self, V: Tensor) -> Tensor:
         """Of shape (P, K) for V of that shape."""

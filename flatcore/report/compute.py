@@ -44,7 +44,7 @@ class Curvature:
     @property
     def stages(self) -> tuple[tuple[str, int, float], ...]:
         """(what, products with one vector, seconds) in the order of work."""
-        parts = (self.trace, self.top, self.bottom, self.density)
+        parts: tuple[Estimate | Eigenpairs | Density, ...] = (self.trace, self.top, self.bottom, self.density)
         return (
             (_STAGES[0], 0, self.setup_seconds),
             *((name, part.matvecs, part.seconds) for name, part in zip(_STAGES[1:], parts, strict=True)),
@@ -153,7 +153,9 @@ def compare(reports: list[Report] | tuple[Report, ...]) -> Comparison:
         raise ValueError("reports: expected at least one report, got none")
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ValueError(f"reports: expected different names, got {twice[0]!r} twice; give each report(..., name=...)")
+        raise ValueError(
+            f"reports: expected different names, got {twice[0]!r} twice; give each report(..., name=...)"
+        )
     return Comparison(tuple(reports))
 
 
@@ -183,7 +185,9 @@ def report(
     Raises ValueError or TypeError for bad arguments.
     """
     if not isinstance(obj, Objective):
-        raise TypeError(f"obj: expected a flatcore.Objective, got {type(obj).__name__}; make one of (model, loss, data)")
+        raise TypeError(
+            f"obj: expected a flatcore.Objective, got {type(obj).__name__}; make one of (model, loss, data)"
+        )
     k = check_count("k", k, 1)
     if k >= obj.layout.size:
         raise ValueError(f"k: expected fewer than the {obj.layout.size} parameters, got {k}")
@@ -203,7 +207,9 @@ def report(
         if compare_autograd:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FlatcoreWarning)  # said already, of the same numbers
-                _, autograd = _measure(lambda: AutogradLoop(obj), k, rtol, seed, lambda s: say(f"autograd: {s}"))
+                _, autograd = _measure(
+                    lambda: AutogradLoop(obj), k, rtol, seed, lambda s: say(f"autograd: {s}")
+                )
     plan = operator.plan()
     widest = min(plan.directions, max(DENSITY_PROBES, curvature.top.block_size))
     return Report(
@@ -248,4 +254,6 @@ def _measure(
     bottom = eigsh(operator, 1, which="SA", seed=seed, return_eigenvectors=False)
     say(_STAGES[4])
     density = spectral_density(operator, probes=DENSITY_PROBES, steps=DENSITY_STEPS, seed=seed)
-    return operator, Curvature(setup_seconds, total, replace(top, vectors=None), replace(bottom, vectors=None), density)
+    return operator, Curvature(
+        setup_seconds, total, replace(top, vectors=None), replace(bottom, vectors=None), density
+    )

@@ -42,7 +42,9 @@ def density_chart(curves: Sequence[Curve]) -> str:
     one = bell / max(curve.density.dimension for curve in curves)
     floor = 0.1 * one
     # No smoothed density exceeds the bell's own peak.
-    ceiling = min(1.6 * max(float(np.nanmax(value + np.nan_to_num(stderr))) for _, value, stderr in drawn), 1.6 * bell)
+    ceiling = min(
+        1.6 * max(float(np.nanmax(value + np.nan_to_num(stderr))) for _, value, stderr in drawn), 1.6 * bell
+    )
     frame = _Frame(low, high, math.log10(floor), math.log10(max(ceiling, 10 * floor)))
 
     parts = [frame.axes(), frame.level(one, "one eigenvalue")]
@@ -91,9 +93,13 @@ class _Frame:
             parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 5}"/>')
             parts.append(f'<text class="tick middle" x="{x:.1f}" y="{base + 20}">{text}</text>')
         parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
-        parts.append(f'<text class="label middle" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}">eigenvalue λ of H</text>')
+        parts.append(
+            f'<text class="label middle" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}">eigenvalue λ of H</text>'
+        )
         middle = (_TOP + base) / 2
-        parts.append(f'<text class="label middle" transform="translate(13 {middle}) rotate(-90)">density</text>')
+        parts.append(
+            f'<text class="label middle" transform="translate(13 {middle}) rotate(-90)">density</text>'
+        )
         return "".join(parts)
 
     def level(self, value: float, text: str) -> str:
@@ -112,8 +118,11 @@ class _Frame:
 
     def ticks(self, values: Sequence[float], series: int) -> str:
         base = _HEIGHT - _BOTTOM
-        lines = (f'<line class="mark s{series}" x1="{x:.1f}" x2="{x:.1f}" y1="{base - 10}" y2="{base}"/>'
-                 for x in map(self.x, values) if _LEFT <= x <= _WIDTH - _RIGHT)
+        lines = (
+            f'<line class="mark s{series}" x1="{x:.1f}" x2="{x:.1f}" y1="{base - 10}" y2="{base}"/>'
+            for x in map(self.x, values)
+            if _LEFT <= x <= _WIDTH - _RIGHT
+        )
         return "".join(lines)
 
     def _points(self, grid: np.ndarray, value: np.ndarray) -> str:

@@ -109,12 +109,18 @@ def _parameter_cell(part: Estimate | None, longest: float) -> tuple[str, float]:
 def _stage_rows(report: Report) -> list[tuple[str, int, float, float | None]]:
     """(stage, products, seconds, seconds through the autograd loop)."""
     other = report.autograd.stages if report.autograd else [(None, None, None)] * len(report.curvature.stages)
-    return [(name, n, s, theirs[2]) for (name, n, s), theirs in zip(report.curvature.stages, other, strict=True)]
+    return [
+        (name, n, s, theirs[2]) for (name, n, s), theirs in zip(report.curvature.stages, other, strict=True)
+    ]
 
 
 def _statuses(report: Report) -> list[tuple[str, str]]:
     """What did not come out as asked."""
-    parts = {"trace": report.trace, "largest eigenvalues": report.top, "smallest eigenvalue": report.bottom}
+    parts: dict[str, Estimate | Eigenpairs] = {
+        "trace": report.trace,
+        "largest eigenvalues": report.top,
+        "smallest eigenvalue": report.bottom,
+    }
     found = [(what, part.status) for what, part in parts.items() if part.status != "converged"]
     if report.density.status != "converged":
         found.append(("spectral density", report.density.status))

@@ -66,11 +66,26 @@ def _agreement(report: Report) -> str:
 
 _ROWS: tuple[tuple[str, str, str, Callable[[Report], str]], ...] = (
     ("fit", "training loss", "mean over the training examples", lambda r: plain(r.training.loss)),
-    ("fit", "training accuracy", "share of examples classified right", lambda r: _accuracy(r.training.accuracy)),
-    ("fit", "test loss", "mean over examples kept out of training", lambda r: plain(r.test.loss) if r.test else ""),
+    (
+        "fit",
+        "training accuracy",
+        "share of examples classified right",
+        lambda r: _accuracy(r.training.accuracy),
+    ),
+    (
+        "fit",
+        "test loss",
+        "mean over examples kept out of training",
+        lambda r: plain(r.test.loss) if r.test else "",
+    ),
     ("fit", "test accuracy", "of the same examples", lambda r: _accuracy(r.test.accuracy) if r.test else ""),
     ("curvature", "trace of H", "sum of all eigenvalues, ± one standard error", _trace),
-    ("curvature", "largest eigenvalue", "steepest curvature of the loss, ± residual", lambda r: eigenvalue(r, 0)),
+    (
+        "curvature",
+        "largest eigenvalue",
+        "steepest curvature of the loss, ± residual",
+        lambda r: eigenvalue(r, 0),
+    ),
     (
         "curvature",
         "smallest eigenvalue",

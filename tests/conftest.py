@@ -1,0 +1,7 @@
+"""Settings for all tests."""
+
+import torch
+
+# The cases are tiny: a second thread costs more than it saves, most of all where the machine is shared. Tests of
+# threads set their number themselves.
+torch.set_num_threads(1)

@@ -1,0 +1,112 @@
+"""The report: its numbers are those of the functions it calls, its page stands alone."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from torch import nn
+
+import flatcore as fc
+
+
+@pytest.fixture(scope="module")
+def data():
+    torch.manual_seed(0)
+    return torch.randn(31, 6).double(), torch.randint(4, (31,))
+
+
+@pytest.fixture(scope="module")
+def objective(data):
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+    return fc.Objective(model, nn.CrossEntropyLoss(), data)
+
+
+@pytest.fixture(scope="module")
+def report(objective, data):
+    return fc.report(objective, name="net & <co>", k=3, seed=5, rtol=0.05, test=data, compare_autograd=True)
+
+
+def test_numbers_are_those_of_direct_calls(objective, report):
+    H = fc.Hessian(objective)
+    assert report.trace.value == fc.trace(H, rtol=0.05, seed=5).value
+    assert torch.equal(report.top.values, fc.eigsh(H, 3, which="LA", seed=5).values)
+    assert report.loss == pytest.approx(objective.loss())
+    assert report.test.loss == pytest.approx(report.loss)
+    stages = report.curvature.stages
+    assert report.products == sum(products for _, products, _ in stages)
+
+
+def test_autograd_loop_gives_the_same_numbers(report):
+    other = report.autograd
+    assert other.products == report.products
+    assert other.trace.value == pytest.approx(report.trace.value, rel=1e-10)
+    torch.testing.assert_close(other.top.values, report.top.values, rtol=1e-9, atol=1e-12)
+
+
+def test_json_has_the_numbers(report):
+    (document,) = json.loads(report.to_json())["reports"]
+    assert document["curvature"]["trace"]["value"] == report.trace.value
+    assert document["curvature"]["top"]["residuals"] == report.top.residuals.tolist()
+    assert document["seed"] == 5
+    assert len(document["curvature"]["density"]["grid"]) == len(document["curvature"]["density"]["pdf"])
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.outside, self.scripts, self.open = [], 0, []
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        self.outside += [
+            v
+            for k, v in attrs
+            if k in ("src", "href", "xlink:href") and v and not v.startswith(("#", "data:"))
+        ]
+        if tag not in ("meta", "br", "link", "img", "hr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_stands_alone(report, tmp_path):
+    report.save_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    page = Links()
+    page.feed(text)
+    assert page.outside == []
+    assert page.scripts == 0
+    assert "@import" not in text
+    assert "net &amp; &lt;co&gt;" in text
+    assert "<svg" in text
+
+
+def test_table_has_the_error_bar(report):
+    from rich.console import Console
+
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(report.table())
+    assert "trace of H" in capture.get()
+    assert "±" in capture.get() or "exact" in capture.get()
+
+
+def test_comparison_needs_different_names(report):
+    with pytest.raises(ValueError, match="twice"):
+        fc.compare([report, report])
+    with pytest.raises(ValueError, match="at least one report"):
+        fc.compare([])
+
+
+def test_wrong_arguments(objective):
+    with pytest.raises(TypeError, match=r"obj: expected a flatcore.Objective"):
+        fc.report(3)
+    with pytest.raises(ValueError, match="k: expected fewer than"):
+        fc.report(objective, k=10_000)
