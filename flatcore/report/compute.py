@@ -186,7 +186,7 @@ def report(
     """
     if not isinstance(obj, Objective):
         raise TypeError(
-            f"obj: expected a flatcore.Objective, got {type(obj).__name__}; make one of (model, loss, data)"
+            f"obj: expected a flatcore.Objective, got {type(obj).__name__}; make one first"
         )
     k = check_count("k", k, 1)
     if k >= obj.layout.size:

@@ -23,7 +23,7 @@ class Fit:
 
 
 def fit(objective: Objective, data: Any = None) -> Fit:
-    """The fit to `data`, given in any form an Objective takes, or to the objective's own data. Costs two forward passes."""
+    """The fit to `data`, in any form an Objective takes, or to the objective's own data. Costs two forward passes."""
     if data is not None:
         names = list(objective.layout.shapes)
         objective = Objective(objective.model, objective.loss_function, data, names)

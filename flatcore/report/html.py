@@ -14,7 +14,7 @@ from flatcore.report.compute import Report
 from flatcore.report.figures import Curve, density_chart
 from flatcore.report.numbers import count, percent, plain, seconds, with_error
 from flatcore.report.rows import disagreement, eigenvalue, rows
-from flatcore.results import Estimate
+from flatcore.results import Eigenpairs, Estimate
 
 _COLOURS = 6  # series of the style sheet
 

@@ -1,4 +1,4 @@
-"""The rows of a report's table: what is compared, how it is defined, and each report's cell. Table and page share them."""
+"""A report's rows, shared by table and page: what is compared, how it is defined, and each report's cell."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def eigenvalue(report: Report, index: int, end: str = "top") -> str:
 
 
 def disagreement(report: Report) -> tuple[float, float] | None:
-    """Largest differences between flatcore and the autograd loop: trace / |trace|, eigenvalues / the largest of them."""
+    """Differences from the autograd loop: of the traces / |trace|, of the eigenvalues / the largest of them."""
     if report.autograd is None:
         return None
     mine, other = report.curvature, report.autograd

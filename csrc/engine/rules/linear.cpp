@@ -44,11 +44,9 @@ at::Tensor LinearRule::tangent(const Directions& d) const {
                     weight_as_matrix(d.state().value(op_.inputs[1])), started);
         started = true;
     }
-    if (active(1)) {
-        const at::Tensor x = d.state().value(op_.inputs[0]).reshape({rows_, in_});
-        const at::Tensor directions = weight_as_matrix(d.tangent(1));
-        for (int64_t k = 0; k < K; ++k) gemm(matrix.select(0, k), x, directions.select(0, k), started);
-    }
+    if (active(1))
+        gemm_each(matrix, d.state().value(op_.inputs[0]).reshape({rows_, in_}),
+                  weight_as_matrix(d.tangent(1)), started);
     return ty;
 }
 
@@ -67,24 +65,18 @@ void LinearRule::adjoint(Directions& d) const {
             gemm_shared(tdx, tdy, weight_as_matrix(state.value(op_.inputs[1])).t(), started);
             started = true;
         }
-        if (cross) {
-            const at::Tensor directions = weight_as_matrix(d.tangent(1)).transpose(1, 2);
-            for (int64_t k = 0; k < K; ++k) gemm(tdx.select(0, k), dy, directions.select(0, k), started);
-        }
+        if (cross) gemm_each(tdx, dy, weight_as_matrix(d.tangent(1)).transpose(1, 2), started);
     }
     if (d.wants(1)) {
         auto [buffer, fresh] = d.accumulator(1);
-        const at::Tensor tdw = weight_as_matrix(buffer);  // (K, in, out)
-        bool started = !fresh;
-        if (tdy.defined()) {
-            const at::Tensor x = state.value(op_.inputs[0]).reshape({rows_, in_}).t();
-            for (int64_t k = 0; k < K; ++k) gemm(tdw.select(0, k), x, tdy.select(0, k), started);
-            started = true;
-        }
-        if (cross) {
-            const at::Tensor tx = d.tangent(0).reshape({K, rows_, in_}).transpose(1, 2);
-            for (int64_t k = 0; k < K; ++k) gemm(tdw.select(0, k), tx.select(0, k), dy, started);
-        }
+        // The weight's own orientation, so that what is written is contiguous: tdy^T x, or x^T tdy if
+        // transposed.
+        const auto product = [&](const at::Tensor& adjoint, const at::Tensor& x, bool accumulate) {
+            const at::Tensor &left = transposed_ ? x : adjoint, &right = transposed_ ? adjoint : x;
+            gemm_each(buffer, left.transpose(-2, -1), right, accumulate);
+        };
+        if (tdy.defined()) product(tdy, state.value(op_.inputs[0]).reshape({rows_, in_}), !fresh);
+        if (cross) product(dy, d.tangent(0).reshape({K, rows_, in_}), !fresh || tdy.defined());
     }
     if (d.wants(2) && tdy.defined()) {
         auto [buffer, fresh] = d.accumulator(2);
