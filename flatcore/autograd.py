@@ -58,10 +58,10 @@ class AutogradBackend:
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
         objective = self.objective
-        total = torch.zeros(
-            objective.layout.size, dtype=objective.layout.dtype, device=objective.layout.device
-        )
         with plain_torch():
+            total = torch.zeros(
+                objective.layout.size, dtype=objective.layout.dtype, device=objective.layout.device
+            )
             for batch in objective.batches():
                 evaluation, theta = self._evaluate(batch.batch, batch.index, at)
                 total.add_(_flat_gradient(evaluation.loss, theta), alpha=batch.weight)

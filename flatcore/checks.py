@@ -18,8 +18,9 @@ _NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
 
 def check_finite(tensors_by_name: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in tensors_by_name.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        finite = torch.isfinite(tensor.detach())
+        if tensor.is_floating_point() and not bool(finite.all()):
+            bad = int((~finite).sum())
             raise ValueError(
                 f"model: expected finite {what}s, got {bad} of {tensor.numel()} entries not finite in "
                 f"{name!r}"

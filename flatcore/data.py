@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flatcore.capture.batch import batch_leaves, flatten_batch
+from flatcore.environment import ONE_AT_A_TIME
 
 _END = object()
 Batch = Any  # a tuple, a dict, a tensor, or any tree of these
@@ -20,7 +21,8 @@ Batch = Any  # a tuple, a dict, a tensor, or any tree of these
 class Data:
     """Batches that can be read any number of times, always the same ones in the same order.
 
-    Batches are held in memory while they fit into `budget` bytes; a loader that does not fit is read again
+    Batches are held in memory while they fit into `budget` bytes, those of a loader as copies, because a
+    loader may fill the same tensors again; a loader that does not fit is read again
     on every pass, with the random generators set to where they stood on the first pass and set back
     afterwards, so that shuffling and augmentation repeat. A pass that differs in its batch sizes from the
     first is an error. `count(batch, index)` gives the number of examples of a batch.
@@ -82,15 +84,17 @@ class Data:
                 state = _random_state(self._source)
             if raw is _END:
                 return
-            yield _detached(raw)
+            yield _detached(raw, copy=not isinstance(self._source, list))
 
     def versions(self) -> tuple[Any, ...]:
         """Changes when a batch held in memory is changed in place."""
         return tuple(version(leaf) for batch in self._held or () for leaf in batch_leaves(batch))
 
 
-def _detached(raw: Any) -> Batch:
+def _detached(raw: Any, copy: bool) -> Batch:
     leaves, structure = flatten_batch(raw)
+    if copy:
+        return structure.rebuild([t.detach().clone() for t in leaves])
     return structure.rebuild([t.detach() for t in leaves]) if any(t.requires_grad for t in leaves) else raw
 
 
@@ -170,9 +174,13 @@ def _set_random_state(source: object, state: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state(source: object = None) -> Iterator[None]:
-    """Python's, numpy's and torch's generators stand afterwards where they stood before."""
-    state = _random_state(source)
-    try:
-        yield
-    finally:
-        _set_random_state(source, state)
+    """Python's, numpy's and torch's generators stand afterwards where they stood before.
+
+    They belong to the process, so other threads wait here.
+    """
+    with ONE_AT_A_TIME:
+        state = _random_state(source)
+        try:
+            yield
+        finally:
+            _set_random_state(source, state)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flatcore import _C
+from flatcore.environment import full_precision
 from flatcore.linear import LinearView, as_operator, check_count, check_seed
 from flatcore.results import Density
 
@@ -33,9 +34,10 @@ def spectral_density(
 
     nodes, weights, matvecs = [], [], 0
     for first in range(0, probes, block):
-        group_nodes, group_weights, products = _quadratures(
-            operator, seed, first, min(block, probes - first), steps
-        )
+        with full_precision():
+            group_nodes, group_weights, products = _quadratures(
+                operator, seed, first, min(block, probes - first), steps
+            )
         nodes += group_nodes
         weights += group_weights
         matvecs += products

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from flatcore import _C
+from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
-from flatcore.linear import LinearView, as_operator, check_count, check_seed
+from flatcore.linear import LinearView, as_operator, check_count, check_positive, check_seed
 from flatcore.progress import progress_bar
 from flatcore.results import Eigenpairs
 
@@ -64,9 +65,7 @@ def eigsh(
         )
     if which not in _WHICH:
         raise ValueError(f"which: expected one of {', '.join(_WHICH)}, got {which!r}")
-    tol = float(tol)
-    if not (tol > 0 and math.isfinite(tol)):
-        raise ValueError(f"tol: expected a positive number, got {tol}; give e.g. 1e-3")
+    tol = check_positive("tol", tol, 1e-3)
     seed = check_seed(seed)
     block = min(k + 2, 8) if block_size is None else check_count("block_size", block_size, 1)
     block = min(block, operator.P)
@@ -81,7 +80,7 @@ def eigsh(
         )
     start = _start_rows(v0, operator, block)
 
-    with progress_bar("eigsh", total=max_matvecs, enabled=progress) as bar:
+    with full_precision(), progress_bar("eigsh", total=max_matvecs, enabled=progress) as bar:
         found = _C.krylov.solve(
             operator.apply,
             start,
@@ -124,7 +123,10 @@ def _start_rows(v0: torch.Tensor | None, operator: LinearView, block: int) -> to
     """v0 as rows (j, P), j = 0 for none; never v0's own memory."""
     if v0 is None:
         return torch.empty(0, operator.P, dtype=operator.dtype, device=operator.device)
-    rows = torch.as_tensor(v0).detach()
+    try:
+        rows = torch.as_tensor(v0).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"v0: expected a torch.Tensor, got {type(v0).__name__}") from error
     rows = rows[None] if rows.ndim == 1 else rows.T
     if rows.ndim != 2 or rows.shape[1] != operator.P or not 1 <= rows.shape[0] <= block:
         raise ValueError(

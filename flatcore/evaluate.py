@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from flatcore.capture.batch import flatten_batch, split_batch
 from flatcore.data import Batch, preserved_random_state
+from flatcore.environment import full_precision
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,7 @@ def plain_torch() -> Iterator[None]:
         preserved_random_state(),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
+        full_precision(),
         sdpa_kernel(SDPBackend.MATH),
     ):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["LinearView", "as_operator", "check_count", "check_seed"]
+__all__ = ["LinearView", "as_operator", "check_count", "check_positive", "check_seed"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -116,6 +117,17 @@ def check_count(name: str, value: Any, least: int) -> int:
     if whole < least:
         raise ValueError(f"{name}: expected at least {least}, got {whole}; give a larger number")
     return whole
+
+
+def check_positive(name: str, value: Any, example: float) -> float:
+    """``value`` as a float, refused with a sentence if it is not a positive finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a positive number, got {value!r}; give e.g. {example:g}") from None
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name}: expected a positive number, got {number}; give e.g. {example:g}")
+    return number
 
 
 def check_seed(seed: Any) -> int:

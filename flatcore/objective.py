@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flatcore import checks
 from flatcore.capture.batch import split_batch
 from flatcore.data import Batch, Data, count_examples, version
+from flatcore.environment import exclusive
 from flatcore.evaluate import Evaluation, Evaluator, ModelLoss, hf_loss, plain_torch
 from flatcore.memory import Budget
 from flatcore.parameters import Selection, select
@@ -33,10 +34,15 @@ class WeightedBatch:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Copies of the selected parameters as they stood at one time, by name."""
+    """Copies of the selected parameters as they stood at one time, by name.
+
+    versions: of all parameters with the modes of all modules; surroundings: of buffers, the loss and the
+    data, which may decide what a batch counts.
+    """
 
     values: dict[str, Tensor]
     versions: tuple[Any, ...]
+    surroundings: tuple[Any, ...]
     modules: tuple[int, ...]
 
 
@@ -60,13 +66,19 @@ class Objective:
     targets), as from one big batch. A loss with reduction="sum" is taken with one batch only.
 
     The parameters are read when something is computed: after a step of an optimiser the same objective gives
-    the curvature at the new point. Construction evaluates the loss once on every batch, and twice more on the
+    the curvature at the new point. Buffers, and batches given as tensors or in a list, may change in place
+    too. What is none of these (a number in a module, a tensor that a function closes over) must stay as it
+    is: make a new objective after changing it. Other threads may use objectives, also of the same model,
+    but must not run the model itself meanwhile.
+
+    Construction evaluates the loss once on every batch, and twice more on the
     first.
 
     Raises:
         TypeError, ValueError: one sentence that names the argument at fault.
     """
 
+    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -82,6 +94,11 @@ class Objective:
             raise TypeError(
                 f"loss: expected a callable(output, target) or ModelLoss(fn), got {type(loss).__name__}"
             )
+        if isinstance(loss, ModelLoss) and not callable(loss.fn):
+            raise TypeError(f"loss: expected ModelLoss of a callable, got one of {type(loss.fn).__name__}")
+        given: object = loss
+        if given is hf_loss:
+            raise TypeError("loss: expected hf_loss(), got the function hf_loss itself; call it")
         # A compiled module cannot be differentiated twice; the module inside it is the same function.
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.loss_function = loss
@@ -96,22 +113,31 @@ class Objective:
         self._loss: tuple[Snapshot, float] | None = None
         self.backends: object = None  # set by flatcore.backend, shared by the operators of this objective
         self._weights: tuple[float, ...] = ()
-        self._check_batches()
+        self.snapshot()
+
+    def check_parameters(self) -> None:
+        """Raises ValueError where the selected parameters are no longer those the objective was made for."""
+        current = dict(self.model.named_parameters())
+        layout = self.layout
+        for name, shape in layout.shapes.items():
+            if name not in current or current[name].shape != shape:
+                raise ValueError(
+                    f"model: expected the parameters the objective was made for, got {name!r} gone or "
+                    "reshaped; make a new Objective"
+                )
+            now = current[name]
+            if now.dtype != layout.dtype or now.device != layout.device:
+                raise ValueError(
+                    f"model: expected parameters of {layout.dtype} on {layout.device}, as when the objective "
+                    f"was made, got {now.dtype} on {now.device} for {name!r}; make a new Objective"
+                )
 
     @property
+    @exclusive
     def parameters(self) -> dict[str, Tensor]:
         """The selected parameters of the model by name, in the order of the flat vector."""
+        self.check_parameters()
         current = dict(self.model.named_parameters())
-        missing = [
-            name
-            for name, shape in self.layout.shapes.items()
-            if name not in current or current[name].shape != shape
-        ]
-        if missing:
-            raise ValueError(
-                f"model: expected the parameters the objective was made for, got {missing[0]!r} gone or "
-                "reshaped"
-            )
         return {name: current[name] for name in self.layout.shapes}
 
     @property
@@ -129,6 +155,7 @@ class Objective:
         """Share of each batch in the mean; they sum to one."""
         return self._weights
 
+    @exclusive
     def loss(self) -> float:
         """The value L at the present parameters. Costs one evaluation of the data, or nothing if it is
         known."""
@@ -148,6 +175,7 @@ class Objective:
             if self._weights[index]:
                 yield WeightedBatch(index, batch, self.data.examples[index], self._weights[index])
 
+    @exclusive
     def snapshot(self) -> Snapshot:
         """The selected parameters now: the same object as long as nothing changed that the loss depends on.
 
@@ -155,11 +183,12 @@ class Objective:
         by the mode of every module, and by comparing the selected parameters themselves (a write through
         `.data` leaves no other trace).
         """
-        versions, modules = self._versions(), tuple(map(id, self.model.modules()))
+        versions, surroundings = self._versions(), self._surroundings()
+        modules = tuple(map(id, self.model.modules()))
         current = self.parameters
         old = self._snapshot
         if old:
-            same = old.versions == versions and old.modules == modules
+            same = (old.versions, old.surroundings, old.modules) == (versions, surroundings, modules)
             if same and all(torch.equal(old.values[n], p.detach()) for n, p in current.items()):
                 return old
             checks.check_mode(self.model)
@@ -168,13 +197,21 @@ class Objective:
                 self.backends = None  # a program of the modules that were
         with torch.inference_mode(False):
             values = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in current.items()}
-        self._snapshot = Snapshot(values, versions, modules)
-        return self._snapshot
+        new = Snapshot(values, versions, surroundings, modules)
+        if not old or old.surroundings != surroundings:
+            self._weigh(new)
+        self._snapshot = new
+        return new
 
     def _versions(self) -> tuple[Any, ...]:
-        modules = [self.model, *([self.loss_function] if isinstance(self.loss_function, nn.Module) else [])]
-        state = [version(t) for m in modules for source in (m.parameters(), m.buffers()) for t in source]
-        return (*state, tuple(m.training for m in self.model.modules()), self.data.versions())
+        modes = (m.training for m in self.model.modules())
+        return (*map(version, self.model.parameters()), *modes)
+
+    def _surroundings(self) -> tuple[Any, ...]:
+        tensors = list(self.model.buffers())
+        if isinstance(self.loss_function, nn.Module):
+            tensors += [*self.loss_function.parameters(), *self.loss_function.buffers()]
+        return (*map(version, tensors), self.data.versions())
 
     def _count(self, batch: Batch, index: int) -> int:
         if not isinstance(self.loss_function, ModelLoss):
@@ -183,8 +220,9 @@ class Objective:
                 return 1  # one example without a batch axis
         return count_examples(batch, index)
 
-    def _check_batches(self) -> None:
-        values = self.snapshot().values
+    def _weigh(self, snapshot: Snapshot) -> None:
+        """Evaluates and checks every batch: what it counts, and the loss."""
+        values = snapshot.values
         losses, normalisers = [], []
         with plain_torch(), torch.no_grad():
             for index, batch in enumerate(self.data):
@@ -201,11 +239,14 @@ class Objective:
             raise ValueError(
                 "data: expected at least one target that is not ignored and has a weight, got none"
             )
-        self._weights = tuple(count / total for count in counts)  # type: ignore[operator]
-        for index, (value, weight) in enumerate(zip(losses, self._weights, strict=True)):
+        weights = tuple(count / total for count in counts)  # type: ignore[operator]
+        for index, (value, weight) in enumerate(zip(losses, weights, strict=True)):
             if weight:
                 checks.check_finite_loss(value, index)
-        self._loss = (self.snapshot(), sum(w * v for w, v in zip(self._weights, losses, strict=True) if w))
+        if list(map(bool, weights)) != list(map(bool, self._weights)):
+            self.backends = None  # they know the batches that count
+        self._weights = weights
+        self._loss = (snapshot, sum(w * v for w, v in zip(weights, losses, strict=True) if w))
 
     def _normaliser(self, result: Evaluation) -> float | None:
         reduction = result.call.reduction if result.call else getattr(self.loss_function, "reduction", "mean")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flatcore import checks
 from flatcore.autograd import Mode
 from flatcore.backend import backend_for
+from flatcore.environment import full_precision
 from flatcore.memory import free_bytes
 from flatcore.objective import Objective
 from flatcore.plan import Plan
@@ -59,14 +61,17 @@ class Operator:
         return self.objective.parameter_slices
 
     def __matmul__(self, V: Directions) -> Any:
+        self.objective.check_parameters()
         rows, restore = to_rows(V, self.objective.layout)
         return restore(self._product(rows))
 
     def _product(self, V: Tensor) -> Tensor:
-        Y = torch.empty_like(V, memory_format=torch.contiguous_format)
+        with torch.inference_mode(False):
+            Y = torch.empty_like(V, memory_format=torch.contiguous_format)
         if V.shape[0]:
-            snapshot = self.objective.snapshot()
-            backend_for(self.objective, self.mode).product(self.mode, V, Y, snapshot)
+            with full_precision():
+                snapshot = self.objective.snapshot()
+                backend_for(self.objective, self.mode).product(self.mode, V, Y, snapshot)
         return Y
 
     def to_scipy(self) -> LinearOperator:
@@ -75,6 +80,8 @@ class Operator:
         from scipy.sparse.linalg import LinearOperator
 
         def matmat(V: Any) -> Any:
+            if np.iscomplexobj(V):
+                raise TypeError(f"V: expected real numbers, got {V.dtype}; take V.real and V.imag apart")
             rows = torch.as_tensor(V, dtype=self.dtype, device=self.device)
             return (self @ rows).cpu().numpy()
 
@@ -160,8 +167,9 @@ class GradientCovariance(Operator):
     def _product(self, V: Tensor) -> Tensor:
         Y = super()._product(V)
         if self.centered:
-            g = self._mean_gradient()
-            Y.addr_(V @ g, g, alpha=-1)
+            with full_precision():
+                g = self._mean_gradient()
+                Y.addr_(V @ g, g, alpha=-1)
         return Y
 
     def _mean_gradient(self) -> Tensor:

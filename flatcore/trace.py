@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from flatcore import _C
+from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
-from flatcore.linear import LinearView, as_operator, check_count, check_seed
+from flatcore.linear import LinearView, as_operator, check_count, check_positive, check_seed
 from flatcore.progress import Bar, progress_bar
 from flatcore.results import Estimate
 
@@ -143,9 +144,7 @@ def _estimate(
     operator = as_operator(A)
     if method not in _METHODS:
         raise ValueError(f"method: this operator offers {', '.join(_METHODS)}, got {method!r}")
-    rtol = float(rtol)
-    if not (rtol > 0 and math.isfinite(rtol)):
-        raise ValueError(f"rtol: expected a positive number, got {rtol}; give e.g. 0.01")
+    rtol = check_positive("rtol", rtol, 0.01)
     seed = check_seed(seed)
     limit = None if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
     if method == "exact" and limit is not None and limit < operator.P:
@@ -156,7 +155,7 @@ def _estimate(
 
     exact = method == "exact" or (method == "auto" and min(_EXACT_AT_ONCE, budget) >= operator.P)
     sums, matvecs = kind(operator), 0
-    with progress_bar(what, total=operator.P if exact else budget, enabled=progress) as bar:
+    with full_precision(), progress_bar(what, total=operator.P if exact else budget, enabled=progress) as bar:
         if not exact:
             may_change = method == "auto" and operator.P <= _EXACT_AT_MOST
             matvecs, exact = _hutchinson(operator, sums, rtol, budget, seed, may_change, bar)

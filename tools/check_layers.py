@@ -33,7 +33,7 @@ CPP_FORBIDDEN = {
 PYTHON_LAYERS = {
     "extension": "_C _build",
     "start": "_load",
-    "foundation": "errors results progress memory parameters vectors plan linear",
+    "foundation": "errors results progress memory environment parameters vectors plan linear",
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "autograd native backend operators",

@@ -1,0 +1,39 @@
+"""What surrounds a computation: one thread at a time where a model is evaluated, and full precision."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+# An evaluation puts other tensors into the user's modules, sets the random generators of the process and may
+# trace the model, which replaces functions of torch for the time. Products of the engine run without it.
+ONE_AT_A_TIME = threading.RLock()
+
+
+def exclusive(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """The function, run by one thread at a time."""
+
+    @functools.wraps(function)
+    def locked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with ONE_AT_A_TIME:
+            return function(*args, **kwargs)
+
+    return locked
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Autocast off: products in half precision are neither symmetric nor what was asked for."""
+    with (
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
+    ):
+        yield
