@@ -1,6 +1,6 @@
 """The one table of cases: small models and losses, for correctness tests and benchmarks alike.
 
-P is below about 600 in each, so that a dense float64 Hessian is cheap. Batches are of odd size. Biases and
+P is below about 1000 in each, so that a dense float64 Hessian is cheap. Batches are of odd size. Biases and
 running statistics are random, so that no term vanishes by luck.
 """
 
@@ -30,6 +30,16 @@ from case_models import (
     mlp,
     normed_mlp,
     resnet,
+)
+from case_transformers import (
+    Decoder,
+    Encoder,
+    Gated,
+    GroupedQueries,
+    ImageNorms,
+    LanguageModel,
+    Moved,
+    Statistics,
 )
 from torch import Tensor, nn
 
@@ -81,6 +91,23 @@ def two_inputs() -> tuple[Tensor, ...]:
 def masked_sequences() -> dict[str, Tensor]:
     mask = torch.arange(5) < torch.randint(1, 6, (7, 1))
     return {"x": torch.randn(7, 5, 4), "mask": mask, "labels": indices(7)}
+
+
+def padded_tokens() -> tuple[Tensor, ...]:
+    tokens = indices(7, 5, classes=5) + 1
+    return tokens.where(torch.arange(5) < torch.randint(1, 6, (7, 1)), 0), indices(7)
+
+
+def of_positions(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target.flatten())
+
+
+def of_tokens(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["tokens"]), batch["labels"].flatten())
+
+
+def by_hand(output: Tensor, target: Tensor) -> Tensor:
+    return -(F.one_hot(target, 3) * output.log_softmax(-1)).sum(-1).mean()
 
 
 def composite(output: Tensor, target: Tensor) -> Tensor:
@@ -217,5 +244,37 @@ CASES: tuple[Case, ...] = (
         vectors(6, lambda n: torch.rand(n, 3)),
     ),
     case("composite", mlp, plain(composite), vectors(6, indices)),
+    case("ce-by-hand", mlp, plain(by_hand), vectors(6, indices)),
+    case("encoder", Encoder, nn.CrossEntropyLoss, padded_tokens),
+    case("encoder-norm-first", lambda: Encoder(True), nn.CrossEntropyLoss, padded_tokens),
+    case(
+        "decoder",
+        Decoder,
+        nn.CrossEntropyLoss,
+        lambda: (torch.randn(5, 3, 8), torch.randn(5, 4, 8), indices(5)),
+    ),
+    case(
+        "language-model",
+        LanguageModel,
+        plain(of_positions),
+        lambda: (indices(5, 4, classes=9), indices(5, 4, classes=9)),
+    ),
+    case(
+        "language-model-by-model",
+        LanguageModel,
+        plain(of_tokens),
+        lambda: {"tokens": indices(5, 4, classes=9), "labels": some_ignored(5, 4)},
+        "model_batch",
+    ),
+    case("grouped-queries", GroupedQueries, nn.CrossEntropyLoss, lambda: (torch.randn(5, 5, 4), indices(5))),
+    case("image-norms", ImageNorms, nn.CrossEntropyLoss, images(2, 4, 5, 5)),
+    case("gated", Gated, nn.CrossEntropyLoss, vectors(5, indices)),
+    case(
+        "moved",
+        Moved,
+        nn.CrossEntropyLoss,
+        lambda: (torch.randn(7, 3, 4), indices(7, 3, 2, classes=6), indices(7)),
+    ),
+    case("statistics", Statistics, nn.CrossEntropyLoss, vectors(5, indices)),
     case("penalised", mlp, plain(penalised), vectors(6, indices), "model_batch"),
 )

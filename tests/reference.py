@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
@@ -40,7 +41,8 @@ class Reference:
         # functional_call does not restore a module that is registered under two names.
         own = [(m, dict(m._parameters)) for m in self.model.modules()]
         try:
-            return functional_call(self.model, self.unflatten(flat), args, kwargs)
+            with sdpa_kernel(SDPBackend.MATH):  # the only one with second derivatives
+                return functional_call(self.model, self.unflatten(flat), args, kwargs)
         finally:
             for module, parameters in own:
                 module._parameters.update(parameters)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, Case, selected
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from flatcore.capture import (
@@ -36,7 +37,8 @@ def one_thread_and_fixed_seed() -> Iterator[None]:
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with sdpa_kernel(SDPBackend.MATH):  # the only one with second derivatives
+        yield
     torch.set_num_threads(threads)
 
 
@@ -86,11 +88,16 @@ def gradient(loss: Tensor, parameters: list[Tensor], create_graph: bool = False)
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def hessian(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Reverse over reverse, all rows at once."""
+def hessian(loss: Tensor, parameters: list[Tensor], one_by_one: bool = False) -> Tensor:
+    """Reverse over reverse, all rows at once unless said otherwise."""
     first = gradient(loss, parameters, create_graph=True)
     if not first.requires_grad:
         return torch.zeros(len(first), len(first), dtype=first.dtype)
+    if one_by_one:
+        rows = [
+            torch.autograd.grad(row, parameters, retain_graph=True, materialize_grads=True) for row in first
+        ]
+        return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
     parts = torch.autograd.grad(
         first,
         parameters,
@@ -127,8 +134,10 @@ def test_hessian_is_the_models(case: Case) -> None:
     model, loss, batch = case.build(2, FLOAT64)
     program = program_for(case)
     parameters = [dict(model.named_parameters())[name] for name in program.parameters.values()]
-    expected = hessian(loss_of_model(model, loss, batch, case.loss_kind), parameters)
-    actual = hessian(interpreted(program, model, loss, batch), parameters)
+    # torch.autograd cannot batch the second derivative of a grouped transposed convolution (2.13).
+    one_by_one = case.name == "image-norms"
+    expected = hessian(loss_of_model(model, loss, batch, case.loss_kind), parameters, one_by_one)
+    actual = hessian(interpreted(program, model, loss, batch), parameters, one_by_one)
     assert expected.abs().max() > 0 or case.name == "l1"
     assert_close(actual, expected, terms=1000)
 
@@ -166,7 +175,7 @@ def test_weight_norm_has_the_hessian_of_its_definition() -> None:
 def test_float32_program_is_float32(case: Case) -> None:
     model, loss, batch = case.build(1, torch.float32)
     program = program_for(case, torch.float32)
-    assert {value.dtype for value in program.values} == {torch.float32}
+    assert {value.dtype for value in program.values if value.dtype.is_floating_point} == {torch.float32}
     with torch.no_grad():
         expected = float(loss_of_model(model, loss, batch, case.loss_kind))
         actual = float(interpreted(program, model, loss, batch))

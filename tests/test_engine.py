@@ -30,7 +30,7 @@ NOT_A_PLAIN_MEAN = {
     "mse-sum",
     "nll",
 }
-NOT_A_PLAIN_MEAN |= {"ce-positions", "ce-one-example", "penalised", "logistic-scalar"}
+NOT_A_PLAIN_MEAN |= {"ce-positions", "ce-one-example", "penalised", "logistic-scalar", "language-model-by-model"}
 
 
 def objective_of(case: Case, dtype=torch.float64):

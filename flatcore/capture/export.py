@@ -7,10 +7,11 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -18,10 +19,13 @@ from ..errors import CaptureError
 from .assemble import assemble
 from .batch import Structure, flatten_batch, split_batch
 from .graph import Names
+from .lower import LOWERINGS, aten_name
 from .prelude import named_tensors
 from .program import Program
 from .refusals import refuse_custom_backward, refuse_gradient_hooks, refuse_stopped_gradients
 
+# Where torch keeps the kernels that are written in terms of other operations.
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 LossKind = Literal["output_target", "model_batch"]
 
 
@@ -133,10 +137,23 @@ def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
 
 
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
-    """Functional ATen with whole ops kept: an empty table decomposes nothing."""
+    """Functional ATen with whole ops kept, but for composite ones that no lowering knows (einsum, say)."""
     with _quiet():
         functional: ExportedProgram = exported.run_decompositions({})
+        while unknown := _unknown_composites(functional.graph):
+            functional = functional.run_decompositions({op: partial(op._op_dk, _COMPOSITE) for op in unknown})
         return functional
+
+
+def _unknown_composites(graph: fx.Graph) -> set[torch._ops.OpOverload]:
+    return {
+        node.target
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace == "aten"
+        and aten_name(node) not in LOWERINGS
+        and node.target.has_kernel_for_dispatch_key(_COMPOSITE)
+    }
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 LOSS_PREFIX = (
     "loss:"  # no attribute path contains a colon, so the loss module's names cannot meet the model's
@@ -95,6 +96,8 @@ class PreludeBuilder:
         self._fill_value = shape_only
         self._handles: dict[fx.Node, fx.Node] = {}
         self._used: list[Source] = []
+        fake = (node.meta.get("val") for node in sources)
+        self._fake_mode = next((v.fake_mode for v in fake if isinstance(v, FakeTensor)), None)
         self._origin: dict[fx.Node, str] = {}
 
     def take(self, node: fx.Node) -> fx.Node:
@@ -118,11 +121,7 @@ class PreludeBuilder:
         """A handle of function(*args); args are handles and plain data."""
         handle = self._graph.call_function(function, args, kwargs)
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        mode = next(
-            (v.meta["val"].fake_mode for v in handle.all_input_nodes if hasattr(v.meta["val"], "fake_mode")),
-            None,
-        )
-        with mode or torch.no_grad():
+        with self._fake_mode or torch.no_grad():
             handle.meta["val"] = function(*values[0], **values[1])
         origins = dict.fromkeys(self._origin.get(n, "") for n in handle.all_input_nodes)
         self._origin[handle] = ", ".join(filter(None, origins))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from math import prod
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -36,10 +34,10 @@ def _index(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
         raise lower.error("picks elements by a mask, so its shape depends on the batch")
     x = lower.operand(a.self)
     if len(given) > 1:
-        return _moved(lower, node, a)
+        return _by_numbers(lower, node)
     ((axis, i),) = given
     index = lower.prelude.call(_wrapped, lower.take(i), lower.shape(x)[axis])
-    return int(lower.rows(x, axis, lower.constant(index, torch.int64)))
+    return lower.rows(x, axis, lower.constant(index, torch.int64))
 
 
 @lowers(
@@ -61,12 +59,19 @@ def _index(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     "replication_pad2d.default",
 )
 def _moved(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return _by_numbers(lower, node)
+
+
+def _by_numbers(lower: Lowering, node: fx.Node) -> int:
     """Any op that only moves elements: what it does to the numbers of the elements is the index."""
     x = lower.operand(node.args[0])
-    shape = lower.shape(x)
+    count = prod(lower.shape(x))
     args, kwargs = fx.map_arg((tuple(node.args[1:]), dict(node.kwargs)), lower.take)
-    index = lower.prelude.call(_numbers_moved, node.target, shape, lower.device, *args, **kwargs)
-    return lower.emit("rows", lower.view(x, (prod(shape),)), lower.constant(index, torch.int64), frozen=-1)
+    # In float64, which every op takes and which holds all integers below 2^53.
+    numbers = lower.prelude.call(torch.arange, count, dtype=torch.float64, device=lower.device)
+    numbers = lower.prelude.call(torch.reshape, numbers, lower.shape(x))
+    index = lower.prelude.call(node.target, numbers, *args, **kwargs)  # type: ignore[arg-type]
+    return lower.emit("rows", lower.view(x, (count,)), lower.constant(index, torch.int64), frozen=-1)
 
 
 @lowers("where.self")
@@ -93,9 +98,8 @@ def _masked_fill(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 @lowers("tril.default", "triu.default")
 def _triangle(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     x = lower.operand(a.self)
-    side = torch.tril if "tril" in str(node.target) else torch.triu
-    shape = lower.shape(x)[-2:]
-    mask = lower.prelude.call(_triangle_mask, side, shape, int(a.diagonal), lower.device)
+    ones = lower.prelude.call(torch.ones, lower.shape(x)[-2:], dtype=torch.bool, device=lower.device)
+    mask = lower.prelude.call(node.target, ones, a.diagonal)  # type: ignore[arg-type]
     return lower.emit("where", lower.constant(mask, torch.bool), x, lower.number(0.0))
 
 
@@ -106,17 +110,3 @@ def _chosen(lower: Lowering, mask: fx.Node, a: int, b: int) -> int:
 def _wrapped(index: Tensor, size: int) -> Tensor:
     """Indices from the end counted from the start."""
     return torch.where(index < 0, index + size, index)
-
-
-def _numbers_moved(
-    op: Callable[..., Tensor], shape: Sequence[int], device: torch.device, *args: Any, **kwargs: Any
-) -> Tensor:
-    # In float64, which every op takes and which holds all integers below 2^53.
-    numbers = torch.arange(prod(shape), dtype=torch.float64, device=device).view(shape)
-    return op(numbers, *args, **kwargs).long()
-
-
-def _triangle_mask(
-    side: Callable[..., Tensor], shape: Sequence[int], diagonal: int, device: torch.device
-) -> Tensor:
-    return side(torch.ones(shape, dtype=torch.bool, device=device), diagonal)

@@ -112,12 +112,6 @@ def _relu6(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     return lower.unary("hardtanh", lower.operand(a.self), 0.0, 6.0)
 
 
-@lowers("softshrink.default")
-def _softshrink(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    x = lower.operand(a.self)
-    return lower.emit("add", x, lower.unary("clamp", x, -a.lambd, a.lambd), alpha=-1.0)
-
-
 @lowers("prelu.default", "_prelu_kernel.default")
 def _prelu(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     """relu(x) - slope relu(-x), one slope for all or one per channel (axis 1)."""
