@@ -115,6 +115,7 @@ class Objective:
         self._weights: tuple[float, ...] = ()
         self.snapshot()
 
+    @exclusive
     def check_parameters(self) -> None:
         """Raises ValueError where the selected parameters are no longer those the objective was made for."""
         current = dict(self.model.named_parameters())

@@ -11,7 +11,7 @@ from torch import Tensor
 from flatcore import checks
 from flatcore.autograd import Mode
 from flatcore.backend import backend_for
-from flatcore.environment import full_precision
+from flatcore.environment import exclusive, full_precision
 from flatcore.memory import free_bytes
 from flatcore.objective import Objective
 from flatcore.plan import Plan
@@ -160,7 +160,7 @@ class GradientCovariance(Operator):
 
     def __init__(self, objective: Objective, centered: bool = True) -> None:
         super().__init__(objective)
-        checks.check_batch_statistics(objective.model)
+        exclusive(checks.check_batch_statistics)(objective.model)
         self.centered = centered
         self._mean: tuple[object, Tensor] | None = None
 

@@ -103,7 +103,8 @@ def _rows_of_mapping(V: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, R
     )
     for name, place in layout.slices.items():
         value = V[name].detach()
-        rows[:, place] = (value.unsqueeze(-1) if blocks is None else value).movedim(-1, 0).flatten(1)
+        columns_first = (value.unsqueeze(-1) if blocks is None else value).movedim(-1, 0)
+        rows[:, place] = columns_first.reshape(len(rows), place.stop - place.start)
 
     def restore(Y: Tensor) -> dict[str, Tensor]:
         if blocks is None:

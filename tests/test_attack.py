@@ -281,6 +281,36 @@ def test_a_program_that_does_not_run_leaves_it_to_autograd(make: Callable[[], nn
         close(fc.Hessian(fc.Objective(model, CE, batch())).to_dense(), hessian(model, CE, batch()))
 
 
+# --- vectors ---
+
+
+class Odd(nn.Module):
+    """A parameter without axes and one without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.none = nn.Parameter(torch.ones(()).double()), nn.Parameter(torch.ones(2, 0).double())
+        self.shift = nn.Parameter(torch.randn(4, 1).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.scale * x + self.shift.T) + self.none.sum()
+
+
+@pytest.mark.parametrize("columns", [(), (0,), (1,), (3,)])
+def test_dict_vectors_of_parameters_without_axes_or_elements(columns: tuple[int, ...]) -> None:
+    model = Odd()
+    H = fc.Hessian(fc.Objective(model, CE, batch()))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    V = {name: torch.randn((*p.shape, *columns)).double() for name, p in model.named_parameters()}
+
+    def flat(parts: dict[str, Tensor]) -> Tensor:
+        return torch.cat([part.reshape(sizes[name], *columns) for name, part in parts.items()])
+
+    found = H @ V
+    assert {name: part.shape for name, part in found.items()} == {name: v.shape for name, v in V.items()}
+    close(flat(found), hessian(model, CE, batch()) @ flat(V))
+
+
 # --- arguments ---
 
 
