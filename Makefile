@@ -47,7 +47,7 @@ demo: dev  ## the main job: a flat and a sharp minimum on real digits, compared;
 	$(BIN)/python examples/digits_report.py
 
 test: dev  ## all tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/.ready  ## format, lint, types, layers
 	ruff format --check .

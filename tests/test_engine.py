@@ -7,6 +7,8 @@ against float64, with a floor of 2e-6.
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -30,7 +32,13 @@ NOT_A_PLAIN_MEAN = {
     "mse-sum",
     "nll",
 }
-NOT_A_PLAIN_MEAN |= {"ce-positions", "ce-one-example", "penalised", "logistic-scalar", "language-model-by-model"}
+NOT_A_PLAIN_MEAN |= {
+    "ce-positions",
+    "ce-one-example",
+    "penalised",
+    "logistic-scalar",
+    "language-model-by-model",
+}
 
 
 def objective_of(case: Case, dtype=torch.float64):
@@ -228,3 +236,28 @@ def test_wrong_directions_are_refused():
         engine.Linearization(program, {}, 1.0)
     with pytest.raises(ValueError, match="expected shape"):
         engine.Linearization(program, {0: torch.zeros(5)}, 1.0)
+
+
+def test_other_threads_run_during_a_product():
+    """The GIL is released: a clock in another Python thread ticks in the middle of a product."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 10))
+    batch = (torch.randn(2048, 256), torch.randint(10, (2048,)))
+    H = fc.Hessian(fc.Objective(model, torch.nn.CrossEntropyLoss(), batch))
+    V = torch.randn(64, H.shape[0]).T
+    H @ V[:, :1]
+    ticks, done = [], threading.Event()
+
+    def clock():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=clock)
+    thread.start()
+    begin = time.perf_counter()
+    H @ V
+    end = time.perf_counter()
+    done.set()
+    thread.join()
+    margin = (end - begin) / 4
+    assert any(begin + margin < tick < end - margin for tick in ticks)
