@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flatcore.capture.batch import batch_leaves
 from flatcore.data import Batch
-from flatcore.evaluate import Evaluation, Evaluator
+from flatcore.evaluate import Evaluation
 
 _NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
 
@@ -79,7 +79,20 @@ def check_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def evaluate(evaluator: Evaluator, batch: Batch, parameters: Mapping[str, Tensor], index: int) -> Evaluation:
+def check_unchanged(evaluation: Evaluation) -> None:
+    if evaluation.changed:
+        raise ValueError(
+            f"model: expected a forward pass that changes no parameter, got {evaluation.changed[0]!r} changed in "
+            "place (an embedding's max_norm does that); run the model on the data once, then make the objective"
+        )
+
+
+def evaluate(
+    evaluator: Callable[[Batch, Mapping[str, Tensor]], Evaluation],
+    batch: Batch,
+    parameters: Mapping[str, Tensor],
+    index: int,
+) -> Evaluation:
     """Evaluates one batch; a batch that the model or the loss rejects is told with its shapes, its cause
     chained."""
     try:

@@ -7,6 +7,7 @@ Besides the loss this finds out what the loss was: a call of a function of `torc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -108,12 +109,14 @@ class Evaluation:
     outputs: the floating tensors the model hands to the loss (empty where they are not known).
     loss_of: the loss as a function of such outputs.
     call: the call of a loss function that gave the loss, if the loss is nothing but that.
+    changed: names of the parameters that the model wrote into, where the evaluation was `guarded`.
     """
 
     loss: Tensor
     outputs: tuple[Tensor, ...]
     loss_of: Callable[[tuple[Tensor, ...]], Tensor]
     call: LossCall | None
+    changed: tuple[str, ...] = ()
 
 
 class Evaluator:
@@ -123,6 +126,14 @@ class Evaluator:
         self._model = model
         self._loss = loss
         self._roots = [root for root in (model, loss) if isinstance(root, nn.Module)]
+
+    def guarded(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Evaluation:
+        """The same with copies of all parameters, which are then looked at for changes."""
+        originals = dict(self._model.named_parameters()) | dict(parameters)
+        copies = {name: value.detach().clone() for name, value in originals.items()}
+        result = self(batch, copies)
+        changed = tuple(n for n, value in originals.items() if not _same(value.detach(), copies[n]))
+        return dataclasses.replace(result, changed=changed)
 
     def __call__(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Evaluation:
         # In-place operations of the model must not reach the user's batch.
@@ -158,7 +169,8 @@ class Evaluator:
     def _values(self, parameters: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """What stands in for each parameter and buffer, by the identity of the original."""
         values = {id(b): b.detach().clone() for root in self._roots for b in root.buffers()}
-        values |= {id(p): p.detach() for root in self._roots for p in root.parameters()}
+        # .data, unlike detach(), counts versions on its own
+        values |= {id(p): p.data for root in self._roots for p in root.parameters()}
         originals = dict(self._model.named_parameters())
         return values | {id(originals[name]): value for name, value in parameters.items()}
 
@@ -195,6 +207,10 @@ def _substituted(roots: list[nn.Module], values: Mapping[int, Tensor]) -> Iterat
             module._buffers.update(own_buffers)
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 def _unknown(_: tuple[Tensor, ...]) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from flatcore import checks
 from flatcore._C import engine
 from flatcore.capture import Program, batch_leaves, capture, flatten_batch, named_tensors
-from flatcore.capture.verify import VerificationError
 from flatcore.data import Batch, version
 from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
@@ -127,8 +126,11 @@ class NativeBackend:
                 selected=list(objective.layout.slices),
                 loss_kind="model_batch" if isinstance(loss, ModelLoss) else "output_target",
             )
-        except VerificationError as error:
-            raise CaptureError(f"its program breaks the rules of the vocabulary: {error}") from error
+        except (CaptureError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # from torch.export, or a program that breaks the rules: autograd is right
+            first_line = (str(error).strip() or "no message").splitlines()[0]
+            raise CaptureError(f"{type(error).__name__}: {first_line}") from error
         if program.reduction == "sum":
             objective.refuse_sum()
         return Compiled(program, _engine_program(program, objective))

@@ -227,7 +227,8 @@ class Objective:
         losses, normalisers = [], []
         with plain_torch(), torch.no_grad():
             for index, batch in enumerate(self.data):
-                result = checks.evaluate(self.evaluate, batch, values, index)
+                result = checks.evaluate(self.evaluate.guarded, batch, values, index)
+                checks.check_unchanged(result)
                 losses.append(float(result.loss))
                 normalisers.append(self._normaliser(result))
                 if index == 0:

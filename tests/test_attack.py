@@ -246,6 +246,30 @@ def test_a_model_moved_to_another_precision_is_refused() -> None:
             H @ torch.ones(51, dtype=dtype)
 
 
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(7, 4, max_norm=1.0), nn.Linear(4, 3)
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.last(self.table(i).mean(1))
+
+
+@pytest.mark.parametrize("params", [None, "last.*"])
+def test_a_model_that_changes_its_parameters_is_refused_and_left_alone(params: str | None) -> None:
+    torch.manual_seed(0)
+    model, data = Lookup(), (torch.randint(0, 7, (9, 5)), batch()[1])
+    with (
+        untouched(model, *data),
+        pytest.raises(ValueError, match=r"model: expected a forward pass.*'table\.weight'"),
+    ):
+        fc.Objective(model, CE, data, params)
+    model(data[0])
+    with untouched(model, *data), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fc.errors.FlatcoreWarning)
+        fc.Hessian(fc.Objective(model, CE, data, "last.*")).to_dense()
+
+
 # --- programs that cannot be run ---
 
 
@@ -273,7 +297,27 @@ class Bottleneck(nn.Module):
         return x @ self.a @ self.b + self.c
 
 
-@pytest.mark.parametrize("make", [ScalarBias, Bottleneck])
+class Inverse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4).double() + 5 * torch.eye(4).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.linalg.inv(self.weight)
+
+
+class Selecting(nn.Module):
+    """The number of rows it keeps depends on the numbers in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[x[:, 0] > -9]
+
+
+@pytest.mark.parametrize("make", [ScalarBias, Bottleneck, Inverse, Selecting])
 def test_a_program_that_does_not_run_leaves_it_to_autograd(make: Callable[[], nn.Module]) -> None:
     model = make()
     with warnings.catch_warnings():
