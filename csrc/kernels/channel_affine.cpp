@@ -4,6 +4,7 @@
 
 #include "macros.h"
 #include "parallel.h"
+#include "row_sums.h"
 
 namespace flatcore {
 namespace {
@@ -43,14 +44,14 @@ FLATCORE_CLONES void adjoint_row(int64_t C, const T* tdy, const T* scale, const 
 }
 
 template <class T>
-FLATCORE_CLONES void add_row(int64_t C, const T* tdy, const T* x, const T* mean, const T* tx, const T* dy,
-                             double* weight_sums, double* bias_sums) {
+FLATCORE_CLONES void add_row(int64_t C, const T* tdy, const T* x, const T* mean, const T* inverse_std,
+                             const T* tx, const T* dy, double* weight_sums, double* bias_sums) {
     if (weight_sums) {
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) {
             T value = tdy ? (x[c] - mean[c]) * tdy[c] : T(0);
             if (dy) value += tx[c] * dy[c];
-            weight_sums[c] += static_cast<double>(value);
+            weight_sums[c] += static_cast<double>(inverse_std[c] * value);
         }
     }
     if (bias_sums && tdy) {
@@ -98,22 +99,11 @@ void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const T* tdy,
 template <class T>
 void channel_affine_sums(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy, const T* tx,
                          double* weight_sums, double* bias_sums) {
-    const int64_t rows = op.rows, C = op.C, piece_rows = (rows + kChannelPieces - 1) / kChannelPieces;
-    parallel_for(0, K * kChannelPieces, 1, [&](int64_t first, int64_t last) {
-        for (int64_t task = first; task < last; ++task) {
-            const int64_t k = task / kChannelPieces, piece = task % kChannelPieces;
-            double* weight = weight_sums ? weight_sums + task * C : nullptr;
-            double* bias = bias_sums ? bias_sums + task * C : nullptr;
-            if (weight) std::fill(weight, weight + C, 0.0);
-            if (bias) std::fill(bias, bias + C, 0.0);
-            for (int64_t r = piece * piece_rows; r < std::min(rows, (piece + 1) * piece_rows); ++r) {
-                const int64_t at = (k * rows + r) * C;
-                add_row<T>(C, tdy ? tdy + at : nullptr, weight ? op.x + r * C : nullptr, op.mean,
-                           dy ? tx + at : nullptr, dy ? dy + r * C : nullptr, weight, bias);
-            }
-            if (weight)
-                for (int64_t c = 0; c < C; ++c) weight[c] *= static_cast<double>(op.inverse_std[c]);
-        }
+    const int64_t rows = op.rows, C = op.C;
+    sum_rows(K, rows, C, weight_sums, bias_sums, [&](int64_t k, int64_t r, double* weight, double* bias) {
+        const int64_t at = (k * rows + r) * C;
+        add_row<T>(C, tdy ? tdy + at : nullptr, weight ? op.x + r * C : nullptr, op.mean, op.inverse_std,
+                   dy ? tx + at : nullptr, dy ? dy + r * C : nullptr, weight, bias);
     });
 }
 

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "row_sums.h"
+
 namespace flatcore {
 
 template <class T>
@@ -34,10 +36,9 @@ template <class T>
 void channel_affine_adjoint(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy,
                             const T* tweight, int64_t weight_stride, T* tdx);
 
-// Sums over the rows, cut in kChannelPieces pieces that do not depend on the number of threads, in double:
-//   weight_sums[k, piece, c] = inverse_std sum ((x - mean) tdy + tx dy),  bias_sums[k, piece, c] = sum tdy.
+// Sums over the rows, in the kRowPieces pieces of row_sums.h:
+//   weight_sums[k, piece, c] = sum inverse_std ((x - mean) tdy + tx dy),  bias_sums[k, piece, c] = sum tdy.
 // tdy may be null; tx and dy may be null together; either output may be null.
-constexpr int64_t kChannelPieces = 8;
 template <class T>
 void channel_affine_sums(const ChannelAffine<T>& op, int64_t K, const T* tdy, const T* dy, const T* tx,
                          double* weight_sums, double* bias_sums);

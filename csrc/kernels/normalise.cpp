@@ -5,6 +5,7 @@
 
 #include "macros.h"
 #include "parallel.h"
+#include "row_sums.h"
 
 namespace flatcore {
 namespace {
@@ -161,21 +162,11 @@ void normalise_adjoint(const NormShape& shape, int64_t K, const NormaliseAdjoint
 template <class T>
 void normalise_sums(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, double* weight_sums,
                     double* bias_sums) {
-    const int64_t C = shape.C, rows = shape.rows, piece_rows = (rows + kNormPieces - 1) / kNormPieces;
-    parallel_for(0, K * kNormPieces, 1, [&](int64_t first, int64_t last) {
-        for (int64_t task = first; task < last; ++task) {
-            const int64_t k = task / kNormPieces, piece = task % kNormPieces;
-            double* weight = weight_sums ? weight_sums + task * C : nullptr;
-            double* bias = bias_sums ? bias_sums + task * C : nullptr;
-            if (weight) std::fill(weight, weight + C, 0.0);
-            if (bias) std::fill(bias, bias + C, 0.0);
-            for (int64_t row = piece * piece_rows; row < std::min(rows, (piece + 1) * piece_rows); ++row) {
-                const int64_t at = (k * rows + row) * C;
-                sums_row<T>(C, shape.centred, d.xhat + row * C, d.r[row], d.tdy ? d.tdy + at : nullptr,
-                            d.dy ? d.dy + row * C : nullptr, d.dy && d.tx ? d.tx + at : nullptr, weight,
-                            bias);
-            }
-        }
+    const int64_t C = shape.C, rows = shape.rows;
+    sum_rows(K, rows, C, weight_sums, bias_sums, [&](int64_t k, int64_t row, double* weight, double* bias) {
+        const int64_t at = (k * rows + row) * C;
+        sums_row<T>(C, shape.centred, d.xhat + row * C, d.r[row], d.tdy ? d.tdy + at : nullptr,
+                    d.dy ? d.dy + row * C : nullptr, d.dy && d.tx ? d.tx + at : nullptr, weight, bias);
     });
 }
 

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "row_sums.h"
+
 namespace flatcore {
 
 struct NormShape {
@@ -42,9 +44,8 @@ struct NormaliseAdjoint {
 template <class T>
 void normalise_adjoint(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, T* tdx);
 
-// Sums over the rows in kNormPieces pieces that do not depend on the number of threads, in double:
-// weight_sums[k, piece, c], bias_sums[k, piece, c]. Either may be null.
-constexpr int64_t kNormPieces = 8;
+// Sums over the rows, in the kRowPieces pieces of row_sums.h: weight_sums[k, piece, c] of tdw, bias_sums of
+// tdb. Either may be null.
 template <class T>
 void normalise_sums(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, double* weight_sums,
                     double* bias_sums);

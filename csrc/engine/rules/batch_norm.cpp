@@ -98,7 +98,7 @@ void BatchNormRule::adjoint(Directions& d) const {
     const at::Tensor tx = cross ? rows_of(d.tangent(kX)) : at::Tensor();
     const at::Tensor tweight = cross ? d.tangent(kWeight) : at::Tensor();
     const auto sums = [&](int i) {
-        return d.wants(i) ? at::empty({K, kChannelPieces, channels_}, state.options().dtype(at::kDouble))
+        return d.wants(i) ? at::empty({K, kRowPieces, channels_}, state.options().dtype(at::kDouble))
                           : at::Tensor();
     };
     const at::Tensor weight_sums = sums(kWeight), bias_sums = sums(kBias);

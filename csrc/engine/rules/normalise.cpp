@@ -78,7 +78,7 @@ void NormaliseRule::adjoint(Directions& d) const {
     const at::Tensor tx = cross && active(kX) ? d.tangent(kX).contiguous() : at::Tensor();
     const at::Tensor tweight = cross && active(kWeight) ? d.tangent(kWeight) : at::Tensor();
     const auto sums = [&](int i) {
-        return d.wants(i) ? at::empty({K, kNormPieces, columns_}, state.options().dtype(at::kDouble))
+        return d.wants(i) ? at::empty({K, kRowPieces, columns_}, state.options().dtype(at::kDouble))
                           : at::Tensor();
     };
     const at::Tensor weight_sums = sums(kWeight), bias_sums = sums(kBias);
