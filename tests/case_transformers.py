@@ -124,6 +124,10 @@ class Gated(nn.Module):
         h = 2 * self.slopes(self.second(F.glu(self.first(x))))
         h = F.hardswish(h) + F.mish(h) + F.relu6(h) + h.clamp(-1, 0.5) + h.clamp(min=0.3) - self.slope(h)
         h = h + F.hardtanh(h) + h.erf() + h.square().log1p() + (0.1 * h).expm1()
+        h = torch.where((h > -1) & ~(h >= 2), h, 0.1 * h.square()) + torch.maximum(h, h.flip(1) + 0.1)
+        h = h + F.softshrink(h, 0.3) - F.hardshrink(h) + F.threshold(h, 0.4, 0.1)
+        h = h + F.cosine_similarity(h[:, :3], h[:, 3:6])[:, None] * h.sign() * (h < 0.5).to(h)
+        h = h + torch.where(h > 0.2, h.log(), 0.3)  # NaN where it is not chosen
         return self.out(F.softsign(h) + (0.1 * h).exp2() + (h.square() + 1).log2())
 
 

@@ -98,9 +98,14 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "noise": (lambda m, x: m.linear(x + torch.randn_like(x)), "aten.randn_like.default", "random"),
     "buffer": (counting, "aten.add.Tensor", "layer.0.count"),
     "cast": (lambda m, x: m.linear(x).half().float(), "aten._to_copy.default", "precision"),
-    "mask of values": (
-        lambda m, x: torch.where(m.linear(x) > 0, m.linear(x), 0.0),
-        "aten.gt.Scalar",
+    "picked by a mask": (
+        lambda m, x: m.linear(x)[x[:, 0] > 10].sum() + m.linear(x),
+        "aten.index.Tensor",
+        "shape depends on the batch",
+    ),
+    "effects": (
+        lambda m, x: m.linear(x) @ torch.linalg.inv(torch.eye(3) + m.linear.weight[:, :3]),
+        "aten.linalg_inv_ex.default",
         "no second",
     ),
 }

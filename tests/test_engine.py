@@ -133,6 +133,24 @@ def test_symmetric_linear_reproducible(case):
     assert (H @ torch.zeros_like(V)).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_some_parameters_only(case):
+    """Half of the parameters at random: the block of the whole Hessian, whatever inputs of an op are constant then."""
+    model, loss, batch = case.build(0, torch.float64)
+    wrapped = fc.ModelLoss(loss) if case.loss_kind == "model_batch" else loss
+    whole = fc.Hessian(fc.Objective(model, wrapped, batch))
+    slices = whole.objective.parameter_slices
+    for seed in range(2):
+        order = torch.randperm(len(slices), generator=torch.Generator().manual_seed(seed)).tolist()
+        names = {list(slices)[i] for i in order[: (len(slices) + 1) // 2]} - {"spare.weight", "spare.bias"}
+        part = fc.Hessian(fc.Objective(model, wrapped, batch, params=lambda n, p, names=names: n in names))
+        places = torch.cat([torch.arange(s.start, s.stop) for n, s in slices.items() if n in names])
+        V = torch.zeros(whole.shape[0], 3, dtype=torch.float64)
+        V[places] = directions(part.shape[0], 3)
+        expected = (whole @ V)[places]
+        assert (part @ V[places] - expected).norm() <= EXACT * max(expected.norm().item(), 1e-3)
+
+
 def test_memory_layout_of_a_batch_does_not_matter():
     case = next(c for c in CASES if c.name == "resnet")
     model, loss, (x, y) = case.build(0, torch.float64)

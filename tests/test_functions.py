@@ -54,6 +54,7 @@ FUNCTIONS = {
     "erf": ({}, torch.erf, SIGNED),
     "log1p": ({}, torch.log1p, POSITIVE),
     "expm1": ({}, torch.expm1, SIGNED),
+    "step": ({}, lambda z: (z > 0).to(z) + 0 * z, SIGNED),
 }
 
 

@@ -170,3 +170,23 @@ def test_hessian_of_gpt2_without_a_cast() -> None:
     H = fc.Hessian(fc.Objective(model, fc.ModelLoss(loss), batch))
     V = torch.randn(H.shape[0], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert relative(H @ V, double_backward(model, lambda: loss(model, batch), V)[1]) <= EXACT
+
+
+def test_ggn_and_covariance_of_bert() -> None:
+    """The cut of a loss inside the model is what its cross-entropy reads, the logits."""
+    model, batch = built("bert")
+    objective = fc.Objective(model, fc.hf_loss(), batch)
+    parameters = list(model.parameters())
+
+    def rows(outputs: Tensor) -> Tensor:
+        gradients = [torch.autograd.grad(z, parameters, retain_graph=True) for z in outputs.flatten()]
+        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in gradients])
+
+    J = rows(model(**batch).logits)  # (examples * classes, P)
+    p = model(**batch).logits.softmax(1).detach()
+    inner = torch.block_diag(*(torch.diag(q) - q.outer(q) for q in p)) / 3
+    V = torch.randn(J.shape[1], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert relative(fc.GGN(objective) @ V, J.T @ (inner @ (J @ V))) <= EXACT
+    each = [model(**{k: v[n : n + 1] for k, v in batch.items()}).loss for n in range(3)]
+    g = rows(torch.stack(each))
+    assert relative(fc.GradientCovariance(objective, centered=False) @ V, g.T @ (g @ V) / 3) <= EXACT

@@ -238,6 +238,11 @@ FLATCORE_FUNCTION(Expm1, true) {
     d1 = d2 = std::exp(z);
 }
 
+FLATCORE_FUNCTION(Step, false) {  // what a comparison of z with zero gives
+    y = z > T(0) ? T(1) : T(0);
+    d1 = d2 = T(0);
+}
+
 #undef FLATCORE_FUNCTION
 
 }  // namespace functions
@@ -272,7 +277,8 @@ FLATCORE_FUNCTION(Expm1, true) {
     X("mish", Mish)               \
     X("erf", Erf)                 \
     X("log1p", Log1p)             \
-    X("expm1", Expm1)
+    X("expm1", Expm1)             \
+    X("step", Step)
 
 enum class Function {
 #define X(name, Functor) Functor,

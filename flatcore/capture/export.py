@@ -141,7 +141,11 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
     with _quiet():
         functional: ExportedProgram = exported.run_decompositions({})
         while unknown := _unknown_composites(functional.graph):
-            functional = functional.run_decompositions({op: partial(op._op_dk, _COMPOSITE) for op in unknown})
+            table = {op: partial(op._op_dk, _COMPOSITE) for op in unknown}
+            try:
+                functional = functional.run_decompositions(table)
+            except Exception:  # torch's own kernel does not trace: lowering then says what it does not know
+                break
         return functional
 
 

@@ -26,6 +26,8 @@ class Names:
         nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
         parameters, sources, leaf = {}, {}, 0
         for spec in exported.graph_signature.input_specs:
+            if spec.kind == InputKind.TOKEN:  # orders ops with side effects, holds nothing
+                continue
             node = nodes[spec.arg.name]
             if spec.kind == InputKind.USER_INPUT:
                 sources[node] = Source(leaf=leaf)

@@ -43,6 +43,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "erf": lambda x, a, b, c: x.erf(),
     "log1p": lambda x, a, b, c: x.log1p(),
     "expm1": lambda x, a, b, c: x.expm1(),
+    "step": lambda x, a, b, c: (x > 0).to(x.dtype),
 }
 
 
@@ -112,7 +113,7 @@ MEANING: dict[str, Callable[..., Tensor]] = {
     "cat": lambda *x, dim: torch.cat(x, dim),
     "pad": lambda x, pads, value: F.pad(x, pads, value=value),
     "rows": _rows,
-    "where": lambda mask, a, b: torch.where(mask, a, b),
+    "where": lambda mask, a, b: torch.where(mask if mask.dtype == torch.bool else mask != 0, a, b),
     "round": _round,
 }
 

@@ -20,7 +20,7 @@ from .prelude import PreludeBuilder, Source
 from .program import Attribute, Op, Value, ValueKind
 from .verify import infer
 
-Result = Any  # a value id, a LogSoftmax, or a tuple with None for outputs that have no meaning here
+Result = Any  # a value id, a LogSoftmax, a Mask, or a tuple with None for outputs that have no meaning here
 Lowered = Callable[["Lowering", fx.Node, SimpleNamespace], Result]
 LOWERINGS: dict[str, Lowered] = {}
 
@@ -32,6 +32,9 @@ FILL_VALUES: dict[str, Callable[[SimpleNamespace], Any]] = {
     "zeros_like.default": lambda a: 0,
     "ones_like.default": lambda a: 1,
     "full_like.default": lambda a: a.fill_value,
+    "empty_like.default": lambda a: 0,  # whoever reads it has written it first
+    "zero.default": lambda a: 0,
+    "fill.Scalar": lambda a: a.value,
     "new_zeros.default": lambda a: 0,
     "new_ones.default": lambda a: 1,
     "new_full.default": lambda a: a.fill_value,
@@ -97,6 +100,13 @@ class LogSoftmax:
 
     logits: int
     dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A bool tensor that depends on the parameters: value `value` holds ones and zeros for it."""
+
+    value: int
 
 
 class Lowering:
@@ -189,6 +199,8 @@ class Lowering:
         result = self._results[argument]
         if isinstance(result, LogSoftmax):
             return self._computed(result)
+        if isinstance(result, Mask):
+            return result.value
         if not isinstance(result, int):
             raise self.error(f"reads an output of {argument.target} that has no second-order rule")
         return result

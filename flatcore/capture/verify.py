@@ -67,7 +67,6 @@ CONSTANT_INPUTS = {
     "cross_entropy": ("mass",),
     "attention": ("mask?",),
     "rows": ("index",),
-    "where": ("mask",),
 }
 # Inputs that need not be numbers of the program's dtype, and what they may be instead.
 _OTHER_DTYPES = {
@@ -75,7 +74,7 @@ _OTHER_DTYPES = {
     ("rows", "index"): torch.int64,
     ("where", "mask"): torch.bool,
 }
-_OWN_DTYPE_ALLOWED = {("attention", "mask?")}
+_OWN_DTYPE_ALLOWED = {("attention", "mask?"), ("where", "mask")}
 
 
 class VerificationError(ValueError):

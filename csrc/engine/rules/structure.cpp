@@ -129,13 +129,20 @@ void RowsRule::adjoint(Directions& d) const {
     buffer.index_add_(1, saved[0], rows);
 }
 
-// y = mask ? a : b, with a constant mask; broadcast.
+// y = mask ? a : b; broadcast. The mask is bool, or ones and zeros that depend on the parameters by jumps
+// only.
+namespace {
+
+at::Tensor as_bool(const at::Tensor& mask) { return mask.scalar_type() == at::kBool ? mask : mask.ne(0); }
+
+}  // namespace
+
 at::Tensor WhereRule::forward(State& state) const {
-    return state.value(op_.inputs[1]).where(state.value(op_.inputs[0]), state.value(op_.inputs[2]));
+    return state.value(op_.inputs[1]).where(as_bool(state.value(op_.inputs[0])), state.value(op_.inputs[2]));
 }
 
 at::Tensor WhereRule::tangent(const Directions& d) const {
-    const at::Tensor& mask = d.state().value(op_.inputs[0]);
+    const at::Tensor mask = as_bool(d.state().value(op_.inputs[0]));
     const auto rank = static_cast<int64_t>(output().shape.size());
     const at::Tensor zero = at::zeros({}, d.state().options());
     const auto side = [&](int i) { return active(i) ? align_directions(d.tangent(i), rank) : zero; };
@@ -144,7 +151,7 @@ at::Tensor WhereRule::tangent(const Directions& d) const {
 
 void WhereRule::adjoint(Directions& d) const {
     if (!d.cotangent().defined()) return;
-    const at::Tensor& mask = d.state().value(op_.inputs[0]);
+    const at::Tensor mask = as_bool(d.state().value(op_.inputs[0]));
     const at::Tensor zero = at::zeros({}, d.state().options());
     if (d.wants(1)) d.add(1, reduce_directions(d.cotangent().where(mask, zero), input(1).shape), true);
     if (d.wants(2)) d.add(2, reduce_directions(zero.where(mask, d.cotangent()), input(2).shape), true);

@@ -104,7 +104,9 @@ def _triangle(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 
 
 def _chosen(lower: Lowering, mask: fx.Node, a: int, b: int) -> int:
-    return lower.emit("where", lower.constant(lower.take(mask), torch.bool), a, b)
+    active = lower.is_active(mask)
+    choice = lower.operand(mask) if active else lower.constant(lower.take(mask), torch.bool)
+    return lower.emit("where", choice, a, b)
 
 
 def _wrapped(index: Tensor, size: int) -> Tensor:

@@ -36,6 +36,12 @@ def _mm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     return _product(lower, lower.operand(a.self), lower.operand(a.mat2))
 
 
+@lowers("addmv.default")
+def _addmv(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    product = lower.affine(_product(lower, lower.operand(a.mat), lower.operand(a.vec)), float(a.alpha))
+    return lower.emit("add", product, lower.operand(a.self), alpha=float(a.beta))
+
+
 @lowers("baddbmm.default")
 def _baddbmm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     product = lower.affine(_product(lower, lower.operand(a.batch1), lower.operand(a.batch2)), float(a.alpha))

@@ -132,3 +132,12 @@ def _logarithm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 @lowers("exp2.default")
 def _exp2(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     return lower.unary("exp", lower.affine(lower.operand(a.self), log(2)))
+
+
+@lowers("logaddexp.default")
+def _log_add_exp(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    """b + softplus(a - b)"""
+    x, y = lower.operand(a.self), lower.operand(a.other)
+    return lower.emit(
+        "add", y, lower.unary("softplus", lower.emit("add", x, y, alpha=-1.0), 1.0, inf), alpha=1.0
+    )

@@ -33,14 +33,17 @@ def _mean(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     return lower.sum(x, axes, getattr(a, "keepdim", False), 1.0 / count)
 
 
-@lowers("linalg_vector_norm.default")
+@lowers("linalg_vector_norm.default", "norm.Scalar", "norm.ScalarOpt_dim")
 def _norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    x = lower.operand(a.self)
-    if a.ord == 1:
-        return lower.sum(lower.unary("abs", x), _axes(lower, x, a), a.keepdim)
-    if a.ord != 2:
-        raise lower.error(f"only the norms of order 1 and 2 have rules, got order {a.ord}")
-    return lower.unary("sqrt", lower.sum(lower.unary("square", x), _axes(lower, x, a), a.keepdim))
+    x, given = lower.operand(a.self), getattr(a, "ord", getattr(a, "p", None))
+    order = 2 if given is None else given
+    if order == 1:
+        return lower.sum(lower.unary("abs", x), _axes(lower, x, a), getattr(a, "keepdim", False))
+    if order != 2:
+        raise lower.error(f"only the norms of order 1 and 2 have rules, got order {order}")
+    return lower.unary(
+        "sqrt", lower.sum(lower.unary("square", x), _axes(lower, x, a), getattr(a, "keepdim", False))
+    )
 
 
 @lowers("var.correction", "std.correction", "var_mean.correction", "std_mean.correction")

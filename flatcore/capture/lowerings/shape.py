@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import fx
 
-from ..lower import REAL_DTYPES, Lowering, Result, lowers
+from ..lower import REAL_DTYPES, Lowering, Mask, Result, lowers
 
 
 @lowers(
@@ -76,6 +76,8 @@ def _broadcast(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[Resu
 def _copy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
     """A cast to float32 inside a float64 model leaves a rounding; all else is computed in the program's dtype."""
     source, result = a.self.meta["val"], node.meta["val"]
+    if isinstance(lower.result(a.self), Mask) and result.dtype in REAL_DTYPES:
+        return lower.operand(a.self)
     if result.device != source.device or not {source.dtype, result.dtype} <= set(REAL_DTYPES):
         raise lower.error(
             f"converts {source.dtype} on {source.device} to {result.dtype} on {result.device}; "
@@ -84,6 +86,11 @@ def _copy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
     if source.dtype == torch.float64 and result.dtype == torch.float32 and lower.dtype == torch.float64:
         return lower.emit("round", lower.operand(a.self))
     return lower.result(a.self)
+
+
+@lowers("copy.default")
+def _overwrite(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    return lower.expand(lower.operand(a.src), node.meta["val"].shape)
 
 
 @lowers("dropout.default", "feature_dropout.default", "alpha_dropout.default", "native_dropout.default")
