@@ -28,11 +28,15 @@ Vectors = Sequence[Tensor]  # one tensor per parameter
 
 
 class AutogradBackend:
-    """Hessian, GGN and gradient covariance of an objective by repeated differentiation."""
+    """Hessian, GGN and gradient covariance of an objective by repeated differentiation.
 
-    def __init__(self, objective: Objective, reason: str) -> None:
+    by_example: each example's gradient from a batch of its own, whatever the shape of the model's output.
+    """
+
+    def __init__(self, objective: Objective, reason: str, by_example: bool = False) -> None:
         self.objective = objective
         self.reason = reason
+        self._by_example = by_example
         self._symmetric = False  # not checked yet
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
@@ -44,7 +48,7 @@ class AutogradBackend:
             for batch in objective.batches():
                 evaluation, theta = self._evaluate(batch.batch, batch.index, at)
                 checks.check_finite_loss(float(evaluation.loss.detach()), batch.index)
-                if mode == "covariance" and not _rows_are_examples(evaluation, batch.examples):
+                if mode == "covariance" and self._one_by_one(evaluation, batch):
                     self._covariance_by_example(batch, evaluation, V, Y, at)
                     continue
                 with _second_derivatives():
@@ -101,7 +105,7 @@ class AutogradBackend:
         V = torch.ones((directions, layout.size), dtype=layout.dtype, device=layout.device)
         with plain_torch(), _FlopCounter() as counter, saved_tensors_hooks(note, lambda t: t):
             evaluation, theta = self._evaluate(batch.batch, batch.index, at)
-            if mode == "covariance" and not _rows_are_examples(evaluation, batch.examples):
+            if mode == "covariance" and self._one_by_one(evaluation, batch):
                 self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V), at)
                 return counter.total, sum(storages.values())
             with _second_derivatives():
@@ -144,6 +148,9 @@ class AutogradBackend:
                 f"differentiates wrongly: <u, H v> = {a:.6g} and <v, H u> = {b:.6g} for random u and v"
             )
         self._symmetric = True
+
+    def _one_by_one(self, evaluation: Evaluation, batch: WeightedBatch) -> bool:
+        return self._by_example or not _rows_are_examples(evaluation, batch.examples)
 
     def _covariance_by_example(
         self, batch: WeightedBatch, whole: Evaluation, V: Tensor, Y: Tensor, at: Snapshot

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flatcore.autograd import AutogradBackend, Mode
 from flatcore.errors import CaptureError, FlatcoreWarning
-from flatcore.native import NativeBackend
+from flatcore.native import ROWS_MIX, NativeBackend
 from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
 
@@ -47,7 +47,7 @@ class Backends:
                 f"loss: the Gauss-Newton matrix needs a cut between model and loss, got none: {reason}"
             )
         if reason not in self._others:
-            self._others[reason] = AutogradBackend(self._objective, reason)
+            self._others[reason] = AutogradBackend(self._objective, reason, by_example=reason == ROWS_MIX)
             warnings.warn(
                 f"products run through torch autograd, one direction at a time: {reason}. The results are "
                 "right; each takes several times as long",

@@ -50,10 +50,14 @@ def describe() -> Machine:
         cores=available_cores(),
         threads=torch.get_num_threads(),
         blas=_found(r"BLAS_INFO=(\w+)", configuration),
-        onednn=_found(r"(?:MKL-DNN|oneDNN) v([\d.]+)", configuration) if torch.backends.mkldnn.is_available() else "none",
+        onednn=_found(r"(?:MKL-DNN|oneDNN) v([\d.]+)", configuration) if _has_onednn() else "none",
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         devices=tuple(torch.cuda.get_device_name(index) for index in cuda),
     )
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())
 
 
 def available_cores() -> int:

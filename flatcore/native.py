@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flatcore import checks
 from flatcore._C import engine
-from flatcore.capture import Program, batch_leaves, capture, flatten_batch, named_tensors
+from flatcore.capture import Program, batch_leaves, capture, flatten_batch, interpret, named_tensors
 from flatcore.data import Batch, version
 from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # A program is captured for every batch structure; more than this many cost more than they save.
 _MOST_STRUCTURES = 16
+
+# Why a gradient covariance is not computed from the rows of the model's output.
+ROWS_MIX = "other rows of the model's output than the first example's depend on the first example"
 # What a batch may hold besides tensors: equal where it prints alike, as the key of a structure has it.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
@@ -77,6 +80,42 @@ class NativeBackend:
             rows = [program.values[i].shape for i in program.cut]
             if mode == "covariance" and not all(shape and shape[0] % batch == 0 for shape in rows):
                 return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
+        return self._mixing() if mode == "covariance" else ""
+
+    def _mixing(self) -> str:
+        """Why the rows of the cut are not the examples' own, in their order; empty if they are.
+
+        Tried, once per program: with the first example's data replaced by another's, only the first example's rows
+        of the cut may change.
+        """
+        parameters = self.objective.snapshot().values
+        seen = set()
+        with plain_torch(), torch.no_grad():
+            for batch, key in zip(self.objective.batches(), self._keys, strict=True):
+                if key in seen or batch.examples < 2:
+                    continue
+                seen.add(key)
+                program = self._compiled[key].program
+                leaves = batch_leaves(batch.batch)
+                frozen = named_tensors(self.objective.model, self.objective.loss_function)
+
+                def rows(
+                    data: list[Tensor], program: Program = program, frozen: Any = frozen
+                ) -> list[Tensor]:
+                    values = interpret(program, parameters, program.prelude.run(data, frozen))
+                    return [values[i] for i in program.cut or ()]
+
+                other = [
+                    leaf[[batch.examples - 1, *range(1, batch.examples)]]
+                    if leaf.shape[:1] == (batch.examples,)
+                    else leaf
+                    for leaf in leaves
+                ]
+                for before, after in zip(rows(leaves), rows(other), strict=True):
+                    own = before.shape[0] // batch.examples
+                    scale = before.abs().max() * math.sqrt(torch.finfo(before.dtype).eps)
+                    if bool(((before - after)[own:].abs() > scale).any()):
+                        return ROWS_MIX
         return ""
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:

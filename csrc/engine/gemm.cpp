@@ -23,12 +23,19 @@ void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, 
     }
 }
 
+namespace {
+
+// A batched GEMM needs contiguous results. A slice of the flat vector is not; where its matrices are small,
+// one more pass over them costs less than K calls.
+constexpr int64_t kSmall = 1 << 16;
+
+}  // namespace
+
+int64_t gemm_each_workspace(int64_t K, int64_t numel) { return K > 1 && numel <= kSmall ? K * numel : 0; }
+
 void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
     const int64_t K = c.size(0);
     const auto matrix = [](const at::Tensor& t, int64_t k) { return t.dim() == 3 ? t.select(0, k) : t; };
-    // A batched GEMM needs contiguous results. A slice of the flat vector is not; where its matrices are
-    // small, one more pass over them costs less than K calls.
-    constexpr int64_t kSmall = 1 << 16;
     const bool batched = K > 1 && (c.is_contiguous() || c.numel() / K <= kSmall);
     if (!batched) {
         for (int64_t k = 0; k < K; ++k) gemm(c.select(0, k), matrix(a, k), matrix(b, k), accumulate);

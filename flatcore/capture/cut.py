@@ -30,25 +30,37 @@ def find_cut(
 
     marks: the nodes of the model's outputs, where model and loss are apart; None where they are one function.
     """
+    parameters = {value.id for value in lower.values if value.kind == "parameter"}
     if marks is None:
         losses = [node for node in needed if lower.is_active(node) and aten_name(node) in _LOSSES]
         if len(losses) != 1:
             names = ", ".join(aten_name(node).split(".")[0] for node in losses) or "none"
             return None, f"expected exactly one known loss function in the model's loss, found {names}"
-        predictions = [lower.result(n) for n in losses[0].all_input_nodes if lower.is_active(n)]
+        predictions = [_prediction(lower, n) for n in losses[0].all_input_nodes if lower.is_active(n)]
+        # broadcast_tensors, in front of some losses, makes a target look active that is not.
+        predictions = [p for p in predictions if p in depending(lower.ops, parameters)]
         if len(predictions) != 1:
             return None, f"both arguments of {aten_name(losses[0]).split('.')[0]} depend on the parameters"
     else:
-        predictions = [lower.result(mark) for mark in marks if mark in set(needed) and lower.is_active(mark)]
-    cut = tuple(dict.fromkeys(p.logits if isinstance(p, LogSoftmax) else p for p in predictions))
+        predictions = [
+            _prediction(lower, mark) for mark in marks if mark in set(needed) and lower.is_active(mark)
+        ]
+    cut = tuple(dict.fromkeys(predictions))
     if not cut:
         return None, "no tensor of the model's output reaches the loss"
     if any(lower.values[i].kind != "activation" for i in cut):
         return None, "the loss reads a parameter as it is"
-    parameters = {value.id for value in lower.values if value.kind == "parameter"}
     if loss in depending(lower.ops, parameters, without=frozenset(cut)):
         return None, "the loss depends on the parameters in another way than through the model's output"
     return cut, ""
+
+
+def _prediction(lower: Lowering, node: fx.Node) -> int:
+    """What the loss takes from `node`: log-probabilities that only nll_loss reads are part of a cross-entropy."""
+    result = lower.result(node)
+    if isinstance(result, LogSoftmax) and result.is_of_cross_entropy(node):
+        return result.logits
+    return lower.operand(node)
 
 
 def reduction_of(node: fx.Node, lower: Lowering) -> Reduction:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,12 +94,26 @@ def needed_nodes(outputs: Iterable[fx.Node]) -> set[fx.Node]:
     return needed
 
 
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that read `node`, or a copy of it."""
+    for user in node.users:
+        if user.op == "call_function" and aten_name(user) in ("clone.default", "alias.default"):
+            yield from _readers(user)
+        elif user.op != "output":
+            yield user
+
+
 @dataclasses.dataclass(frozen=True)
 class LogSoftmax:
     """Log-softmax of value `logits` over axis `dim`: with nll_loss a cross-entropy, computed for others."""
 
     logits: int
     dim: int
+
+    def is_of_cross_entropy(self, node: fx.Node) -> bool:
+        """Is `node`, which holds it, read by nll_loss over the same axis and by nothing else?"""
+        classes = 0 if node.meta["val"].dim() == 1 else 1
+        return self.dim == classes and all(aten_name(user).startswith("nll_loss") for user in _readers(node))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +165,7 @@ class Lowering:
             source, position = node.args
             self._results[node] = self._results[source][position]  # type: ignore[index]
         elif mark:
-            self._results[node] = self._mark(self._results[node.args[0]])  # type: ignore[index]
+            self._results[node] = self._mark(self._results[node.args[0]], node)  # type: ignore[index]
         else:
             rule = LOWERINGS.get(aten_name(node))
             if rule is None:
@@ -169,9 +183,11 @@ class Lowering:
         name = "operator" if self._node.target is operator.getitem else f"aten.{aten_name(self._node)}"
         return CaptureError(reason, op=name, path=self._path_of(self._node))
 
-    def _mark(self, result: Result) -> Result:
-        if isinstance(result, LogSoftmax):  # it counts to the loss: the cut holds the logits
-            return LogSoftmax(self._mark(result.logits), result.dim)
+    def _mark(self, result: Result, node: fx.Node) -> Result:
+        if isinstance(result, LogSoftmax):
+            if result.is_of_cross_entropy(node):  # it counts to the loss: the cut holds the logits
+                return LogSoftmax(self._mark(result.logits, node), result.dim)
+            result = self._computed(result)
         output = self.emit("view", result, shape=self.values[result].shape)
         self.marks.add(output)
         return output

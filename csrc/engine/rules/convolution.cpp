@@ -7,6 +7,8 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/sum.h>
 
+#include <algorithm>
+
 #include "rules.h"
 
 namespace flatcore {
@@ -145,8 +147,9 @@ double ConvolutionRule::flops(int64_t K, bool second_order) const {
 }
 
 int64_t ConvolutionRule::workspace(int64_t K) const {
-    // One direction's term before it is added, and the weights' products before they are.
-    return std::max(output().numel, input(0).numel) + (active(1) ? K * input(1).numel : 0);
+    // One direction's term before it is added, tangents brought to channels last, the weights' products.
+    const int64_t reordered = active(0) && !input(0).channels_last ? K * input(0).numel : 0;
+    return std::max(output().numel, input(0).numel) + reordered + (active(1) ? K * input(1).numel : 0);
 }
 
 int64_t ConvolutionRule::saved() const {

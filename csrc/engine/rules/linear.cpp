@@ -5,6 +5,8 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/sum.h>
 
+#include <algorithm>
+
 #include "rules.h"
 
 namespace flatcore {
@@ -92,6 +94,13 @@ double LinearRule::flops(int64_t K, bool second_order) const {
                          + active(0) + active(1)                          // adjoint, first order
                          + (second_order && has_second_order() ? 2 : 0);  // cross terms
     return 2.0 * static_cast<double>(K * rows_ * in_ * out_) * products;
+}
+
+int64_t LinearRule::workspace(int64_t K) const {
+    // The batched product's own copy of the weights' results or the bias' sums; directions of an x that is a parameter
+    // brought together for one GEMM.
+    const int64_t gathered = input(0).kind == ValueKind::parameter && K > 1 ? K * input(0).numel : 0;
+    return gathered + std::max(active(1) ? gemm_each_workspace(K, in_ * out_) : 0, active(2) ? K * out_ : 0);
 }
 
 }  // namespace flatcore

@@ -2,6 +2,8 @@
 //   ty = ta b + a tb ;  tda = tdy b^T + dy tb^T ;  tdb = a^T tdy + ta^T dy
 #include <ATen/ops/matmul.h>
 
+#include <algorithm>
+
 #include "rules.h"
 
 namespace flatcore {
@@ -52,6 +54,17 @@ void MatmulRule::adjoint(Directions& d) const {
 double MatmulRule::flops(int64_t K, bool second_order) const {
     const int products = 2 * (active(0) + active(1)) + (second_order && has_second_order() ? 2 : 0);
     return 2.0 * static_cast<double>(K * output().numel * input(0).shape.back()) * products;
+}
+
+int64_t MatmulRule::workspace(int64_t K) const {
+    // A side's result before the broadcast axes are summed away, and the second term before it is added to
+    // the first.
+    const auto matrix = [](const Value& x) {
+        return x.shape[x.shape.size() - 1] * x.shape[x.shape.size() - 2];
+    };
+    const int64_t batches = matrix(output()) == 0 ? 0 : output().numel / matrix(output());
+    const int64_t widest = std::max(matrix(output()), std::max(matrix(input(0)), matrix(input(1))));
+    return 2 * K * batches * widest;
 }
 
 }  // namespace flatcore

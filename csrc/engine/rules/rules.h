@@ -22,6 +22,7 @@ class LinearRule final : public Rule {
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
     double flops(int64_t K, bool second_order) const override;
+    int64_t workspace(int64_t K) const override;
 
  private:
     at::Tensor weight_as_matrix(const at::Tensor& weight) const;  // (in, out), a view
@@ -39,6 +40,7 @@ class MatmulRule final : public Rule {
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
     double flops(int64_t K, bool second_order) const override;
+    int64_t workspace(int64_t K) const override;
 };
 
 // convolution.cpp
