@@ -136,7 +136,9 @@ class GGN(Operator):
     Positive semidefinite for losses that are convex in the model's output; for cross-entropy and for mean
     squared error (up to its factor) it is the Fisher matrix (Martens 2020, "New insights and perspectives
     on the natural gradient method", section 9). The output z is what the model hands to the loss: for
-    `loss(output, target)` the output, for `ModelLoss` the first argument of the one loss function.
+    `loss(output, target)` the output, for `ModelLoss` the first argument of the one loss function. A log-softmax that
+    nll_loss alone reads counts to the loss: the two are a cross-entropy, whose z are the logits. (Through autograd,
+    where the model has no program, it counts to the model, and the matrix is zero.)
 
     Raises ValueError on use where the loss depends on the parameters in another way than through that output.
     """

@@ -185,9 +185,7 @@ def report(
     Raises ValueError or TypeError for bad arguments.
     """
     if not isinstance(obj, Objective):
-        raise TypeError(
-            f"obj: expected a flatcore.Objective, got {type(obj).__name__}; make one first"
-        )
+        raise TypeError(f"obj: expected a flatcore.Objective, got {type(obj).__name__}; make one first")
     k = check_count("k", k, 1)
     if k >= obj.layout.size:
         raise ValueError(f"k: expected fewer than the {obj.layout.size} parameters, got {k}")

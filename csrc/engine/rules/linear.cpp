@@ -97,8 +97,8 @@ double LinearRule::flops(int64_t K, bool second_order) const {
 }
 
 int64_t LinearRule::workspace(int64_t K) const {
-    // The batched product's own copy of the weights' results or the bias' sums; directions of an x that is a parameter
-    // brought together for one GEMM.
+    // The batched product's own copy of the weights' results or the bias' sums; directions of an x that is a
+    // parameter brought together for one GEMM.
     const int64_t gathered = input(0).kind == ValueKind::parameter && K > 1 ? K * input(0).numel : 0;
     return gathered + std::max(active(1) ? gemm_each_workspace(K, in_ * out_) : 0, active(2) ? K * out_ : 0);
 }
