@@ -81,6 +81,20 @@ def _round(x: Tensor) -> Tensor:
     return x + (x.detach().float().to(x.dtype) - x.detach())
 
 
+def _cross_entropy(z: Tensor, mass: Tensor, index: Tensor | None) -> Tensor:
+    """`mass` of every class, or of the one class `index` of each row."""
+    if index is None:
+        return (mass * (z.logsumexp(-1, keepdim=True) - z)).sum(-1)
+    return mass * (z.logsumexp(-1) - z.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+
+
+def _linear_cross_entropy(
+    x: Tensor, w: Tensor, bias: Tensor | None, mass: Tensor, index: Tensor, transposed: bool, round: bool
+) -> Tensor:
+    z = F.linear(x, w.t() if transposed else w, bias)
+    return _cross_entropy(_round(z) if round else z, mass, index)
+
+
 # kind -> meaning(*inputs, **attrs); an absent input is None.
 MEANING: dict[str, Callable[..., Tensor]] = {
     "linear": lambda x, w, bias, transposed: F.linear(x, w.t() if transposed else w, bias),
@@ -102,7 +116,8 @@ MEANING: dict[str, Callable[..., Tensor]] = {
     "view": lambda x, shape: x.reshape(shape),
     "permute": lambda x, dims: x.permute(dims),
     "expand": lambda x, shape: x.expand(shape),
-    "cross_entropy": lambda z, mass: (mass * (z.logsumexp(-1, keepdim=True) - z)).sum(-1),
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "normalise": _normalise,
     "softmax": lambda x: x.softmax(-1),
     "logsumexp": lambda x: x.logsumexp(-1, keepdim=True),
