@@ -151,3 +151,16 @@ def interpret(
 def meaning(kind: str, attrs: Mapping[str, Any], inputs: list[Tensor | None]) -> Tensor:
     """One op applied to its inputs."""
     return MEANING[kind](*inputs, **attrs)
+
+
+def cut_values(program: Program, values: Mapping[int, Tensor]) -> list[Tensor]:
+    """What the model hands to the loss: the values of the cut, and the logits where a fused op holds them."""
+    fused = {op.output: op for op in program.ops if op.kind == "linear_cross_entropy"}
+
+    def value(i: int) -> Tensor:
+        if i not in fused:
+            return values[i]
+        layer = [None if j is None else values[j] for j in fused[i].inputs[:3]]
+        return meaning("linear", {"transposed": fused[i].attrs["transposed"]}, layer)
+
+    return [value(i) for i in program.cut or ()]

@@ -247,7 +247,7 @@ double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
 int64_t LinearCrossEntropyRule::workspace(int64_t) const {
     const int64_t matrices =
         1 + (keeps_probabilities() ? 0 : 1 + rounds_) + (active(kX) && active(kWeight) ? 1 : 0);
-    return matrices * chunk_rows_ * classes_;
+    return matrices * chunk_rows_ * classes_ + (active(kBias) ? classes_ : 0);
 }
 
 }  // namespace flatcore
