@@ -36,22 +36,22 @@ class WeightedBatch:
 class Snapshot:
     """Copies of the selected parameters as they stood at one time, by name.
 
-    versions: of all parameters with the modes of all modules; surroundings: of buffers, the loss and the
-    data, which may decide what a batch counts.
+    versions: of all parameters; surroundings: of buffers, the loss and the data, which may decide what a batch
+    counts; modules: their identities and modes.
     """
 
     values: dict[str, Tensor]
     versions: tuple[Any, ...]
     surroundings: tuple[Any, ...]
-    modules: tuple[int, ...]
+    modules: tuple[tuple[int, bool], ...]
 
 
 class Objective:
     """L(parameters) = mean loss over all examples of the data.
 
     Args:
-        model: the module, in eval mode where it has dropout or batch normalisation. Nothing of it is
-            changed, ever.
+        model: the module, in eval mode where it has dropout or batch normalisation (but see allow_train_mode).
+            Nothing of it is changed, ever.
         loss: `loss(output, target)`, the mean over the batch; or `ModelLoss(fn)` with `fn(model, batch)`.
         data: one batch (a tuple or a mapping), a list of batches, or a loader that can be read again. For a
             loss of two arguments a batch is (inputs..., target), or a mapping with the target under target,
@@ -59,6 +59,10 @@ class Objective:
         params: None for every parameter with requires_grad; else names, globs, or a callable(name, tensor)
             -> bool.
         memory: bytes for data, kept activations and the buffers of a product; default: half of what is free.
+        allow_train_mode: take normalisation layers in train mode as what they are: they normalise by the batch's own
+            mean and variance, so the examples of a batch interact, and how the data are cut into batches matters. L
+            is then the mean of the batches' losses, weighted as below, and no longer that of one big batch. The
+            running statistics stay as they are. Dropout in train mode, a random loss, is refused all the same.
 
     Batches may differ in size: each counts by its examples. If the loss is nothing but a mean
     `torch.nn.functional.cross_entropy` or `nll_loss`, each batch counts by what that divides by: its
@@ -87,6 +91,7 @@ class Objective:
         params: Selection = None,
         *,
         memory: int | None = None,
+        allow_train_mode: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -104,7 +109,8 @@ class Objective:
         self.loss_function = loss
         selected = select(self.model, params)
         checks.check_finite(dict(self.model.named_parameters()), "parameter")
-        checks.check_mode(self.model)
+        self.allow_train_mode = bool(allow_train_mode)
+        checks.check_mode(self.model, self.allow_train_mode)
         self.layout = Layout.of(selected)
         self.budget = Budget.of(memory, self.layout.device)
         self.data = Data(data, self.budget.data, self._count)
@@ -185,28 +191,27 @@ class Objective:
         `.data` leaves no other trace).
         """
         versions, surroundings = self._versions(), self._surroundings()
-        modules = tuple(map(id, self.model.modules()))
+        modules = tuple((id(m), m.training) for m in self.model.modules())
         current = self.parameters
         old = self._snapshot
         if old:
             same = (old.versions, old.surroundings, old.modules) == (versions, surroundings, modules)
             if same and all(torch.equal(old.values[n], p.detach()) for n, p in current.items()):
                 return old
-            checks.check_mode(self.model)
+            checks.check_mode(self.model, self.allow_train_mode)
             checks.check_finite(current, "parameter")
             if old.modules != modules:
-                self.backends = None  # a program of the modules that were
+                self.backends = None  # a program of the modules, or the modes, that were
         with torch.inference_mode(False):
             values = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in current.items()}
         new = Snapshot(values, versions, surroundings, modules)
-        if not old or old.surroundings != surroundings:
+        if not old or (old.surroundings, old.modules) != (surroundings, modules):
             self._weigh(new)
         self._snapshot = new
         return new
 
     def _versions(self) -> tuple[Any, ...]:
-        modes = (m.training for m in self.model.modules())
-        return (*map(version, self.model.parameters()), *modes)
+        return tuple(map(version, self.model.parameters()))
 
     def _surroundings(self) -> tuple[Any, ...]:
         tensors = list(self.model.buffers())

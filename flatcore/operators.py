@@ -162,11 +162,16 @@ class GradientCovariance(Operator):
 
     def __init__(self, objective: Objective, centered: bool = True) -> None:
         super().__init__(objective)
-        exclusive(checks.check_batch_statistics)(objective.model)
+        self._check_examples()
         self.centered = centered
         self._mean: tuple[object, Tensor] | None = None
 
+    @exclusive
+    def _check_examples(self) -> None:
+        checks.check_batch_statistics(self.objective.model)
+
     def _product(self, V: Tensor) -> Tensor:
+        self._check_examples()  # the model's mode may be another one than at first
         Y = super()._product(V)
         if self.centered:
             with full_precision():
