@@ -61,8 +61,8 @@ check: $(VENV)/.ready  ## format, lint, types, layers
 check-cuda: $(VENV)/.ready  ## CUDA kernels: emulated on the host, and compiled for every architecture where nvcc is
 	$(BIN)/python tools/check_cuda.py
 
-bench: dev  ## flatcore against autograd loops
-	$(BIN)/python -m benchmarks.compare_autograd
+bench: dev  ## flatcore against bare torch and the other packages installed
+	$(BIN)/python -m flatcore bench
 
 format: $(VENV)/.ready  ## rewrites what `check` would refuse for its layout
 	ruff format .
