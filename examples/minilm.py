@@ -66,7 +66,7 @@ def main() -> None:
     native = 100 * H.plan().native_fraction
     print(f"loss {objective.loss():.4f} on {len(PAIRS)} pairs of sentences")
     print(f"Hessian of layer {layer}: {H.shape[0]:,} parameters, {native:.0f} % native")
-    ends = fc.eigsh(H, k=4, which="BE", tol=0.01, return_eigenvectors=False)
+    ends = fc.eigsh(H, k=4, which="BE", return_eigenvectors=False)
     for value, residual in zip(ends.values, ends.residuals, strict=True):
         print(f"  eigenvalue {value:7.3f} (residual {residual:.0e})")
     trace = fc.trace(H, rtol=options.rtol)
