@@ -4,7 +4,7 @@ The heads are small, so that a dense reference is cheap; `fused` lifts the bound
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,8 @@ KIND = "linear_cross_entropy"
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse, "LEAST_CLASSES", 2)
-    yield
 
 
 # --- models: a body and a head ---

@@ -98,7 +98,7 @@ def _moved_axis(op: Op, before: tuple[int, ...], after: tuple[int, ...], axis: i
         )
         return next(same, None)
     if op.kind == "permute":
-        return op.attrs["dims"].index(axis)  # type: ignore[union-attr]
+        return op.attrs["dims"].index(axis)  # type: ignore[union-attr, arg-type]
     if op.kind == "slice":
         return axis if op.attrs["dim"] != axis else None
     if op.kind == "rows":  # along axis 0, which makes room for the axes of the index
