@@ -246,20 +246,21 @@ def peak_of(function: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("rows", [256, 700])
-def test_memory(rows: int) -> None:
+@pytest.mark.parametrize("operator", [fc.Hessian, fc.GGN])
+def test_memory(operator: type, rows: int) -> None:
     """One chunk and more: what is planned is what is used, and no direction costs a matrix of rows x classes."""
     V, width = 50_000, 16
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, V))
-    H = fc.Hessian(
-        fc.Objective(model, nn.CrossEntropyLoss(), (torch.randn(rows, 3), torch.randint(V, (rows,))))
-    )
-    P, peaks = H.shape[0], {}
+    batch = torch.randn(rows, 3), torch.randint(V, (rows,))
+    A = operator(fc.Objective(model, nn.CrossEntropyLoss(), batch))
+    P, peaks = A.shape[0], {}
     for K in (1, 3):
         X = torch.randn(K, P).T
-        H @ X  # the state is made
-        peaks[K] = peak_of(lambda X=X: H @ X) - 4 * K * P  # the result is the user's
-        assert peaks[K] == pytest.approx(H.plan().peak_bytes(K), rel=0.15)
+        A @ X  # the state is made
+        peaks[K] = peak_of(lambda X=X: A @ X) - 4 * K * P  # the result is the user's
+        assert peaks[K] == pytest.approx(A.plan().peak_bytes(K), rel=0.15)
     # Per direction a few matrices of rows x width.
     assert peaks[3] - peaks[1] < 2 * 10 * 4 * rows * width
-    assert H.plan().state_bytes < 4 * (rows * V if rows == 256 else 0) + 100 * 4 * rows * width
+    kept = rows * V if rows == 256 else 0  # the probabilities of a single chunk
+    assert A.plan().state_bytes < 4 * kept + 100 * 4 * rows * width

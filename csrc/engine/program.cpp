@@ -216,7 +216,8 @@ int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize) const {
             else
                 ledger.allocate(m + static_cast<size_t>(id), elements(static_cast<size_t>(id)));
         }
-        ledger.touch(rules_[i]->workspace(K));
+        ledger.touch(rules_[i]->workspace(K) +
+                     (second_order(mode, i) ? rules_[i]->second_order_workspace() : 0));
         ledger.free(m + output);
         for (int id : ops_[i].inputs)
             if (is_buffer(id) && first_tangent_use(mode, id) == static_cast<int>(i))

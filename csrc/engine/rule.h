@@ -78,6 +78,8 @@ class Rule {
     virtual double flops(int64_t K, bool second_order) const;
     // Elements, not counting outputs, that tangent or adjoint hold at once; and that forward saves.
     virtual int64_t workspace(int64_t /*K*/) const { return 0; }
+    // More of them where adjoint carries all second-derivative terms.
+    virtual int64_t second_order_workspace() const { return 0; }
     virtual int64_t saved() const { return 0; }
 
  protected:

@@ -244,10 +244,15 @@ double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
     return 2.0 * static_cast<double>(rows_ * width_ * classes_) * products;
 }
 
+// tz or tdz; p and its rounded logits where p is not kept; one direction's sums for the bias.
 int64_t LinearCrossEntropyRule::workspace(int64_t) const {
-    const int64_t matrices =
-        1 + (keeps_probabilities() ? 0 : 1 + rounds_) + (active(kX) && active(kWeight) ? 1 : 0);
+    const int64_t matrices = keeps_probabilities() ? 1 : 2 + rounds_;
     return matrices * chunk_rows_ * classes_ + (active(kBias) ? classes_ : 0);
+}
+
+// dz.
+int64_t LinearCrossEntropyRule::second_order_workspace() const {
+    return active(kX) && active(kWeight) ? chunk_rows_ * classes_ : 0;
 }
 
 }  // namespace flatcore

@@ -232,6 +232,7 @@ class LinearCrossEntropyRule final : public Rule {
     double flops(int64_t K, bool second_order) const override;
     int64_t saved() const override { return keeps_probabilities() ? rows_ * classes_ : 0; }
     int64_t workspace(int64_t K) const override;
+    int64_t second_order_workspace() const override;
 
  private:
     struct Operands;
