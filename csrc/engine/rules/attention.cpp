@@ -328,8 +328,13 @@ int64_t AttentionRule::workspace(int64_t K) const {
                                (active(kValue) ? (keys + seen) * value_width : 0);
     const int64_t heads = kSecondOrder * tiling_.tile_elements() + rows * value_width +  // dout
                           unit.directions * directions;
+    // Results for parameters are copied into the product.
+    int64_t results = 0;
+    for (int i : {kQuery, kKey, kValue})
+        if (active(i) && input(i).kind == ValueKind::parameter) results += K * input(i).numel;
     return std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(units.size())) * unit.group.size() *
-           heads;
+               heads +
+           results;
 }
 
 }  // namespace flatcore
