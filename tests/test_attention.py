@@ -6,6 +6,8 @@ autograd. float64: relative error at most 1e-10. float32: at most twice the twin
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -251,10 +253,12 @@ def test_module_agrees_with_double_backward():
 
 def allocator_peak(run) -> int:
     """The most bytes of tensors alive at once beyond those before, on this thread."""
+    gc.collect()  # what other tests left behind must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     live = peak = 0
-    for event in recorded.profiler.kineto_results.events():
+    events = recorded.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
