@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flatcore as fc
-from benchmarks.compare_autograd import gemm_rate
+from flatcore.bench.ceilings import measure
 
 WIDTH = 64  # of a head
 
@@ -123,7 +123,7 @@ def seconds(tokens: int, heads: int, vectors: int, causal: bool, rounds: int) ->
             product(V)
             result[way].append((time.perf_counter() - start) / vectors)
     plan = fc.Hessian(fc.Objective(model, nn.MSELoss(), batch)).plan()
-    result["floor (flops at the rate of a square GEMM)"] = [plan.flops(vectors) / vectors / gemm_rate()]
+    result["floor (flops at the rate of a square GEMM)"] = [plan.flops(vectors) / vectors / measure().gemm]
     return result
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 import flatcore as fc
 from flatcore._C import engine
+from flatcore.bench.memory import peak_bytes
 from flatcore.capture.interpreter import MEANING
 
 EXACT = 1e-10
@@ -252,17 +252,8 @@ def test_module_agrees_with_double_backward():
 
 
 def allocator_peak(run) -> int:
-    """The most bytes of tensors alive at once beyond those before, on this thread."""
     gc.collect()  # what other tests left behind must not be freed meanwhile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    live = peak = 0
-    events = recorded.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+    return peak_bytes(run)
 
 
 @pytest.mark.parametrize("causal", [False, True])
