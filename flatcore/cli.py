@@ -1,4 +1,4 @@
-"""The command line: flatcore report | spectrum | plan | doctor."""
+"""The command line: flatcore report | spectrum | plan | bench | doctor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
 import flatcore as fc
 from flatcore import doctor as doctor_module
+from flatcore.bench.command import chosen
+from flatcore.bench.command import run as run_bench
+from flatcore.bench.workloads import WORKLOADS
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
 from flatcore.report import compare
@@ -220,6 +224,49 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
         }
     if json_file is not None:
         json_file.write(dumps(found))
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Small workloads, nothing compiled, few rounds: under a minute.")
+@click.option("--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only these.")
+@click.option("-k", "vectors", multiple=True, type=click.IntRange(1), help="Directions at once.  [1 and 8]")
+@click.option(
+    "--rounds", default=9, show_default=True, help="Timings of each way, interleaved; 3 when quick."
+)
+@click.option(
+    "--limit", default=60.0, show_default=True, help="Seconds after which a workload begins no new round."
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [as torch chooses]")
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timings to FILE.")
+@json_option
+def bench(
+    quick: bool,
+    names: tuple[str, ...],
+    vectors: tuple[int, ...],
+    rounds: int,
+    limit: float,
+    threads: int | None,
+    figure: Path | None,
+    json_file: TextIO | None,
+) -> None:
+    """Hessian-vector products by flatcore, by every way of bare torch and by the other packages installed.
+
+    Every way is checked against float64 before it is timed, and all are timed in turn. Medians per vector; the
+    floor is what the arithmetic alone would take at the measured rate of this machine.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    document = run_bench(
+        chosen(names, quick),
+        vectors or (1, 8),
+        quick=quick,
+        rounds=min(rounds, 3) if quick else rounds,
+        limit=limit,
+        say=_text(json_file).print,
+        picture=figure,
+    )
+    if json_file is not None:
+        json_file.write(dumps(document))
 
 
 @main.command()

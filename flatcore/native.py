@@ -56,6 +56,7 @@ class NativeBackend:
         self._point: tuple[Any, ...] = ()
         self._states: dict[int, engine.Linearization] = {}
         self._held = 0
+        self._most: dict[Mode, int] = {}  # mode -> directions at once
         with plain_torch():
             for batch in objective.batches():
                 key = _key(batch.batch)
@@ -232,12 +233,14 @@ class NativeBackend:
 
     def _most_directions(self, mode: Mode) -> int:
         """The most directions whose buffers fit into the budget; one at least."""
-        itemsize, limit = self.objective.layout.dtype.itemsize, self.objective.budget.directions
-        most = limit
-        for compiled in self._compiled.values():
-            one, two = (compiled.engine.peak_bytes(mode, K, itemsize) for K in (1, 2))
-            most = min(most, 1 + (limit - one) // max(two - one, 1))
-        return max(most, 1)
+        if mode not in self._most:
+            itemsize, limit = self.objective.layout.dtype.itemsize, self.objective.budget.directions
+            most = limit
+            for compiled in self._compiled.values():
+                one, two = (compiled.engine.peak_bytes(mode, K, itemsize) for K in (1, 2))
+                most = min(most, 1 + (limit - one) // max(two - one, 1))
+            self._most[mode] = max(most, 1)
+        return self._most[mode]
 
     def _pieces(self, mode: Mode, K: int) -> list[slice]:
         """K directions in as few, nearly equal pieces as the budget allows."""

@@ -115,6 +115,7 @@ class Objective:
         self.budget = Budget.of(memory, self.layout.device)
         self.data = Data(data, self.budget.data, self._count)
         self.evaluate = Evaluator(self.model, loss)
+        self._places: list[tuple[nn.Module, str]] = []
         self._snapshot: Snapshot | None = None
         self._loss: tuple[Snapshot, float] | None = None
         self.backends: object = None  # set by flatcore.backend, shared by the operators of this objective
@@ -190,14 +191,15 @@ class Objective:
         by the mode of every module, and by comparing the selected parameters themselves (a write through
         `.data` leaves no other trace).
         """
-        versions, surroundings = self._versions(), self._surroundings()
-        modules = tuple((id(m), m.training) for m in self.model.modules())
-        current = self.parameters
+        versions, surroundings, modules = self._traces()
         old = self._snapshot
         if old:
             same = (old.versions, old.surroundings, old.modules) == (versions, surroundings, modules)
-            if same and all(torch.equal(old.values[n], p.detach()) for n, p in current.items()):
+            if same and all(torch.equal(value, p) for value, p in self._pairs(old)):
                 return old
+        current = self.parameters
+        self._places = [_place(self.model, name) for name in current]
+        if old:
             checks.check_mode(self.model, self.allow_train_mode)
             checks.check_finite(current, "parameter")
             if old.modules != modules:
@@ -210,14 +212,26 @@ class Objective:
         self._snapshot = new
         return new
 
-    def _versions(self) -> tuple[Any, ...]:
-        return tuple(map(version, self.model.parameters()))
+    def _traces(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[tuple[int, bool], ...]]:
+        """Versions of all parameters; versions of the surroundings; identities and modes of the modules."""
+        parameters: list[Any] = []
+        surroundings: list[Any] = []
+        modules: list[tuple[int, bool]] = []
+        loss = self.loss_function
+        roots = [self.model, loss] if isinstance(loss, nn.Module) else [self.model]
+        for root in roots:
+            ours = parameters if root is self.model else surroundings
+            for module in root.modules():  # one walk: this runs before every product
+                modules.append((id(module), module.training))
+                ours.extend(version(p) for p in module._parameters.values() if p is not None)
+                surroundings.extend(version(b) for b in module._buffers.values() if b is not None)
+        return tuple(parameters), (*surroundings, self.data.versions()), tuple(modules)
 
-    def _surroundings(self) -> tuple[Any, ...]:
-        tensors = list(self.model.buffers())
-        if isinstance(self.loss_function, nn.Module):
-            tensors += [*self.loss_function.parameters(), *self.loss_function.buffers()]
-        return (*map(version, tensors), self.data.versions())
+    def _pairs(self, snapshot: Snapshot) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each copied value beside the parameter that now stands in its place."""
+        for value, (module, key) in zip(snapshot.values.values(), self._places, strict=True):
+            now = module._parameters.get(key)
+            yield value, value.new_empty(0) if now is None else now
 
     def _count(self, batch: Batch, index: int) -> int:
         if not isinstance(self.loss_function, ModelLoss):
@@ -278,3 +292,9 @@ class Objective:
                 "loss: expected a differentiable function of the selected parameters, got one that does "
                 "not depend on them; look for detach(), .item() or no_grad() in the model or the loss"
             )
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the parameter's name there."""
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key

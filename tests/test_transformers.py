@@ -1,6 +1,7 @@
 """Hugging Face architectures, tiny and with random weights: native, and right to what their own precision allows.
 
-The reference is torch's double backward through the model itself under math attention, in float64.
+The reference is torch's double backward through the model itself under math attention, in float64. In float32 the
+same in float32 sets the measure.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,8 @@ STAGES = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "patch_siz
 EXACT = 1e-9
 # The model casts to float32 inside: its own second derivatives are good to that.
 SINGLE = 1e-6
+# Relative error that float32 may have in any case, however good autograd happens to be.
+FLOOR32 = 2e-6
 
 
 def language(model: nn.Module) -> dict[str, Tensor]:
@@ -157,6 +160,20 @@ def test_hessian(name: str) -> None:
     _, product = double_backward(model, lambda: model(**batch).loss, V)
     tolerance = ARCHITECTURES[name].tolerance
     assert relative(H @ V, product) <= tolerance
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_hessian_in_single_precision(name: str) -> None:
+    """At most twice the error of autograd in float32, both against float64 at the same parameters."""
+    (model, batch), (exact_model, exact_batch) = built(name, torch.float32), built(name)
+    H = fc.Hessian(fc.Objective(model, fc.hf_loss(), batch))
+    assert H.plan().native_fraction == 1.0
+    V = torch.randn(H.shape[0], 3, generator=torch.Generator().manual_seed(1))
+    _, single = double_backward(model, lambda: model(**batch).loss, V)
+    _, exact = double_backward(exact_model, lambda: exact_model(**exact_batch).loss, V.double())
+    for K in (1, 3):
+        allowed = max(2 * relative(single[:, :K], exact[:, :K]), FLOOR32)
+        assert relative(H @ V[:, :K], exact[:, :K]) <= allowed
 
 
 def test_hessian_of_gpt2_without_a_cast() -> None:
