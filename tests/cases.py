@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from case_models import (
     ACTIVATIONS,
+    ComputedNorms,
     Heads,
     LeftMatrix,
     NormedWeight,
@@ -186,6 +187,7 @@ CASES: tuple[Case, ...] = (
         for name in ACTIVATIONS
     ),
     case("mlp-batchnorm", normed_mlp, nn.CrossEntropyLoss, vectors(6, indices)),
+    case("computed-norms", ComputedNorms, nn.CrossEntropyLoss, vectors(5, indices)),
     case("tied", Tied, nn.MSELoss, vectors(6, lambda n: torch.randn(n, 6))),
     case("frozen-middle", frozen_middle, nn.CrossEntropyLoss, vectors(6, indices)),
     case("frozen-front", frozen_front, nn.CrossEntropyLoss, images(1, 6, 6)),

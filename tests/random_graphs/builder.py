@@ -7,6 +7,7 @@ where it does not apply. A graph that fails prints as a program that can be past
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -28,7 +29,12 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
 
 # What lines may use; and the same in a form that torch differentiates twice. Its own second derivatives of these two
 # are wrong (2.13: the norms count as constants) and missing.
-NAMES: dict[str, Any] = {"torch": torch, "F": F, "weight_norm": torch._weight_norm, "hardsigmoid": F.hardsigmoid}
+NAMES: dict[str, Any] = {
+    "torch": torch,
+    "F": F,
+    "weight_norm": torch._weight_norm,
+    "hardsigmoid": F.hardsigmoid,
+}
 TWICE: dict[str, Any] = NAMES | {"weight_norm": _weight_norm, "hardsigmoid": lambda x: F.relu6(x + 3) / 6}
 
 
@@ -68,7 +74,10 @@ def expressions(templates: dict[str, str], table: dict[str, Op] = OPS) -> None:
     for template, reaches in templates.items():
 
         def write(b: Builder, template: str = template) -> None:
-            b.let(b.fill(template))
+            try:
+                b.let(b.fill(template))
+            except RuntimeError as error:  # two operands that each fit, but not one another
+                raise Skip from error
 
         assert template not in OPS and template not in UNSUPPORTED, template
         table[template] = Op(template, write, tuple(reaches.split()))
@@ -89,17 +98,7 @@ class State:
     counter: int = 0
 
     def copy(self) -> State:
-        return State(
-            list(self.lines),
-            list(self.reference),
-            dict(self.tensors),
-            list(self.inputs),
-            list(self.parameters),
-            list(self.constants),
-            set(self.read),
-            self.casts,
-            self.counter,
-        )
+        return State(**{name: copy.copy(value) for name, value in vars(self).items()})
 
 
 class Builder:
@@ -286,7 +285,9 @@ class Builder:
         kept = list(shape[self.integer(0, len(shape)) if self.chance(0.3) and shape else 0 :])
         return tuple(1 if self.chance(0.2) else size for size in kept)
 
-    def pick(self, min_rank: int = 0, max_rank: int = 5, where: Callable[[Tensor], bool] | None = None) -> str:
+    def pick(
+        self, min_rank: int = 0, max_rank: int = 5, where: Callable[[Tensor], bool] | None = None
+    ) -> str:
         """A value of a rank between the two, reshaped if need be; mostly a recent one that nobody has read."""
         tensors = self.state.tensors
         found = [
@@ -302,7 +303,10 @@ class Builder:
         if not found:
             raise Skip
         weights = [
-            (1 + i) * min(t.numel(), 24) * (1 if name in self.state.read else 4) * (4 if name[0] == "v" else 1)
+            (1 + i)
+            * min(t.numel(), 24)
+            * (1 if name in self.state.read else 4)
+            * (4 if name[0] == "v" else 1)
             for i, (name, t) in enumerate(found)
         ]
         ((name, _),) = self.rng.choices(found, weights)
@@ -363,7 +367,9 @@ class _Places(dict[str, str]):
             return self.value
         if place == "positive":
             self.value = b.pick()
-            self[place] = f"({self.value}.square() + 0.5)" if b.chance() else f"(F.softplus({self.value}) + 0.5)"
+            self[place] = (
+                f"({self.value}.square() + 0.5)" if b.chance() else f"(F.softplus({self.value}) + 0.5)"
+            )
             return self[place]
         if not self.value and place not in ("flag", "number", "fraction"):
             self["x"]  # what the place is about comes first

@@ -71,7 +71,9 @@ def noisy(seed: int | None) -> Callable[[Any], Any]:
     return lambda value: pytree.tree_map(one, value)
 
 
-def by_torch(graph: Graph, batch: tuple[Tensor, ...], V: Tensor, ggn: bool, seed: int | None = None) -> Results:
+def by_torch(
+    graph: Graph, batch: tuple[Tensor, ...], V: Tensor, ggn: bool, seed: int | None = None
+) -> Results:
     """Reverse over reverse, one direction at a time."""
     theta = [p for p in graph.parameters() if p.requires_grad]
     sizes = [p.numel() for p in theta]
@@ -98,7 +100,9 @@ def by_torch(graph: Graph, batch: tuple[Tensor, ...], V: Tensor, ggn: bool, seed
             z = [leaf for leaf in pytree.tree_leaves(output) if leaf.requires_grad]
             weights = [torch.zeros_like(leaf, requires_grad=True) for leaf in z]
             pulled = derivative(z, theta, weights)
-            tangents = derivative(sum((p * part).sum() for p, part in zip(pulled, parts, strict=True)), weights)
+            tangents = derivative(
+                sum((p * part).sum() for p, part in zip(pulled, parts, strict=True)), weights
+            )
             leaves = [leaf.detach().requires_grad_() for leaf in z]
             places = iter(leaves)
             handed = pytree.tree_map(lambda t, p=places: next(p) if t.requires_grad else t, output)
@@ -159,7 +163,9 @@ def check(graph: Graph, whole: bool = True, single: bool = False, by_model: bool
 
     if not all(t.isfinite().all() for t in (expected.loss, expected.gradient, expected.hessian)):
         raise IllConditioned
-    if allowed("hessian", torch.finfo(torch.float64).eps) > MEANINGFUL * max(expected.hessian.norm().item(), 1e-3):
+    if allowed("hessian", torch.finfo(torch.float64).eps) > MEANINGFUL * max(
+        expected.hessian.norm().item(), 1e-3
+    ):
         raise IllConditioned
 
     with warnings.catch_warnings(record=True) as said, recorded_lowerings() as reached:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import contractions, images, movement, pointwise, unsupported  # noqa: F401  (register their ops)
@@ -62,7 +61,9 @@ class Graph(nn.Module):
         self._forward = _function(self.source)
         tail = f"return noise({result})" if not self.tuple_result else f"return noise(({result}))"
         self._reference = "\n    ".join([head.replace("(", "(noise, ", 1), *state.reference, tail])
-        self.loss_source = f"def loss(output, y):\n    {'z, h = output' if self.tuple_result else 'z = output'}"
+        self.loss_source = (
+            f"def loss(output, y):\n    {'z, h = output' if self.tuple_result else 'z = output'}"
+        )
         self.loss_source += f"\n    return {loss}"
         self.loss = _function(self.loss_source)
         self.eval()
@@ -110,7 +111,9 @@ def build(recipe: Recipe) -> Graph:
     for place, (name, seed) in enumerate(recipe.steps):
         op = OPS.get(name) or UNSUPPORTED[name]
         # An op that finds nothing to act on may with other choices.
-        if any(b.step(op, seed + i, place in recipe.focus) for i in range(12 if place in recipe.focus else 2)):
+        if any(
+            b.step(op, seed + i, place in recipe.focus) for i in range(12 if place in recipe.focus else 2)
+        ):
             written.add(name)
     b.rng, b.focus = random.Random(recipe.seed + 1), True
     z, h = outputs(b)

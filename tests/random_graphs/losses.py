@@ -13,11 +13,10 @@ from .builder import Builder
 
 @dataclass(frozen=True)
 class Loss:
-    """An expression of z, an output of the model, and the target `y`; `probabilities`: z is log-probabilities."""
+    """An expression of `z`, the model's main output, and the target `y`."""
 
     expression: str
     target: torch.Tensor
-    axis: int = 1
 
 
 LossOf = Callable[[Builder, tuple[int, ...]], Loss]
@@ -56,13 +55,13 @@ def _weights(b: Builder, classes: int) -> str:
     return f", weight=torch.tensor({values}, dtype=z.dtype)"
 
 
-def _reduced(b: Builder, call: str) -> str:
-    """`call` has a place for the reduction."""
+def _reduced(b: Builder, call: str, mean: str = "mean") -> str:
+    """`call` has a place for the reduction; `mean` is what its mean is called."""
     return str(
         b.choice(
             [
-                call.format("mean"),
-                call.format("mean"),
+                call.format(mean),
+                call.format(mean),
                 call.format("sum"),
                 f"({call.format('none')}).square().mean()",
                 f"({call.format('none')}).sum() / 7.0",
@@ -119,7 +118,7 @@ def divergence(b: Builder, shape: tuple[int, ...]) -> Loss:
             "F.kl_div(F.log_softmax(z, -1), y.log(), reduction='{}', log_target=True)",
         ]
     )
-    return Loss(_reduced(b, call), target)
+    return Loss(_reduced(b, call, "batchmean"), target)
 
 
 @loss("mse_loss.default")
@@ -175,7 +174,9 @@ def outputs(b: Builder) -> tuple[str, str]:
     """The main output and the others ("" if none), such that every value is read by something."""
     known = b.state.tensors
     ends = [n for n in known if n[0] == "v" and n not in b.state.read and known[n].is_floating_point()]
-    logits = [n for n in ends if known[n].requires_grad and 1 <= known[n].dim() <= 4 and known[n].shape[-1] > 1]
+    logits = [
+        n for n in ends if known[n].requires_grad and 1 <= known[n].dim() <= 4 and known[n].shape[-1] > 1
+    ]
     logits = [n for n in logits if known[n].dim() == 1 or known[n].shape[1] > 1]
     if logits and b.chance(0.5):
         z = b.choice(logits)

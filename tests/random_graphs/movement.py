@@ -99,7 +99,9 @@ def expand(b: Builder) -> None:
     if b.chance(0.4):
         b.let(f"torch.broadcast_to({y}, {tuple(front + shape)})")
     else:
-        left = [-1 if size == old and b.chance() else size for size, old in zip(shape, b.shape(y), strict=True)]
+        left = [
+            -1 if size == old and b.chance() else size for size, old in zip(shape, b.shape(y), strict=True)
+        ]
         b.let(f"{y}.expand({tuple(front + left)})")
 
 
@@ -150,7 +152,9 @@ def _parts(b: Builder, template: str, least: int = 2) -> None:
     size = b.size(x, axis)
     sizes = [b.integer(1, size - 1)]
     sizes.append(size - sizes[0])
-    code = template.format(x=x, axis=axis - b.rank(x) if b.chance() else axis, sizes=sizes, half=-(-size // 2))
+    code = template.format(
+        x=x, axis=axis - b.rank(x) if b.chance() else axis, sizes=sizes, half=-(-size // 2)
+    )
     count = len(b._evaluate(code))
     b.let(code, count=count)
 
@@ -280,7 +284,8 @@ def several_indices(b: Builder) -> None:
     x = b.pick(min_rank=2, max_rank=4)
     shape = (b.integer(1, 3),)
     parts = [
-        b.index(shape, size, negative=True) if i < 2 or b.chance() else ":" for i, size in enumerate(b.shape(x))
+        b.index(shape, size, negative=True) if i < 2 or b.chance() else ":"
+        for i, size in enumerate(b.shape(x))
     ]
     b.rng.shuffle(parts[2:])
     b.let(f"{x}[{', '.join(parts)}]")

@@ -182,7 +182,7 @@ def overwritten_element(b: Builder) -> None:
     b.let(f"{copy} * {copy}.cos()")
 
 
-@op()
+@op("clone.default", "alias.default")
 def write_through_a_view(b: Builder) -> None:
     """A view and its base, both read after one of the two was written into."""
     x = b.pick(min_rank=1)
