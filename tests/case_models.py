@@ -213,6 +213,26 @@ class ComputedNorms(nn.Module):
         return self.out(F.layer_norm(torch.tanh(h), (6,), self.shifts[0] * self.scales[:6], self.scales[::2]))
 
 
+class ImageRows(nn.Module):
+    """What works along the rows of an image, directly behind convolutions and batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))
+        self.batch = nn.BatchNorm2d(2)
+        self.layer, self.rows = nn.LayerNorm([4, 5]), nn.LayerNorm(5)
+        self.mix = nn.Linear(5, 5)
+        self.out = nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d = self.convolutions
+        x = self.layer(a(x))
+        x = self.rows(self.batch(x)) + 2 * b(x).softmax(-1)
+        x = self.mix(c(x)) + self.batch(x).cumsum(-1).tanh()
+        x = d(x)
+        return self.out((self.mix(x) + x.transpose(2, 3).sin().transpose(2, 3)).flatten(1))
+
+
 def frozen_middle() -> nn.Module:
     model = nn.Sequential(
         nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)

@@ -69,20 +69,6 @@ def op(
     return register
 
 
-def expressions(templates: dict[str, str], table: dict[str, Op] = OPS) -> None:
-    """Registers ops of one line each: template, see `Builder.fill` -> the ATen overloads that it is there for."""
-    for template, reaches in templates.items():
-
-        def write(b: Builder, template: str = template) -> None:
-            try:
-                b.let(b.fill(template))
-            except RuntimeError as error:  # two operands that each fit, but not one another
-                raise Skip from error
-
-        assert template not in OPS and template not in UNSUPPORTED, template
-        table[template] = Op(template, write, tuple(reaches.split()))
-
-
 @dataclass
 class State:
     """What the lines so far have made."""
@@ -107,6 +93,7 @@ class Builder:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.state = State()
+        self.preferred = ""  # what the next op acts on, if it can
         self.focus = False  # the op being written must act on a value that depends on the parameters
 
     # --- steps ---
@@ -114,7 +101,7 @@ class Builder:
     def step(self, op: Op, seed: int, focus: bool = False) -> bool:
         """Let an op write its lines; False, and nothing is changed, where it does not apply."""
         before = self.state.copy()
-        self.rng, self.focus = random.Random(seed), focus
+        self.rng, self.focus, self.preferred = random.Random(seed), focus, ""
         try:
             op.write(self)
         except Skip:
@@ -290,6 +277,13 @@ class Builder:
     ) -> str:
         """A value of a rank between the two, reshaped if need be; mostly a recent one that nobody has read."""
         tensors = self.state.tensors
+        preferred, self.preferred = self.preferred, ""
+        if (
+            preferred
+            and min_rank <= self.rank(preferred) <= max_rank
+            and (not where or where(tensors[preferred]))
+        ):
+            return preferred
         found = [
             (name, t)
             for name, t in tensors.items()
@@ -302,12 +296,10 @@ class Builder:
             found = fitting
         if not found:
             raise Skip
+        weights = [(1 + i) * min(t.numel(), 24) for i, (_, t) in enumerate(found)]
         weights = [
-            (1 + i)
-            * min(t.numel(), 24)
-            * (1 if name in self.state.read else 4)
-            * (4 if name[0] == "v" else 1)
-            for i, (name, t) in enumerate(found)
+            w * (1 if name in self.state.read else 4) * (4 if name[0] == "v" else 1)
+            for w, (name, _) in zip(weights, found, strict=True)
         ]
         ((name, _),) = self.rng.choices(found, weights)
         return self._of_rank(name, min_rank, max_rank)
@@ -341,54 +333,6 @@ class Builder:
         if fitting and self.chance(0.6):
             return self.choice(fitting)
         return self.weight(self.broadcastable(shape))
-
-    def fill(self, template: str) -> str:
-        """A template with choices in its places.
-
-        {x} a value, {vector} one of at least one axis, {matrix} of at least two, {image} of four; behind it {dim} an
-        axis, {dims} several, {y} an operand that broadcasts with it, {same} one of its shape, {mask} a mask.
-        {positive} a value kept above 0.5. {flag}, {number}, {fraction}.
-        """
-        return template.format_map(_Places(self))
-
-
-class _Places(dict[str, str]):
-    """What stands in the places of one template, chosen when asked for."""
-
-    def __init__(self, b: Builder) -> None:
-        super().__init__()
-        self.b = b
-        self.value = ""
-
-    def __missing__(self, place: str) -> str:
-        b = self.b
-        if place in _RANKS:
-            self.value = self[place] = b.pick(*_RANKS[place])
-            return self.value
-        if place == "positive":
-            self.value = b.pick()
-            self[place] = (
-                f"({self.value}.square() + 0.5)" if b.chance() else f"(F.softplus({self.value}) + 0.5)"
-            )
-            return self[place]
-        if not self.value and place not in ("flag", "number", "fraction"):
-            self["x"]  # what the place is about comes first
-        made: Any = {
-            "dim": lambda: b.axis(self.value),
-            "dims": lambda: b.axes(self.value),
-            "y": lambda: b.operand(self.value),
-            "same": lambda: b.weight(b.shape(self.value)),
-            "mask": lambda: b.mask(b.shape(self.value)),
-            "flag": b.chance,
-            "number": b.number,
-            "fraction": b.fraction,
-        }[place]()
-        if place in ("dim", "dims"):
-            self[place] = str(made)
-        return str(made)
-
-
-_RANKS = {"x": (0, 5), "vector": (1, 5), "matrix": (2, 5), "image": (4, 4)}
 
 
 def _joint_elements(a: tuple[int, ...], b: tuple[int, ...]) -> int:

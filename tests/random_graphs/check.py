@@ -191,6 +191,10 @@ def check(graph: Graph, whole: bool = True, single: bool = False, by_model: bool
         if not error <= bound:
             size = getattr(expected, name).norm().item()
             raise Wrong(f"{name}: error {error:.2e}, allowed {bound:.2e}, size {size:.2e}\n{graph}")
+    for columns in ([0], [*range(DIRECTIONS)] * 4):  # one direction, and many, may go other ways
+        error = (H @ V[:, columns] - expected.hessian[:, columns]).norm().item()
+        if not error <= 2 * allowed("hessian") + 1e-300:
+            raise Wrong(f"hessian: error {error:.2e} with {len(columns)} directions\n{graph}")
     products = V.T @ got.hessian
     if not (products - products.T).abs().max() <= allowed("hessian") * V.norm():
         raise Wrong(f"hessian: not symmetric\n{graph}")

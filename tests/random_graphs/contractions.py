@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from .builder import Builder, Skip, expressions, op
+from .builder import Builder, Skip, op
+from .templates import expressions
 
 expressions(
     {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .builder import Builder, Skip, expressions, op
+from .builder import OPS, Builder, Skip, op
+from .templates import expressions
 
 expressions(
     {
@@ -50,6 +51,19 @@ def conv2d(b: Builder) -> None:
 @op("conv1d.default", "conv1d.padding")
 def conv1d(b: Builder) -> None:
     _convolution(b, 1)
+
+
+@op()
+def behind_an_image(b: Builder) -> None:
+    """Any op directly behind one whose result the engine stores channels last."""
+    b.choice([conv2d, conv2d, batch_norm_of_images, max_pool2d, avg_pool2d])(b)
+    b.preferred = next(reversed(b.state.tensors))
+    OPS[b.choice([name for name in OPS if name != "behind_an_image"])].write(b)
+
+
+def batch_norm_of_images(b: Builder) -> None:
+    x = b.pick(4, 4)
+    b.let(f"F.batch_norm({x}, {b.numbers((b.size(x, 1),))}, {b.numbers((b.size(x, 1),))}.square() + 0.4)")
 
 
 def _transposed(b: Builder, spatial: int) -> None:

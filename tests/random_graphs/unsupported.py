@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .builder import UNSUPPORTED, Builder, Skip, expressions, op
+from .builder import UNSUPPORTED, Builder, Skip, op
+from .templates import expressions
 
 expressions(
     {

@@ -82,7 +82,9 @@ void NormaliseRule::adjoint(Directions& d) const {
                           : at::Tensor();
     };
     const at::Tensor weight_sums = sums(kWeight), bias_sums = sums(kBias);
-    const at::Tensor tdx = d.wants(kX) ? new_directions(K, input(kX), state.options()) : at::Tensor();
+    // Contiguous, as the kernel writes, whatever layout x is kept in.
+    const at::Tensor tdx =
+        d.wants(kX) ? at::empty(with_directions(K, input(kX).shape), state.options()) : at::Tensor();
     FLATCORE_DISPATCH(saved[kNormalised], "normalise", [&] {
         const NormaliseAdjoint<scalar_t> terms{saved[kNormalised].const_data_ptr<scalar_t>(),
                                                saved[kInverse].const_data_ptr<scalar_t>(),
