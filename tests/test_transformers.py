@@ -65,6 +65,14 @@ ARCHITECTURES = {
         language,
         SINGLE,
     ),
+    # So many tokens that the head and its cross-entropy are one op.
+    "gpt2-vocabulary": Architecture(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 1100, "n_positions": 16},
+        language,
+        SINGLE,
+    ),
     "bert": Architecture("BertForSequenceClassification", "BertConfig", BERT, classified),
     "distilbert": Architecture(
         "DistilBertForSequenceClassification",
@@ -207,3 +215,16 @@ def test_ggn_and_covariance_of_bert() -> None:
     each = [model(**{k: v[n : n + 1] for k, v in batch.items()}).loss for n in range(3)]
     g = rows(torch.stack(each))
     assert relative(fc.GradientCovariance(objective, centered=False) @ V, g.T @ (g @ V) / 3) <= EXACT
+
+
+def test_resnet_in_train_mode() -> None:
+    """Batch normalisation by the batch's own statistics; the running ones stay where they are."""
+    model, batch = built("resnet")
+    model.train()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    H = fc.Hessian(fc.Objective(model, fc.hf_loss(), batch, allow_train_mode=True))
+    assert H.plan().native_fraction == 1.0
+    V = torch.randn(H.shape[0], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    product = H @ V
+    assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
+    assert relative(product, double_backward(model, lambda: model(**batch).loss, V)[1]) <= EXACT

@@ -2,7 +2,7 @@
 
 from .batch import batch_leaves, flatten_batch, split_batch
 from .export import capture
-from .interpreter import interpret
+from .interpreter import cut_values, interpret
 from .prelude import Prelude, named_tensors
 from .program import Op, Program, Value
 from .verify import VerificationError, verify
@@ -15,6 +15,7 @@ __all__ = [
     "VerificationError",
     "batch_leaves",
     "capture",
+    "cut_values",
     "flatten_batch",
     "interpret",
     "named_tensors",
