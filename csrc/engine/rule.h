@@ -34,7 +34,8 @@ class Directions {
     virtual bool second_order() const = 0;
     // Are those behind the cut asked for, where the op holds it? True with second_order too.
     virtual bool curved() const = 0;
-    // Tangent of input i, contiguous within a direction; undefined where the input is not active.
+    // Tangent of input i, of any strides (a parameter's is a slice of V, a view's stands in its base);
+    // undefined where the input is not active.
     virtual at::Tensor tangent(int i) const = 0;
     // Tangent of the output's adjoint; undefined where it is zero.
     virtual at::Tensor cotangent() const = 0;

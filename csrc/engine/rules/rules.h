@@ -261,6 +261,7 @@ class NormaliseRule final : public Rule {
     NormaliseRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) || active(1); }
+    bool reads_value(int i) const override { return i == 1; }
     bool reads_output_adjoint() const override { return true; }
     bool reads_tangent_in_adjoint(int i) const override { return i < 2; }
     int64_t saved() const override { return rows_ * (columns_ + 1); }
