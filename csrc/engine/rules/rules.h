@@ -1,6 +1,7 @@
 // The rule classes, one op family per file.
 #pragma once
 
+#include "attention_tiles.h"
 #include "engine/rule.h"
 #include "engine/state.h"
 #include "engine/tensor_ops.h"
@@ -298,33 +299,32 @@ class LogSumExpRule final : public Rule {
 };
 
 // attention.cpp
-struct AttentionTile {  // a group of heads, a range of query rows, the keys from the first that those rows
-                        // may see
-    int64_t head, heads, row, rows, keys;
-};
+struct AttentionWork;
+struct AttentionAdjoint;
 
 class AttentionRule final : public Rule {
  public:
     AttentionRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) || active(1); }
-    bool reads_output_adjoint() const override { return true; }
-    bool reads_tangent_in_adjoint(int i) const override { return i < 3; }
+    bool reads_output_adjoint() const override { return has_second_order(); }
+    bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 3; }
     int64_t saved() const override { return input(0).numel + input(1).numel + input(2).numel; }
     double flops(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
 
  private:
-    using Tile = AttentionTile;
     template <class Body>
-    void for_each_tile(const Body& body) const;
-    at::Tensor mask_part(const at::Tensor& mask, const Tile& tile) const;
-    at::Tensor probabilities(const State& state, const Tile& tile) const;
-    at::Tensor logit_tangent(const State& state, const Tile& tile, const at::Tensor& tq,
+    void for_each_unit(const State& state, int64_t K, int64_t buffers, const Body& body) const;
+    at::Tensor probabilities(const AttentionWork& work, const AttentionTile& tile) const;
+    at::Tensor logit_tangent(const AttentionWork& work, const AttentionTile& tile, const at::Tensor& tq,
                              const at::Tensor& tk) const;
+    void adjoint_of_tile(const AttentionWork& work, const AttentionTile& tile,
+                         const AttentionAdjoint& a) const;
+
     bool causal_;
     double scale_;
-    int64_t heads_, queries_, keys_;
+    AttentionTiling tiling_;
 };
 
 // structure.cpp
