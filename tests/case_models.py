@@ -289,3 +289,16 @@ def resnet() -> nn.Module:
         nn.Flatten(),
         nn.Linear(4, 3),
     )
+
+
+class MaskOnly(nn.Module):
+    """A product of active values that is read by nothing but a comparison: no derivative goes back to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.gate, self.head = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.front(x).tanh()
+        m = (y / (1.5 + self.gate(x).tanh())) @ torch.ones(4, 1, dtype=x.dtype)
+        return self.head(torch.where(m > 0.1, y, 2 * y.sin()))

@@ -1,5 +1,7 @@
 #include "state.h"
 
+#include <stdexcept>
+#include <string>
 #include <unordered_set>
 
 #include "rule.h"
@@ -23,6 +25,13 @@ State::State(const Program& program, const std::unordered_map<int, at::Tensor>& 
     backward_sweep(*this, seed);
     for (const Op& op : program.ops())
         if (!program.keeps_value(op.output)) values_[static_cast<size_t>(op.output)] = at::Tensor();
+}
+
+const at::Tensor& State::value(int id) const {
+    const at::Tensor& found = values_[static_cast<size_t>(id)];
+    if (!found.defined())
+        throw std::logic_error("value " + std::to_string(id) + " of the program is read after it was freed");
+    return found;
 }
 
 void State::release_after_backward(const Op& op) {

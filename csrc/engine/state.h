@@ -18,7 +18,9 @@ class State {
     State(const Program& program, const std::unordered_map<int, at::Tensor>& leaves, double seed);
 
     const Program& program() const { return program_; }
-    const at::Tensor& value(int id) const { return values_[static_cast<size_t>(id)]; }
+    // Throws std::logic_error where the value was freed: then a rule does not say in reads_value what it
+    // reads.
+    const at::Tensor& value(int id) const;
     const at::Tensor& adjoint(int id) const { return adjoints_[static_cast<size_t>(id)]; }
     std::vector<at::Tensor>& saved(const Op& op) { return saved_[static_cast<size_t>(op.index)]; }
     const std::vector<at::Tensor>& saved(const Op& op) const { return saved_[static_cast<size_t>(op.index)]; }

@@ -40,8 +40,7 @@ class Pass final : public Directions {
             const Rule& rule = program_.rule(i);
             op_ = &op;
             visit(op, rule);
-            const bool cross = curved() && rule.has_second_order() &&
-                               (!rule.reads_output_adjoint() || state_.adjoint(op.output).defined());
+            const bool cross = curved() && rule.has_second_order();
             if (cotangent().defined() || cross) rule.adjoint(*this);
             cotangents_[static_cast<size_t>(op.output)] = at::Tensor();
             for (int input : op.inputs)
@@ -59,9 +58,11 @@ class Pass final : public Directions {
     int64_t K() const override { return K_; }
     const State& state() const override { return state_; }
     bool second_order() const override {
-        return program_.second_order(mode_, static_cast<size_t>(op_->index));
+        return program_.second_order(mode_, static_cast<size_t>(op_->index)) && adjoint_reached();
     }
-    bool curved() const override { return program_.curved(mode_, static_cast<size_t>(op_->index)); }
+    bool curved() const override {
+        return program_.curved(mode_, static_cast<size_t>(op_->index)) && adjoint_reached();
+    }
     bool wants(int i) const override {
         if (i >= static_cast<int>(op_->inputs.size()) || op_->inputs[i] < 0) return false;
         const Value& value = program_.values()[static_cast<size_t>(op_->inputs[i])];
@@ -117,6 +118,12 @@ class Pass final : public Directions {
     at::Tensor& cotangent_of(int id) { return cotangents_[static_cast<size_t>(id)]; }
 
  private:
+    // An output through which no derivative goes back, the mask of a `where` say, has no adjoint and so no
+    // terms in it.
+    bool adjoint_reached() const {
+        return !program_.rule(static_cast<size_t>(op_->index)).reads_output_adjoint() ||
+               state_.adjoint(op_->output).defined();
+    }
     at::Tensor slice(const at::Tensor& matrix, size_t id) const {
         const Value& value = program_.values()[id];
         return matrix.narrow(1, value.offset, value.numel).view(with_directions(K_, value.shape));
