@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from flatcore.autograd import AutogradBackend, Mode
+from flatcore.capture import NO_VALUE
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.native import ROWS_MIX, NativeBackend
 from flatcore.objective import Objective, Snapshot
@@ -33,6 +34,7 @@ class Backends:
         self._objective = objective
         self._others: dict[str, AutogradBackend] = {}
         self._native: NativeBackend | None = None
+        self._told = False
         try:
             self._native = NativeBackend(objective)
         except CaptureError as error:
@@ -41,20 +43,34 @@ class Backends:
     def choose(self, mode: Mode) -> Backend:
         reason = self._native.refusal(mode) if self._native else self._reason
         if self._native and not reason:
+            if self._native.external and not self._told:
+                self._told = True
+                _warn(_said_of(self._native.external))
             return self._native
-        if self._native and mode == "ggn":
+        if self._native and mode == "ggn" and reason != NO_VALUE:
             raise ValueError(
                 f"loss: the Gauss-Newton matrix needs a cut between model and loss, got none: {reason}"
             )
         if reason not in self._others:
             self._others[reason] = AutogradBackend(self._objective, reason, by_example=reason == ROWS_MIX)
-            warnings.warn(
-                f"products run through torch autograd, one direction at a time: {reason}. The results are "
-                "right; each takes several times as long",
-                FlatcoreWarning,
-                stacklevel=5,
+            _warn(
+                f"{reason}; so products of the whole model run through torch autograd, one direction at a time: "
+                "as right, each several times as slow"
             )
         return self._others[reason]
+
+
+def _said_of(operations: list[str]) -> str:
+    count = len(operations)
+    shown = ", ".join(operations[:4]) + (f" and {count - 4} more" if count > 4 else "")
+    return (
+        f"{count} {'operation runs' if count == 1 else 'operations run'} through torch autograd inside the native "
+        f"program: {shown}; the results are right, and products slower than without"
+    )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FlatcoreWarning, stacklevel=6)
 
 
 def backend_for(objective: Objective, mode: Mode) -> Backend:

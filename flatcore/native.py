@@ -82,6 +82,12 @@ class NativeBackend:
                 return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
         return self._mixing() if mode == "covariance" else ""
 
+    @property
+    def external(self) -> list[str]:
+        """The operations that run through autograd, with the modules they stand in."""
+        found = [op for c in self._compiled.values() for op in c.program.ops if op.kind == "external"]
+        return list(dict.fromkeys(f"{op.attrs['function']} in '{op.path}'" for op in found))
+
     def _mixing(self) -> str:
         """Why the rows of the cut are not the examples' own, in their order; empty if they are.
 
@@ -290,9 +296,12 @@ def _engine_program(program: Program, objective: Objective) -> engine.Program:
 
 def _rows(counted: list[tuple[Compiled, int]], mode: Mode) -> tuple[PlanRow, ...]:
     """One row per op; programs that differ in shapes only share their rows."""
-    flops: dict[tuple[int, str, str], float] = {}
+    flops: dict[tuple[int, str, str, bool], float] = {}
     for compiled, count in counted:
         for index, op in enumerate(compiled.program.ops):
-            row = (index, op.kind, op.path)
+            native = op.kind != "external"
+            row = (index, op.kind if native else str(op.attrs["function"]), op.path, native)
             flops[row] = flops.get(row, 0.0) + count * compiled.engine.op_flops(index, mode, 1)
-    return tuple(PlanRow(kind, path, True, value) for (_, kind, path), value in sorted(flops.items()))
+    return tuple(
+        PlanRow(kind, path, native, value) for (_, kind, path, native), value in sorted(flops.items())
+    )

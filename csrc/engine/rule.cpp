@@ -56,6 +56,7 @@ const std::unordered_map<std::string, Kind>& kinds() {
         {"rows", kind<RowsRule>(2, 2)},
         {"where", kind<WhereRule>(3, 3)},
         {"round", kind<RoundRule>(1, 1)},
+        {"external", kind<ExternalRule>(1, 1 << 20)},
     };
     return table;
 }

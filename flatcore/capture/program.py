@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 
+from .external import External
 from .prelude import Prelude
 
 ValueKind = Literal["parameter", "constant", "activation"]
 Reduction = Literal["mean", "sum", "other"]
-Attribute = bool | int | float | str | tuple[int, ...]
+Attribute = bool | int | float | str | tuple[int, ...] | External
 
 
 @dataclass(frozen=True)

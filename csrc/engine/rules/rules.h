@@ -344,6 +344,24 @@ class RoundRule final : public Rule {
     bool aliases() const override { return true; }
 };
 
+// external.cpp
+class ExternalRule final : public Rule {
+ public:
+    ExternalRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return true; }
+    bool reads_value(int) const override { return true; }
+    bool reads_output_adjoint() const override { return true; }
+    bool reads_tangent_in_adjoint(int) const override { return true; }
+    double flops(int64_t K, bool second_order) const override;
+    int64_t workspace(int64_t K) const override;
+
+ private:
+    std::vector<at::Tensor> inputs(const State& state) const;
+    std::vector<at::Tensor> tangents(const Directions& d) const;
+    External function_;
+};
+
 #undef FLATCORE_RULE_METHODS
 
 }  // namespace flatcore
