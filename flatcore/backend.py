@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flatcore.autograd import AutogradBackend, Mode
 from flatcore.capture import NO_VALUE
-from flatcore.errors import CaptureError, FlatcoreWarning
+from flatcore.errors import CaptureError, FlatcoreWarning, NotTwiceDifferentiableError
 from flatcore.native import ROWS_MIX, NativeBackend
 from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
@@ -34,11 +34,12 @@ class Backends:
         self._objective = objective
         self._others: dict[str, AutogradBackend] = {}
         self._native: NativeBackend | None = None
-        self._told = False
+        self._told = self._once = False
         try:
             self._native = NativeBackend(objective)
         except CaptureError as error:
             self._reason = str(error)
+            self._once = isinstance(error, NotTwiceDifferentiableError)
 
     def choose(self, mode: Mode) -> Backend:
         reason = self._native.refusal(mode) if self._native else self._reason
@@ -51,11 +52,18 @@ class Backends:
             raise ValueError(
                 f"loss: the Gauss-Newton matrix needs a cut between model and loss, got none: {reason}"
             )
+        if self._once and mode != "covariance":
+            raise ValueError(
+                f"model: {reason}, so the loss has no products with second derivatives; replace the operation, leave "
+                "the parameters in front of it out with params=, or ask for the gradient covariance"
+            )
         if reason not in self._others:
-            self._others[reason] = AutogradBackend(self._objective, reason, by_example=reason == ROWS_MIX)
+            by_example = self._once or reason == ROWS_MIX
+            self._others[reason] = AutogradBackend(self._objective, reason, by_example)
+            how = "example by example" if by_example else "one direction at a time"
             _warn(
-                f"{reason}; so products of the whole model run through torch autograd, one direction at a time: "
-                "as right, each several times as slow"
+                f"{reason}; so products of the whole model run through torch autograd, {how}: as right, each several "
+                "times as slow"
             )
         return self._others[reason]
 

@@ -21,3 +21,7 @@ class CaptureError(Exception):
         super().__init__(
             f"cannot capture {op}{where}: {reason}" if op else f"cannot capture {module}: {reason}"
         )
+
+
+class NotTwiceDifferentiableError(CaptureError):
+    """An operation that torch autograd cannot differentiate twice either."""

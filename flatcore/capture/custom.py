@@ -45,7 +45,9 @@ def recorded_functions() -> Iterator[None]:
             return apply(cls, *args, **kwargs)
         name = f"{cls.__name__}.apply"
         if issubclass(cls, BackwardHookFunction):
-            raise CaptureError("is a hook that may alter the gradient, of which the graph shows nothing", op=name)
+            raise CaptureError(
+                "is a hook that may alter the gradient, of which the graph shows nothing", op=name
+            )
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 

@@ -146,7 +146,9 @@ def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
     except _NotScalar as error:
         raise ValueError(str(error)) from None
     except CaptureError as error:
-        raise CaptureError(error.reason, op=error.op, path=error.path or _traced_module(error, wrapper)) from None
+        raise CaptureError(
+            error.reason, op=error.op, path=error.path or _traced_module(error, wrapper)
+        ) from None
     except Exception as error:  # whatever the user's own code or torch raises while it is traced
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         what = "its control flow depends on tensor values" if "data-dependent" in lines[0] else ""

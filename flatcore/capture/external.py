@@ -13,7 +13,7 @@ from torch import Tensor, autograd
 Optional = Sequence[Tensor | None]  # one entry per input
 
 
-class OnceDifferentiable(RuntimeError):
+class OnceDifferentiableError(RuntimeError):
     """A derivative that cannot be differentiated again."""
 
 
@@ -101,7 +101,7 @@ class External:
         return results
 
     def check_twice_differentiable(self, inputs: Sequence[Tensor], active: Sequence[bool]) -> None:
-        """Raises OnceDifferentiable where torch would take zero for the second derivative without a word."""
+        """Raises OnceDifferentiableError where torch would take zero for the second derivative without a word."""
         with _differentiating():
             leaves, y = self._evaluate(inputs, active)
             if not y.requires_grad:
@@ -112,7 +112,7 @@ class External:
             )
             for g in found:
                 if g is not None and not g.requires_grad and bool(g.count_nonzero()):
-                    raise OnceDifferentiable("its derivative has no derivative")
+                    raise OnceDifferentiableError("its derivative has no derivative")
             refuse_dead_ends([g for g in found if g is not None])
 
     def _evaluate(self, inputs: Sequence[Tensor], active: Sequence[bool]) -> tuple[list[Tensor], Tensor]:
@@ -133,7 +133,7 @@ def refuse_dead_ends(values: Sequence[Tensor]) -> None:
         if node is None or node in seen:
             continue
         if node.name() == "torch::autograd::Error":
-            raise OnceDifferentiable("one of its functions is marked as differentiable once only")
+            raise OnceDifferentiableError("one of its functions is marked as differentiable once only")
         seen.add(node)
         pending.extend(successor for successor, _ in node.next_functions)
 

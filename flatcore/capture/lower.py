@@ -18,7 +18,7 @@ from torch import fx
 from ..errors import CaptureError
 from .deferred import REAL_DTYPES, Deferred, Leaf, composed, has_fixed_shape, is_value
 from .external import External
-from .graph import aten_name, arguments, fill_value, op_name
+from .graph import arguments, aten_name, fill_value, op_name
 from .prelude import PreludeBuilder, Source
 from .program import Attribute, Op, Value, ValueKind
 from .verify import infer
@@ -121,8 +121,9 @@ class Lowering:
     def _ruled(self, node: fx.Node) -> Result:
         """What the lowering of this operation gives; None where there is none for it, or for what it reads."""
         if node.target is operator.getitem:
-            several = self._results[node.args[0]]  # type: ignore[index]
-            return several[node.args[1]] if isinstance(several, tuple) else None
+            source, position = node.args
+            several = self._results[source]  # type: ignore[index]
+            return several[position] if isinstance(several, tuple) else None  # type: ignore[index]
         rule = LOWERINGS.get(aten_name(node))
         if rule is None or not all(map(self._has_value, node.all_input_nodes)) or not has_fixed_shape(node):
             return None
@@ -144,7 +145,7 @@ class Lowering:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype not in REAL_DTYPES:
             raise self.error(f"gives {value.dtype}; keep the model in one precision on one device")
-        if not is_value(node):
+        if not isinstance(value, torch.Tensor) or not is_value(node):
             return Deferred()
         name, function, inputs = composed(node, self._leaf, self.dtype)
         return self.emit(

@@ -16,7 +16,6 @@ from torch.export.graph_signature import OutputKind
 from ..errors import CaptureError
 from .graph import Names, active_nodes, arguments, module_path, needed_nodes, outputs
 
-
 _STOPS = "stops the gradient, so the loss has no Hessian that matches its gradient"
 _DETACHED = ("aten.detach.default", "aten._local_scalar_dense.default", "aten.item.default")
 

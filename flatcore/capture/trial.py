@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..errors import CaptureError
-from .external import External
+from ..errors import CaptureError, NotTwiceDifferentiableError
+from .external import External, OnceDifferentiableError
 from .interpreter import meaning
 from .program import Op, Program
 
@@ -22,8 +22,8 @@ from .program import Op, Program
 def tried(program: Program, parameters: Mapping[str, Tensor], constants: Mapping[int, Tensor]) -> Program:
     """The program with the measured costs of its external ops.
 
-    Raises CaptureError, naming operation and module, for an op that torch cannot differentiate twice here, or
-    differentiates wrongly.
+    Raises CaptureError, naming operation and module, for an op that does not run here, that torch cannot differentiate
+    twice (NotTwiceDifferentiableError), or that it differentiates wrongly.
     """
     if not any(op.kind == "external" for op in program.ops):
         return program
@@ -50,7 +50,10 @@ def _tried(op: Op, inputs: Sequence[Tensor], active: Sequence[bool]) -> Op:
         raise
     except Exception as error:  # whatever torch or the user's own function raises
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        problem = f"torch cannot differentiate it twice ({first_line})"
+        refused = isinstance(error, OnceDifferentiableError) or "is not implemented" in first_line
+        kind = NotTwiceDifferentiableError if refused else CaptureError
+        reason = f"torch cannot differentiate it twice ({first_line.rstrip('.')})"
+        raise kind(reason, op=function.name, path=op.path) from error
     if problem:
         raise CaptureError(problem, op=function.name, path=op.path)
     return dataclasses.replace(op, attrs={"function": measured})

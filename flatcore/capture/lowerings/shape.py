@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import fx
 
-from ..lower import REAL_DTYPES, Lowering, Mask, NoRuleError, Result, lowers
+from ..deferred import REAL_DTYPES
+from ..lower import Lowering, Mask, NoRuleError, Result, lowers
 
 
 @lowers(
