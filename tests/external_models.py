@@ -95,10 +95,12 @@ ROWWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rfft": spectrum,
     "norm of order 3": lambda h, w: h * (h * w).norm(3, 1, keepdim=True),
     "det": lambda h, w: torch.linalg.det((h * w)[:, :4].view(-1, 2, 2))[:, None] * h,
-    "inverse": lambda h, w: (
-        torch.linalg.inv((h * w)[:, :4].view(-1, 2, 2) + 3 * torch.eye(2, dtype=h.dtype)).flatten(1)
-    ),
-    "logdet": lambda h, w: torch.logdet((h * w)[:, :4].view(-1, 2, 2) + 3 * torch.eye(2, dtype=h.dtype))[:, None],
+    "inverse": lambda h, w: torch.linalg.inv(
+        (h * w)[:, :4].view(-1, 2, 2) + 3 * torch.eye(2, dtype=h.dtype)
+    ).flatten(1),
+    "logdet": lambda h, w: torch.logdet((h * w)[:, :4].view(-1, 2, 2) + 3 * torch.eye(2, dtype=h.dtype))[
+        :, None
+    ],
     "bilinear": lambda h, w: F.bilinear(h[:, :4], h[:, 4:], torch.outer(w, w[:4]).view(2, 4, 4)),
     "cosine_similarity": lambda h, w: h * F.cosine_similarity(h * w, h.flip(1))[:, None],
     "where of an argmax": lambda h, w: torch.where((h.argmax(1) > 3)[:, None], h * w, h.square()),
@@ -147,7 +149,9 @@ class Around(nn.Module):
         return self.last(self.inner(self.inner(h) if self.twice else h))
 
 
-def built(function: Callable[[Tensor, Tensor], Tensor], **options: Any) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def built(
+    function: Callable[[Tensor, Tensor], Tensor], **options: Any
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     model = Around(function, **options).double().eval()
     return model, (torch.randn(EXAMPLES, 4, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0]))
@@ -156,7 +160,9 @@ def built(function: Callable[[Tensor, Tensor], Tensor], **options: Any) -> tuple
 class Dense:
     """Hessian, GGN and covariance of loss(model(x), y) by autograd twice, one row at a time."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: tuple[Tensor, Tensor]
+    ) -> None:
         self.model, self.loss, self.batch = model, loss, batch
         self.theta = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
 

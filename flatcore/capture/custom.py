@@ -62,8 +62,9 @@ def recorded_functions() -> Iterator[None]:
             return [output for output in pytree.tree_leaves(run(inputs)) if isinstance(output, Tensor)]
 
         call.__qualname__ = name
+        detached = [t.detach() for t in tensors]
         with _Arguments(name):
-            outputs, form = pytree.tree_flatten(run([t.detach() for t in tensors]))
+            outputs, form = pytree.tree_flatten(run(detached))
         key = next(_KEYS)
         _CALLS[key] = call
         results = iter(torch.ops.flatcore.external(tensors, key))

@@ -151,8 +151,9 @@ def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
         ) from None
     except Exception as error:  # whatever the user's own code or torch raises while it is traced
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        what = "its control flow depends on tensor values" if "data-dependent" in lines[0] else ""
-        reason = f"{what or 'torch.export refused it'} ({type(error).__name__}: {lines[0][:200]})"
+        reason = f"torch.export refused it ({type(error).__name__}: {lines[0][:200]})"
+        if "data-dependent" in lines[0]:
+            reason = "its control flow depends on tensor values, which a program cannot follow"
         raise CaptureError(reason, path=_traced_module(error, wrapper)) from error
 
 
@@ -166,7 +167,7 @@ def _traced_module(error: BaseException, wrapper: nn.Module) -> str:
         if current is None:
             continue
         for frame, _ in traceback.walk_tb(current.__traceback__):
-            module = frame.f_locals.get("self")
+            module = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
             if isinstance(module, nn.Module) and frame.f_code.co_name == "forward" and id(module) in paths:
                 found = paths[id(module)] or "loss"
         pending.append(current.__cause__ or current.__context__)
