@@ -32,7 +32,7 @@ class Backends:
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self._others: dict[str, AutogradBackend] = {}
+        self._others: dict[tuple[str, bool], AutogradBackend] = {}
         self._native: NativeBackend | None = None
         self._told = self._once = False
         try:
@@ -52,20 +52,29 @@ class Backends:
             raise ValueError(
                 f"loss: the Gauss-Newton matrix needs a cut between model and loss, got none: {reason}"
             )
-        if self._once and mode != "covariance":
-            raise ValueError(
-                f"model: {reason}, so the loss has no products with second derivatives; replace the operation, leave "
-                "the parameters in front of it out with params=, or ask for the gradient covariance"
-            )
-        if reason not in self._others:
-            by_example = self._once or reason == ROWS_MIX
-            self._others[reason] = AutogradBackend(self._objective, reason, by_example)
+        by_example = reason == ROWS_MIX or (self._once and mode == "covariance")
+        if (reason, by_example) not in self._others:
+            backend = AutogradBackend(self._objective, reason, by_example)
+            if self._once and not by_example:
+                _try(backend, mode, reason)
+            self._others[reason, by_example] = backend
             how = "example by example" if by_example else "one direction at a time"
             _warn(
                 f"{reason}; so products of the whole model run through torch autograd, {how}: as right, each several "
                 "times as slow"
             )
-        return self._others[reason]
+        return self._others[reason, by_example]
+
+
+def _try(backend: AutogradBackend, mode: Mode, reason: str) -> None:
+    """What cannot be differentiated twice alone may be computed in another way inside the model."""
+    try:
+        backend.plan(mode)
+    except ValueError as error:
+        raise ValueError(
+            f"model: {reason}, so the loss has no products with second derivatives; replace the operation, leave the "
+            "parameters in front of it out with params=, or ask for the gradient covariance"
+        ) from error
 
 
 def _said_of(operations: list[str]) -> str:

@@ -85,8 +85,8 @@ class NativeBackend:
     @property
     def external(self) -> list[str]:
         """The operations that run through autograd, with the modules they stand in."""
-        found = [op for c in self._compiled.values() for op in c.program.ops if op.kind == "external"]
-        return list(dict.fromkeys(f"{op.attrs['function']} in '{op.path}'" for op in found))
+        ops = [op for compiled in self._compiled.values() for op in compiled.program.ops]
+        return list(dict.fromkeys(f"{op.external} in '{op.path}'" for op in ops if op.external))
 
     def _mixing(self) -> str:
         """Why the rows of the cut are not the examples' own, in their order; empty if they are.
@@ -198,7 +198,8 @@ class NativeBackend:
                 ).loss
             )
         program = self._compiled[_key(batch.batch)].program
-        rounds = any(op.kind == "round" for op in program.ops)  # the model casts to float32 inside
+        # Does the model cast to float32 inside?
+        rounds = any(op.kind == "round" or (op.external and op.external.rounds) for op in program.ops)
         precision = torch.float32 if rounds else objective.layout.dtype
         # A loss near zero is the difference of numbers of order one.
         if not abs(ours - theirs) <= math.sqrt(torch.finfo(precision).eps) * (1 + abs(theirs)):
@@ -299,8 +300,7 @@ def _rows(counted: list[tuple[Compiled, int]], mode: Mode) -> tuple[PlanRow, ...
     flops: dict[tuple[int, str, str, bool], float] = {}
     for compiled, count in counted:
         for index, op in enumerate(compiled.program.ops):
-            native = op.kind != "external"
-            row = (index, op.kind if native else str(op.attrs["function"]), op.path, native)
+            row = (index, str(op.external or op.kind), op.path, op.external is None)
             flops[row] = flops.get(row, 0.0) + count * compiled.engine.op_flops(index, mode, 1)
     return tuple(
         PlanRow(kind, path, native, value) for (_, kind, path, native), value in sorted(flops.items())

@@ -35,7 +35,7 @@ def _shapes(inputs: Sequence[Tensor], key: int) -> list[Tensor]:
 def recorded_functions() -> Iterator[None]:
     """While it lasts, each call by this thread that has a gradient becomes one node of the traced graph."""
     tracing = threading.get_ident()
-    first = next(_KEYS)
+    keys = []
     apply: Any = torch.autograd.Function.__dict__["apply"].__func__
 
     def recording(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +67,7 @@ def recorded_functions() -> Iterator[None]:
             outputs, form = pytree.tree_flatten(run(detached))
         key = next(_KEYS)
         _CALLS[key] = call
+        keys.append(key)
         results = iter(torch.ops.flatcore.external(tensors, key))
         return pytree.tree_unflatten([next(results) if isinstance(o, Tensor) else o for o in outputs], form)
 
@@ -74,7 +75,7 @@ def recorded_functions() -> Iterator[None]:
         try:
             yield
         finally:
-            for key in [k for k in _CALLS if k > first]:
+            for key in keys:
                 del _CALLS[key]
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .external import External
 from .graph import op_name
 
 # What the model may compute in. The program has one of them: the selected parameters'.
 REAL_DTYPES = (torch.float32, torch.float64)
+_SINGLE = (torch.float32, torch.complex64)
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,15 @@ def is_value(node: fx.Node) -> bool:
 
 def composed(
     node: fx.Node, leaf: Callable[[fx.Node], Leaf | None], dtype: torch.dtype
-) -> tuple[str, fx.GraphModule, list[int]]:
-    """What computes `node` from values of a program: its name, a module of them to a tensor of `dtype`, their ids.
+) -> tuple[External, list[int]]:
+    """What computes `node`, in `dtype`, from values of a program; and the ids of these.
 
     leaf: where the function begins; None for a node that is part of it.
     """
     graph = fx.Graph()
     handles: dict[fx.Node, fx.Node] = {}
     inputs: dict[Leaf, fx.Node] = {}
-    names: dict[str, None] = {}
+    parts: list[fx.Node] = []
     pending = [node]
     while pending:  # a stack, not recursion: such chains can be deeper than Python's call stack
         current = pending[-1]
@@ -67,15 +69,18 @@ def composed(
                 handles[current] = _input(graph, inputs, start)
             else:
                 handles[current] = _copy(graph, current, handles)
-                if current.target is not operator.getitem:
-                    names[op_name(current)] = None
+                parts.append(current)
         pending.extend(missing)
     result = handles[node]
     if node.meta["val"].dtype != dtype:
         result = graph.call_function(torch.Tensor.to, (result, dtype))
     graph.output(result)
     graph.lint()
-    return _short(list(names)), fx.GraphModule(nn.Module(), graph), [start.value for start in inputs]
+    names = dict.fromkeys(op_name(part) for part in parts if part.target is not operator.getitem)
+    rounds = any(getattr(part.meta.get("val"), "dtype", None) in _SINGLE for part in parts)
+    shape = tuple(node.meta["val"].shape)
+    function = External(_short(list(names)), fx.GraphModule(nn.Module(), graph), shape, dtype, rounds)
+    return function, [start.value for start in inputs]
 
 
 def _input(graph: fx.Graph, inputs: dict[Leaf, fx.Node], leaf: Leaf) -> fx.Node:

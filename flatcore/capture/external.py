@@ -24,7 +24,9 @@ class External:
     The engine calls `forward`, `tangent` and `adjoint`. Directions of a tensor of shape S are (K, *S). Nothing is
     kept between calls: each builds its graph anew.
 
+    name:      of the operations, for people.
     function:  of as many tensors as the op has inputs; integers and masks take no part in derivatives.
+    rounds:    part of it is computed in single precision, whatever `dtype` is.
     flops:     floating-point operations of tangent and adjoint for one direction.
     workspace: elements that tangent or adjoint hold at once, directions not counted.
     """
@@ -33,6 +35,7 @@ class External:
     function: Callable[..., Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    rounds: bool = False
     flops: float = 0.0
     workspace: int = 0
 

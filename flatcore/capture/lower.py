@@ -17,7 +17,6 @@ from torch import fx
 
 from ..errors import CaptureError
 from .deferred import REAL_DTYPES, Deferred, Leaf, composed, has_fixed_shape, is_value
-from .external import External
 from .graph import arguments, aten_name, fill_value, op_name
 from .prelude import PreludeBuilder, Source
 from .program import Attribute, Op, Value, ValueKind
@@ -147,10 +146,8 @@ class Lowering:
             raise self.error(f"gives {value.dtype}; keep the model in one precision on one device")
         if not isinstance(value, torch.Tensor) or not is_value(node):
             return Deferred()
-        name, function, inputs = composed(node, self._leaf, self.dtype)
-        return self.emit(
-            "external", *inputs, function=External(name, function, tuple(value.shape), self.dtype)
-        )
+        function, inputs = composed(node, self._leaf, self.dtype)
+        return self.emit("external", *inputs, function=function)
 
     def _leaf(self, node: fx.Node) -> Leaf | None:
         """The value that stands for a node in a function of external ops; None where there is none."""

@@ -48,6 +48,12 @@ class Op:
         """The inputs that are not absent."""
         return (i for i in self.inputs if i is not None)
 
+    @property
+    def external(self) -> External | None:
+        """The function of an op that has no rule."""
+        function = self.attrs.get("function")
+        return function if isinstance(function, External) else None
+
 
 @dataclass(frozen=True)
 class Program:

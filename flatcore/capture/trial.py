@@ -25,27 +25,28 @@ def tried(program: Program, parameters: Mapping[str, Tensor], constants: Mapping
     Raises CaptureError, naming operation and module, for an op that does not run here, that torch cannot differentiate
     twice (NotTwiceDifferentiableError), or that it differentiates wrongly.
     """
-    if not any(op.kind == "external" for op in program.ops):
+    if not any(op.external for op in program.ops):
         return program
     values = {i: parameters[name].detach() for i, name in program.parameters.items()} | dict(constants)
     active, ops = program.active(), []
     for op in program.ops:
         inputs = [None if i is None else values[i] for i in op.inputs]
-        if op.kind == "external":
+        if op.external:
             given = [x for x in inputs if x is not None]
-            op = _tried(op, given, [i in active for i in op.present])
+            op = _tried(op, op.external, given, [i in active for i in op.present])
         with torch.no_grad():
             values[op.output] = meaning(op.kind, op.attrs, inputs)
         ops.append(op)
     return dataclasses.replace(program, ops=tuple(ops))
 
 
-def _tried(op: Op, inputs: Sequence[Tensor], active: Sequence[bool]) -> Op:
-    function = op.attrs["function"]
-    assert isinstance(function, External)
+def _tried(op: Op, function: External, inputs: Sequence[Tensor], active: Sequence[bool]) -> Op:
+    versions = [x._version for x in inputs]
     try:
         function.check_twice_differentiable(inputs, active)
         problem, measured = _differentiated(function, inputs, active)
+        if versions != [x._version for x in inputs]:
+            problem = "writes into its arguments"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever torch or the user's own function raises
