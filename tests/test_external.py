@@ -258,6 +258,16 @@ class Skewed(torch.autograd.Function):
         return torch.cat([dy[:, :4] * x[:, 4:], dy[:, 4:]], 1)
 
 
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        return x * table.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.clone(), None
+
+
 def by_hand(h: Tensor, w: Tensor) -> Tensor:
     return h if h.sum() > 0 else -h
 
@@ -284,6 +294,10 @@ def numeric(h: Tensor, w: Tensor) -> Tensor:
     [
         (by_hand, "cannot capture module 'inner': its control flow depends on tensor values"),
         (numeric, r"cannot capture module 'inner': torch\.export refused it"),
+        (
+            lambda h, w: Doubling.apply(h * w, h.new_ones(8)),
+            r"Doubling\.apply in module 'inner': writes into its",
+        ),
         (
             lambda h, w: h * h.sum().item(),
             r"_local_scalar_dense\.default in module 'inner': stops the gradient",
