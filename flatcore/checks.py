@@ -27,8 +27,8 @@ def check_finite(tensors_by_name: Mapping[str, Tensor], what: str) -> None:
             )
 
 
-def check_mode(model: nn.Module) -> None:
-    """Refuses layers that behave differently in training: their loss is random or makes examples interact."""
+def check_mode(model: nn.Module, allow_train_mode: bool) -> None:
+    """Refuses layers whose loss is random in train mode, and unless allowed those that make examples interact."""
     random_layers = [
         describe for name, module in model.named_modules() if (describe := _random_layer(name, module))
     ]
@@ -37,12 +37,18 @@ def check_mode(model: nn.Module) -> None:
         for name, module in model.named_modules()
         if isinstance(module, _NORMS_WITH_STATISTICS) and module.training and _updates_statistics(module)
     ]
-    found = random_layers + statistics
+    found = random_layers + ([] if allow_train_mode else statistics)
     if found:
         shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        if allow_train_mode:
+            advice = "call eval() on these layers: allow_train_mode=True is for normalisation"
+        else:
+            advice = "call model.eval()"
+            advice += ", or pass allow_train_mode=True to normalise by each batch's own statistics" * (
+                not random_layers
+            )
         raise ValueError(
-            f"model: expected a loss that is the same every time, got layers in train mode: {shown}; call "
-            "model.eval()"
+            f"model: expected a loss that is the same every time, got layers in train mode: {shown}; {advice}"
         )
 
 
@@ -72,10 +78,16 @@ def _random_layer(name: str, module: nn.Module) -> str:
 def check_batch_statistics(model: nn.Module) -> None:
     """Refuses normalisation over the batch where examples must not interact."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.running_mean is None:
+                how, instead = "without running statistics", "use track_running_stats=True"
+            elif module.training:
+                how, instead = "in train mode", "call model.eval()"
+            else:
+                continue
             raise ValueError(
-                f"model: expected examples that do not interact, got {name!r} ({type(module).__name__}) "
-                "without running statistics, which normalises over the batch; use track_running_stats=True"
+                f"model: expected examples that do not interact, got {name!r} ({type(module).__name__}) {how}, "
+                f"which normalises over the batch, so that no example has a gradient of its own; {instead}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The command line: flatcore report | spectrum | plan | doctor."""
+"""The command line: flatcore report | spectrum | plan | bench | doctor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
 import flatcore as fc
 from flatcore import doctor as doctor_module
+from flatcore.bench.command import chosen
+from flatcore.bench.command import run as run_bench
+from flatcore.bench.workloads import WORKLOADS
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
 from flatcore.report import compare
@@ -59,6 +63,11 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 
 
 subject_argument = click.argument("subject")
+train_mode_option = click.option(
+    "--allow-train-mode",
+    is_flag=True,
+    help="Normalisation layers in train mode use each batch's own statistics.",
+)
 seed_option = click.option("--seed", default=0, show_default=True, help="Of the random probes.")
 json_option = click.option(
     "--json",
@@ -82,13 +91,21 @@ def _text(json_file: TextIO | None) -> Console:
 @click.option("-k", default=5, show_default=True, help="Number of largest eigenvalues.")
 @click.option("--rtol", default=0.01, show_default=True, help="Relative standard error of the trace.")
 @click.option("--compare-autograd", is_flag=True, help="Compute all a second time through an autograd loop.")
+@train_mode_option
 @seed_option
 @json_option
 def report(
-    subject: str, out: Path, k: int, rtol: float, compare_autograd: bool, seed: int, json_file: TextIO | None
+    subject: str,
+    out: Path,
+    k: int,
+    rtol: float,
+    compare_autograd: bool,
+    allow_train_mode: bool,
+    seed: int,
+    json_file: TextIO | None,
 ) -> None:
     """Trace, eigenvalues and spectral density of the Hessian, as a table, report.html and JSON."""
-    write_report(load_subjects(subject), out, k, rtol, compare_autograd, seed, json_file)
+    write_report(load_subjects(subject, allow_train_mode), out, k, rtol, compare_autograd, seed, json_file)
 
 
 def write_report(
@@ -136,6 +153,7 @@ def write_report(
 @click.option(
     "--density", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the density to FILE."
 )
+@train_mode_option
 @seed_option
 @json_option
 def spectrum(
@@ -145,12 +163,13 @@ def spectrum(
     which: str,
     tol: float,
     picture: Path | None,
+    allow_train_mode: bool,
     seed: int,
     json_file: TextIO | None,
 ) -> None:
     """A few eigenvalues with their residuals; with --density a picture of them all (.png, .pdf or .svg)."""
     console, found = _text(json_file), {}
-    for s in load_subjects(subject):
+    for s in load_subjects(subject, allow_train_mode):
         A = OPERATORS[operator](s.objective)
         pairs = fc.eigsh(A, k, which=which, tol=tol, seed=seed, return_eigenvectors=False, progress=True)
         table = Table(title=f"{s.name}: {operator}, {which}, {pairs.matvecs} products, {pairs.status}")
@@ -181,11 +200,12 @@ def _draw(density: Any, title: str, path: Path) -> None:
 @main.command()
 @subject_argument
 @click.option("--operator", type=click.Choice(list(OPERATORS)), default="hessian", show_default=True)
+@train_mode_option
 @json_option
-def plan(subject: str, operator: str, json_file: TextIO | None) -> None:
+def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO | None) -> None:
     """What a product will run: op by op, natively or through autograd, with flops and memory."""
     found = {}
-    for s in load_subjects(subject):
+    for s in load_subjects(subject, allow_train_mode):
         planned = OPERATORS[operator](s.objective).plan()
         if json_file is None or json_file.name not in ("-", "<stdout>"):
             click.echo(f"{s.name}\n{planned}")
@@ -204,6 +224,49 @@ def plan(subject: str, operator: str, json_file: TextIO | None) -> None:
         }
     if json_file is not None:
         json_file.write(dumps(found))
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Small workloads, nothing compiled, few rounds: under a minute.")
+@click.option("--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only these.")
+@click.option("-k", "vectors", multiple=True, type=click.IntRange(1), help="Directions at once.  [1 and 8]")
+@click.option(
+    "--rounds", default=9, show_default=True, help="Timings of each way, interleaved; 3 when quick."
+)
+@click.option(
+    "--limit", default=60.0, show_default=True, help="Seconds after which a workload begins no new round."
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [as torch chooses]")
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timings to FILE.")
+@json_option
+def bench(
+    quick: bool,
+    names: tuple[str, ...],
+    vectors: tuple[int, ...],
+    rounds: int,
+    limit: float,
+    threads: int | None,
+    figure: Path | None,
+    json_file: TextIO | None,
+) -> None:
+    """Hessian-vector products by flatcore, by every way of bare torch and by the other packages installed.
+
+    Every way is checked against float64 before it is timed, and all are timed in turn. Medians per vector; the
+    floor is what the arithmetic alone would take at the measured rate of this machine.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    document = run_bench(
+        chosen(names, quick),
+        vectors or (1, 8),
+        quick=quick,
+        rounds=min(rounds, 3) if quick else rounds,
+        limit=limit,
+        say=_text(json_file).print,
+        picture=figure,
+    )
+    if json_file is not None:
+        json_file.write(dumps(document))
 
 
 @main.command()

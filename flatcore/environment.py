@@ -32,6 +32,9 @@ def exclusive(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Autocast off: products in half precision are neither symmetric nor what was asked for."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        yield
+        return
     with (
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -215,6 +216,24 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _unknown(_: tuple[Tensor, ...]) -> Tensor:
     raise ValueError("the model's outputs are not known")
+
+
+def rows_mix(outputs_of: Callable[[Batch], Sequence[Tensor]], batch: Batch, examples: int) -> bool:
+    """Do other rows of the outputs than the first example's depend on the first example's data?
+
+    Tried with another example's data in their place. Each example has equally many rows along axis 0.
+    """
+    leaves, structure = flatten_batch(batch)
+    others_first = [examples - 1, *range(1, examples)]
+    replaced = structure.rebuild(
+        [leaf[others_first] if leaf.shape[:1] == (examples,) else leaf for leaf in leaves]
+    )
+    for before, after in zip(outputs_of(batch), outputs_of(replaced), strict=True):
+        own = before.shape[0] // examples
+        scale = before.abs().max() * math.sqrt(torch.finfo(before.dtype).eps)
+        if bool(((before - after)[own:].abs() > scale).any()):
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -31,11 +31,11 @@ class Subject:
     test: Any = None
 
 
-def load_subjects(reference: str) -> list[Subject]:
+def load_subjects(reference: str, allow_train_mode: bool = False) -> list[Subject]:
     """Calls the function that `reference`, "path/to/module.py:function", names.
 
     The module runs as a script's own imports would see it: its folder comes first on the search path while it loads
-    and while the function runs. Raises FactoryError.
+    and while the function runs. `allow_train_mode` is for the objectives made here. Raises FactoryError.
     """
     function = _load(reference)
     folder = str(Path(reference.rpartition(":")[0]).resolve().parent)
@@ -49,8 +49,8 @@ def load_subjects(reference: str) -> list[Subject]:
     if isinstance(made, dict):
         if not made:
             raise FactoryError(f"{reference} returned an empty dict, expected {_EXPECTED}")
-        return [_subject(reference, str(name), part) for name, part in made.items()]
-    return [_subject(reference, None, made)]
+        return [_subject(reference, str(name), part, allow_train_mode) for name, part in made.items()]
+    return [_subject(reference, None, made, allow_train_mode)]
 
 
 def _load(reference: str) -> Callable[[], Any]:
@@ -85,12 +85,13 @@ def _load(reference: str) -> Callable[[], Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _subject(reference: str, name: str | None, made: Any) -> Subject:
+def _subject(reference: str, name: str | None, made: Any, allow_train_mode: bool) -> Subject:
     if isinstance(made, Objective):
         return Subject(name or type(made.model).__name__, made)
     if isinstance(made, tuple) and len(made) in (3, 4):
         model, loss, data, *test = made
-        return Subject(name or type(model).__name__, Objective(model, loss, data), *test)
+        objective = Objective(model, loss, data, allow_train_mode=allow_train_mode)
+        return Subject(name or type(model).__name__, objective, *test)
     what = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
     where = f" under {name!r}" if name else ""
     raise FactoryError(f"{reference} returned {what}{where}, expected {_EXPECTED}")

@@ -19,7 +19,7 @@ from flatcore.capture import Program, batch_leaves, capture, flatten_batch, inte
 from flatcore.data import Batch, version
 from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
-from flatcore.evaluate import ModelLoss, plain_torch
+from flatcore.evaluate import ModelLoss, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class NativeBackend:
         self._point: tuple[Any, ...] = ()
         self._states: dict[int, engine.Linearization] = {}
         self._held = 0
+        self._most: dict[Mode, int] = {}  # mode -> directions at once
         with plain_torch():
             for batch in objective.batches():
                 key = _key(batch.batch)
@@ -102,26 +103,15 @@ class NativeBackend:
                     continue
                 seen.add(key)
                 program = self._compiled[key].program
-                leaves = batch_leaves(batch.batch)
                 frozen = named_tensors(self.objective.model, self.objective.loss_function)
 
-                def rows(
-                    data: list[Tensor], program: Program = program, frozen: Any = frozen
-                ) -> list[Tensor]:
-                    values = interpret(program, parameters, program.prelude.run(data, frozen))
+                def rows(data: Batch, program: Program = program, frozen: Any = frozen) -> list[Tensor]:
+                    constants = program.prelude.run(batch_leaves(data), frozen)
+                    values = interpret(program, parameters, constants)
                     return [values[i] for i in program.cut or ()]
 
-                other = [
-                    leaf[[batch.examples - 1, *range(1, batch.examples)]]
-                    if leaf.shape[:1] == (batch.examples,)
-                    else leaf
-                    for leaf in leaves
-                ]
-                for before, after in zip(rows(leaves), rows(other), strict=True):
-                    own = before.shape[0] // batch.examples
-                    scale = before.abs().max() * math.sqrt(torch.finfo(before.dtype).eps)
-                    if bool(((before - after)[own:].abs() > scale).any()):
-                        return ROWS_MIX
+                if rows_mix(rows, batch.batch, batch.examples):
+                    return ROWS_MIX
         return ""
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
@@ -170,6 +160,7 @@ class NativeBackend:
                 batch.batch,
                 selected=list(objective.layout.slices),
                 loss_kind="model_batch" if isinstance(loss, ModelLoss) else "output_target",
+                allow_train_mode=objective.allow_train_mode,
             )
         except (CaptureError, torch.OutOfMemoryError):
             raise
@@ -249,12 +240,14 @@ class NativeBackend:
 
     def _most_directions(self, mode: Mode) -> int:
         """The most directions whose buffers fit into the budget; one at least."""
-        itemsize, limit = self.objective.layout.dtype.itemsize, self.objective.budget.directions
-        most = limit
-        for compiled in self._compiled.values():
-            one, two = (compiled.engine.peak_bytes(mode, K, itemsize) for K in (1, 2))
-            most = min(most, 1 + (limit - one) // max(two - one, 1))
-        return max(most, 1)
+        if mode not in self._most:
+            itemsize, limit = self.objective.layout.dtype.itemsize, self.objective.budget.directions
+            most = limit
+            for compiled in self._compiled.values():
+                one, two = (compiled.engine.peak_bytes(mode, K, itemsize) for K in (1, 2))
+                most = min(most, 1 + (limit - one) // max(two - one, 1))
+            self._most[mode] = max(most, 1)
+        return self._most[mode]
 
     def _pieces(self, mode: Mode, K: int) -> list[slice]:
         """K directions in as few, nearly equal pieces as the budget allows."""

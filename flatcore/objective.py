@@ -36,22 +36,22 @@ class WeightedBatch:
 class Snapshot:
     """Copies of the selected parameters as they stood at one time, by name.
 
-    versions: of all parameters with the modes of all modules; surroundings: of buffers, the loss and the
-    data, which may decide what a batch counts.
+    versions: of all parameters; surroundings: of buffers, the loss and the data, which may decide what a batch
+    counts; modules: their identities and modes.
     """
 
     values: dict[str, Tensor]
     versions: tuple[Any, ...]
     surroundings: tuple[Any, ...]
-    modules: tuple[int, ...]
+    modules: tuple[tuple[int, bool], ...]
 
 
 class Objective:
     """L(parameters) = mean loss over all examples of the data.
 
     Args:
-        model: the module, in eval mode where it has dropout or batch normalisation. Nothing of it is
-            changed, ever.
+        model: the module, in eval mode where it has dropout or batch normalisation (but see allow_train_mode).
+            Nothing of it is changed, ever.
         loss: `loss(output, target)`, the mean over the batch; or `ModelLoss(fn)` with `fn(model, batch)`.
         data: one batch (a tuple or a mapping), a list of batches, or a loader that can be read again. For a
             loss of two arguments a batch is (inputs..., target), or a mapping with the target under target,
@@ -59,6 +59,10 @@ class Objective:
         params: None for every parameter with requires_grad; else names, globs, or a callable(name, tensor)
             -> bool.
         memory: bytes for data, kept activations and the buffers of a product; default: half of what is free.
+        allow_train_mode: take normalisation layers in train mode as what they are: they normalise by the batch's own
+            mean and variance, so the examples of a batch interact, and how the data are cut into batches matters. L
+            is then the mean of the batches' losses, weighted as below, and no longer that of one big batch. The
+            running statistics stay as they are. Dropout in train mode, a random loss, is refused all the same.
 
     Batches may differ in size: each counts by its examples. If the loss is nothing but a mean
     `torch.nn.functional.cross_entropy` or `nll_loss`, each batch counts by what that divides by: its
@@ -87,6 +91,7 @@ class Objective:
         params: Selection = None,
         *,
         memory: int | None = None,
+        allow_train_mode: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -104,11 +109,13 @@ class Objective:
         self.loss_function = loss
         selected = select(self.model, params)
         checks.check_finite(dict(self.model.named_parameters()), "parameter")
-        checks.check_mode(self.model)
+        self.allow_train_mode = bool(allow_train_mode)
+        checks.check_mode(self.model, self.allow_train_mode)
         self.layout = Layout.of(selected)
         self.budget = Budget.of(memory, self.layout.device)
         self.data = Data(data, self.budget.data, self._count)
         self.evaluate = Evaluator(self.model, loss)
+        self._places: list[tuple[nn.Module, str]] = []
         self._snapshot: Snapshot | None = None
         self._loss: tuple[Snapshot, float] | None = None
         self.backends: object = None  # set by flatcore.backend, shared by the operators of this objective
@@ -184,35 +191,47 @@ class Objective:
         by the mode of every module, and by comparing the selected parameters themselves (a write through
         `.data` leaves no other trace).
         """
-        versions, surroundings = self._versions(), self._surroundings()
-        modules = tuple(map(id, self.model.modules()))
-        current = self.parameters
+        versions, surroundings, modules = self._traces()
         old = self._snapshot
         if old:
             same = (old.versions, old.surroundings, old.modules) == (versions, surroundings, modules)
-            if same and all(torch.equal(old.values[n], p.detach()) for n, p in current.items()):
+            if same and all(torch.equal(value, p) for value, p in self._pairs(old)):
                 return old
-            checks.check_mode(self.model)
+        current = self.parameters
+        self._places = [_place(self.model, name) for name in current]
+        if old:
+            checks.check_mode(self.model, self.allow_train_mode)
             checks.check_finite(current, "parameter")
             if old.modules != modules:
-                self.backends = None  # a program of the modules that were
+                self.backends = None  # a program of the modules, or the modes, that were
         with torch.inference_mode(False):
             values = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in current.items()}
         new = Snapshot(values, versions, surroundings, modules)
-        if not old or old.surroundings != surroundings:
+        if not old or (old.surroundings, old.modules) != (surroundings, modules):
             self._weigh(new)
         self._snapshot = new
         return new
 
-    def _versions(self) -> tuple[Any, ...]:
-        modes = (m.training for m in self.model.modules())
-        return (*map(version, self.model.parameters()), *modes)
+    def _traces(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[tuple[int, bool], ...]]:
+        """Versions of all parameters; versions of the surroundings; identities and modes of the modules."""
+        parameters: list[Any] = []
+        surroundings: list[Any] = []
+        modules: list[tuple[int, bool]] = []
+        loss = self.loss_function
+        roots = [self.model, loss] if isinstance(loss, nn.Module) else [self.model]
+        for root in roots:
+            ours = parameters if root is self.model else surroundings
+            for module in root.modules():  # one walk: this runs before every product
+                modules.append((id(module), module.training))
+                ours.extend(version(p) for p in module._parameters.values() if p is not None)
+                surroundings.extend(version(b) for b in module._buffers.values() if b is not None)
+        return tuple(parameters), (*surroundings, self.data.versions()), tuple(modules)
 
-    def _surroundings(self) -> tuple[Any, ...]:
-        tensors = list(self.model.buffers())
-        if isinstance(self.loss_function, nn.Module):
-            tensors += [*self.loss_function.parameters(), *self.loss_function.buffers()]
-        return (*map(version, tensors), self.data.versions())
+    def _pairs(self, snapshot: Snapshot) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each copied value beside the parameter that now stands in its place."""
+        for value, (module, key) in zip(snapshot.values.values(), self._places, strict=True):
+            now = module._parameters.get(key)
+            yield value, value.new_empty(0) if now is None else now
 
     def _count(self, batch: Batch, index: int) -> int:
         if not isinstance(self.loss_function, ModelLoss):
@@ -273,3 +292,9 @@ class Objective:
                 "loss: expected a differentiable function of the selected parameters, got one that does "
                 "not depend on them; look for detach(), .item() or no_grad() in the model or the loss"
             )
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the parameter's name there."""
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key

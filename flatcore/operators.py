@@ -13,7 +13,7 @@ from flatcore.autograd import Mode
 from flatcore.backend import backend_for
 from flatcore.environment import exclusive, full_precision
 from flatcore.memory import free_bytes
-from flatcore.objective import Objective
+from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
 from flatcore.vectors import Directions, to_rows
 
@@ -61,17 +61,16 @@ class Operator:
         return self.objective.parameter_slices
 
     def __matmul__(self, V: Directions) -> Any:
-        self.objective.check_parameters()
+        snapshot = self.objective.snapshot()
         rows, restore = to_rows(V, self.objective.layout)
-        return restore(self._product(rows))
+        return restore(self._product(rows, snapshot))
 
-    def _product(self, V: Tensor) -> Tensor:
+    def _product(self, V: Tensor, at: Snapshot) -> Tensor:
         with torch.inference_mode(False):
             Y = torch.empty_like(V, memory_format=torch.contiguous_format)
         if V.shape[0]:
             with full_precision():
-                snapshot = self.objective.snapshot()
-                backend_for(self.objective, self.mode).product(self.mode, V, Y, snapshot)
+                backend_for(self.objective, self.mode).product(self.mode, V, Y, at)
         return Y
 
     def to_scipy(self) -> LinearOperator:
@@ -112,7 +111,7 @@ class Operator:
             stop = min(start + _DENSE_BLOCK, size)
             block = torch.zeros((stop - start, size), dtype=self.dtype, device=self.device)
             block[:, start:stop].fill_diagonal_(1)
-            dense[start:stop] = self._product(block)
+            dense[start:stop] = self._product(block, self.objective.snapshot())
         return dense.T
 
     def plan(self) -> Plan:
@@ -162,20 +161,24 @@ class GradientCovariance(Operator):
 
     def __init__(self, objective: Objective, centered: bool = True) -> None:
         super().__init__(objective)
-        exclusive(checks.check_batch_statistics)(objective.model)
+        self._check_examples()
         self.centered = centered
         self._mean: tuple[object, Tensor] | None = None
 
-    def _product(self, V: Tensor) -> Tensor:
-        Y = super()._product(V)
+    @exclusive
+    def _check_examples(self) -> None:
+        checks.check_batch_statistics(self.objective.model)
+
+    def _product(self, V: Tensor, at: Snapshot) -> Tensor:
+        self._check_examples()  # the model's mode may be another one than at first
+        Y = super()._product(V, at)
         if self.centered:
             with full_precision():
-                g = self._mean_gradient()
+                g = self._mean_gradient(at)
                 Y.addr_(V @ g, g, alpha=-1)
         return Y
 
-    def _mean_gradient(self) -> Tensor:
-        snapshot = self.objective.snapshot()
-        if self._mean is None or self._mean[0] is not snapshot:
-            self._mean = (snapshot, backend_for(self.objective, self.mode).gradient(snapshot))
+    def _mean_gradient(self, at: Snapshot) -> Tensor:
+        if self._mean is None or self._mean[0] is not at:
+            self._mean = (at, backend_for(self.objective, self.mode).gradient(at))
         return self._mean[1]

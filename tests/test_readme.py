@@ -28,4 +28,5 @@ def test_commands_named_exist():
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
+    assert all((ROOT / path).exists() for path in re.findall(r"python (examples/\S+\.py)", text))
     assert all((ROOT / path).exists() for path in re.findall(r"\]\((docs/[^)]+)\)", text))

@@ -1,6 +1,7 @@
 """Hugging Face architectures, tiny and with random weights: native, and right to what their own precision allows.
 
-The reference is torch's double backward through the model itself under math attention, in float64.
+The reference is torch's double backward through the model itself under math attention, in float64. In float32 the
+same in float32 sets the measure.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,8 @@ STAGES = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "patch_siz
 EXACT = 1e-9
 # The model casts to float32 inside: its own second derivatives are good to that.
 SINGLE = 1e-6
+# Relative error that float32 may have in any case, however good autograd happens to be.
+FLOOR32 = 2e-6
 
 
 def language(model: nn.Module) -> dict[str, Tensor]:
@@ -159,6 +162,20 @@ def test_hessian(name: str) -> None:
     assert relative(H @ V, product) <= tolerance
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_hessian_in_single_precision(name: str) -> None:
+    """At most twice the error of autograd in float32, both against float64 at the same parameters."""
+    (model, batch), (exact_model, exact_batch) = built(name, torch.float32), built(name)
+    H = fc.Hessian(fc.Objective(model, fc.hf_loss(), batch))
+    assert H.plan().native_fraction == 1.0
+    V = torch.randn(H.shape[0], 3, generator=torch.Generator().manual_seed(1))
+    _, single = double_backward(model, lambda: model(**batch).loss, V)
+    _, exact = double_backward(exact_model, lambda: exact_model(**exact_batch).loss, V.double())
+    for K in (1, 3):
+        allowed = max(2 * relative(single[:, :K], exact[:, :K]), FLOOR32)
+        assert relative(H @ V[:, :K], exact[:, :K]) <= allowed
+
+
 def test_hessian_of_gpt2_without_a_cast() -> None:
     """With the loss taken outside the model nothing is rounded to float32 any more."""
     model, batch = built("gpt2")
@@ -190,3 +207,16 @@ def test_ggn_and_covariance_of_bert() -> None:
     each = [model(**{k: v[n : n + 1] for k, v in batch.items()}).loss for n in range(3)]
     g = rows(torch.stack(each))
     assert relative(fc.GradientCovariance(objective, centered=False) @ V, g.T @ (g @ V) / 3) <= EXACT
+
+
+def test_resnet_in_train_mode() -> None:
+    """Batch normalisation by the batch's own statistics; the running ones stay where they are."""
+    model, batch = built("resnet")
+    model.train()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    H = fc.Hessian(fc.Objective(model, fc.hf_loss(), batch, allow_train_mode=True))
+    assert H.plan().native_fraction == 1.0
+    V = torch.randn(H.shape[0], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    product = H @ V
+    assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
+    assert relative(product, double_backward(model, lambda: model(**batch).loss, V)[1]) <= EXACT

@@ -38,7 +38,7 @@ PYTHON_LAYERS = {
     "objective": "data evaluate checks objective",
     "operators": "autograd native backend operators",
     "estimators": "eigsh trace density",
-    "surface": "machine report factory doctor cli __main__ __init__",
+    "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {
     "extension": set(),

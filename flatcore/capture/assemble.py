@@ -19,12 +19,15 @@ from .refusals import refuse_changed_buffers, refuse_detached, refuse_random
 from .verify import verify
 
 
-def assemble(exported: ExportedProgram, names: Names, has_marks: bool, examples: int) -> Program:
+def assemble(
+    exported: ExportedProgram, names: Names, has_marks: bool, examples: int, allow_train_mode: bool
+) -> Program:
     """Lower what the loss needs, find the cut, number the values, verify.
 
     has_marks: the outputs behind the loss mark the model's outputs.
+    allow_train_mode: normalisation layers may update their running statistics.
     """
-    refuse_changed_buffers(exported)
+    refuse_changed_buffers(exported, names, allow_train_mode)
     loss_node, *marks = outputs(exported)
     parameters, sources = names.inputs(exported)
     active = active_nodes(exported.graph, parameters)

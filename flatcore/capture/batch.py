@@ -77,4 +77,6 @@ def flatten_batch(batch: Any) -> tuple[list[Tensor], Structure]:
 
 def batch_leaves(batch: Any) -> list[Tensor]:
     """The tensors of a batch, in the order in which a prelude takes them."""
+    if type(batch) is tuple and all(isinstance(part, Tensor) for part in batch):
+        return list(batch)  # the common form, needed before every product
     return flatten_batch(batch)[0]

@@ -33,13 +33,20 @@ LossKind = Literal["output_target", "model_batch"]
 
 
 def capture(
-    model: nn.Module, loss: Callable[..., Tensor], batch: Any, *, selected: Sequence[str], loss_kind: LossKind
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    batch: Any,
+    *,
+    selected: Sequence[str],
+    loss_kind: LossKind,
+    allow_train_mode: bool = False,
 ) -> Program:
     """The program of `loss` on `batch` as a function of the selected parameters.
 
     selected:  names of `model.named_parameters()`; their order there is the order of the flat vector.
     loss_kind: "output_target": loss(model(*inputs), target), the batch being (inputs..., target) or a mapping
                that `split_batch` understands; "model_batch": loss(model, batch).
+    allow_train_mode: normalisation layers may update their running statistics, which the program leaves out.
     Runs the model once on fake tensors; leaves model, loss and batch as they were. The program holds for
     batches of these shapes.
 
@@ -58,13 +65,14 @@ def capture(
     examples = _examples(batch, leaves, loss_kind)
     wrapper = _Wrapper(model, loss, structure, loss_kind)
     with _unchanged(model, loss), _requiring_gradients(chosen), recorded_functions():
+        _forget_average_over_all(model)
         raw = _export(wrapper, leaves)
         exported = _decompose(raw)
         restore_functions(exported.graph)
     tensors = named_tensors(model, loss)
     names = Names(wrapper, {id(t): name for name, t in tensors.items()}, chosen)
     refuse_stopped_gradients(raw, names)
-    program = assemble(exported, names, loss_kind == "output_target", examples)
+    program = assemble(exported, names, loss_kind == "output_target", examples, allow_train_mode)
     return tried(program, chosen, program.prelude.run(leaves, tensors))
 
 
@@ -96,6 +104,14 @@ def _examples(batch: Any, leaves: list[Tensor], loss_kind: LossKind) -> int:
         leaves = [leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor)] or leaves
         return int(leaves[0].shape[0]) if leaves and leaves[0].dim() else 1
     return next((int(leaf.shape[0]) for leaf in leaves if leaf.dim()), 1)
+
+
+def _forget_average_over_all(model: nn.Module) -> None:
+    """momentum=None has a layer read its count of batches to update statistics that the loss does not depend on;
+    torch.export would stop there."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.momentum is None:
+            module.momentum = 0.0
 
 
 class _Wrapper(nn.Module):

@@ -47,6 +47,12 @@ class Names:
                 sources[node] = Source(name=name)
         return parameters, sources
 
+    def is_statistic(self, target: str) -> bool:
+        """Is the buffer at `target` kept by a normalisation layer over what it has seen?"""
+        path, _, attribute = target.rpartition(".")
+        layer = isinstance(self.module.get_submodule(path), nn.modules.batchnorm._NormBase)
+        return layer and attribute in ("running_mean", "running_var", "num_batches_tracked")
+
     def _name(self, target: str) -> str | None:
         """The user's name of the tensor at `target`; None for a tensor that export found in the code."""
         path, _, attribute = target.rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
@@ -29,13 +30,19 @@ def refuse_stopped_gradients(exported: ExportedProgram, names: Names) -> None:
             raise CaptureError(_STOPS, op="torch.no_grad", path=module_path(node))
 
 
-def refuse_changed_buffers(exported: ExportedProgram) -> None:
-    """A forward pass that writes into a buffer: the loss is another one the next time."""
+def refuse_changed_buffers(exported: ExportedProgram, names: Names, allow_train_mode: bool) -> None:
+    """A forward pass that writes into a buffer: the loss is another one the next time.
+
+    allow_train_mode: the running statistics of normalisation layers may change, which do not enter a loss taken in
+    train mode.
+    """
     nodes = {node.name: node for node in exported.graph.nodes}
     for spec in exported.graph_signature.output_specs:
         if spec.kind not in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
             continue
         node = nodes[spec.arg.name]
+        if allow_train_mode and (_updates_statistics(node) or names.is_statistic(str(spec.target))):
+            continue
         while "getitem" in str(node.target):
             node = node.all_input_nodes[0]
         raise CaptureError(
@@ -44,6 +51,11 @@ def refuse_changed_buffers(exported: ExportedProgram) -> None:
             op=str(node.target),
             path=module_path(node),
         )
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    """Is it the running mean or variance as batch_norm leaves it?"""
+    return node.target is operator.getitem and "batch_norm_legit_functional" in str(node.args[0].target)  # type: ignore[union-attr]
 
 
 def refuse_random(nodes: Iterable[fx.Node]) -> None:

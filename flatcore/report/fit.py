@@ -26,7 +26,13 @@ def fit(objective: Objective, data: Any = None) -> Fit:
     """The fit to `data`, in any form an Objective takes, or to the objective's own data. Costs two forward passes."""
     if data is not None:
         names = list(objective.layout.shapes)
-        objective = Objective(objective.model, objective.loss_function, data, names)
+        objective = Objective(
+            objective.model,
+            objective.loss_function,
+            data,
+            names,
+            allow_train_mode=objective.allow_train_mode,
+        )
     return Fit(objective.loss(), _accuracy(objective), objective.examples)
 
 

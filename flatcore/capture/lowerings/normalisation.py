@@ -1,4 +1,4 @@
-"""Normalisation: batch (eval mode), layer, RMS, group, instance; weight normalisation."""
+"""Normalisation: batch, layer, RMS, group, instance; weight normalisation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ def _batch_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int
     )
 
 
-@lowers("_native_batch_norm_legit_functional.default")
-def _batch_statistics(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int, None, None]:
-    raise lower.error(
-        "normalises by the statistics of the batch; call model.eval() and track running statistics"
-    )
+@lowers("_native_batch_norm_legit_functional.default", "_native_batch_norm_legit.no_stats")
+def _batch_statistics(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int | None, ...]:
+    """By the batch's own mean and variance; the running statistics it updates have no meaning here."""
+    x = lower.operand(a.input)
+    swapped = [1, 0, *range(2, lower.rank(x))]  # each channel a row of its own
+    y = lower.permute(_normalised(lower, lower.permute(x, swapped), 1, a.eps), swapped)
+    y = _per_channel(lower, y, lower.optional(a.weight), lower.optional(a.bias))
+    return (y, None, None, None, None) if "functional" in str(node.target) else (y, None, None)
 
 
 @lowers("layer_norm.default", "native_layer_norm.default")
@@ -63,18 +66,6 @@ def _instance_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     return lower.emit("batch_norm", x, weight, bias, mean, var, eps=float(a.eps))
 
 
-@lowers("_native_batch_norm_legit.no_stats")
-def _no_running_statistics(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int, None, None]:
-    """Instance normalisation comes as this, with the examples put into the axis of the channels."""
-    x = lower.operand(a.input)
-    if lower.shape(x)[0] != 1:
-        raise lower.error(
-            "normalises by the statistics of the batch; call model.eval() and track running statistics"
-        )
-    weight, bias = lower.optional(a.weight), lower.optional(a.bias)
-    return _grouped(lower, x, lower.shape(x)[1], weight, bias, a.eps), None, None
-
-
 @lowers("_weight_norm.default", "_weight_norm_interface.default")
 def _weight_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int | tuple[int, None]:
     v, g = lower.operand(a.v), lower.operand(a.g)
@@ -85,11 +76,19 @@ def _weight_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int | tu
 
 
 def _grouped(lower: Lowering, x: int, groups: int, weight: int | None, bias: int | None, eps: float) -> int:
-    """Each group of channels of each example normalised; weight and bias per channel (axis 1)."""
+    return _per_channel(lower, _normalised(lower, x, groups, eps), weight, bias)
+
+
+def _normalised(lower: Lowering, x: int, groups: int, eps: float) -> int:
+    """Each of the `groups` groups along axis 1 of each example normalised."""
     shape = lower.shape(x)
     flat = lower.view(x, (shape[0], groups, prod(shape[1:]) // groups))
-    y = lower.emit("normalise", flat, None, None, eps=float(eps), centred=True, axes=1)
-    y = lower.view(y, shape)
+    return lower.view(lower.emit("normalise", flat, None, None, eps=float(eps), centred=True, axes=1), shape)
+
+
+def _per_channel(lower: Lowering, y: int, weight: int | None, bias: int | None) -> int:
+    """Scaled by weight and shifted by bias, both along axis 1."""
+    shape = lower.shape(y)
     per_channel = (shape[1], *(1 for _ in shape[2:]))
     if weight is not None:
         y = lower.emit("mul", y, lower.view(weight, per_channel))

@@ -91,9 +91,10 @@ def _copy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
     return lower.result(a.self)
 
 
-@lowers("copy.default")
+@lowers("copy.default", "fill.Tensor")
 def _overwrite(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    return lower.expand(lower.operand(a.src), node.meta["val"].shape)
+    written = a.src if hasattr(a, "src") else a.value
+    return lower.expand(lower.operand(written), node.meta["val"].shape)
 
 
 @lowers("dropout.default", "feature_dropout.default", "alpha_dropout.default", "native_dropout.default")

@@ -1,0 +1,7 @@
+"""The microbenchmark: Hessian-vector products by flatcore, by bare torch and by the other packages installed."""
+
+from flatcore.bench.ceilings import Ceilings, measure
+from flatcore.bench.compare import Comparison, Timing, compare
+from flatcore.bench.workloads import WORKLOADS, Workload
+
+__all__ = ["WORKLOADS", "Ceilings", "Comparison", "Timing", "Workload", "compare", "measure"]

@@ -1,0 +1,54 @@
+"""What `flatcore bench` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatcore.bench import show
+from flatcore.bench.ceilings import measure
+from flatcore.bench.compare import Comparison, compare
+from flatcore.bench.workloads import WORKLOADS
+
+
+def chosen(names: Iterable[str], quick: bool) -> list[str]:
+    """The workloads asked for; without names all, or the small ones when quick."""
+    return list(names) or [w.name for w in WORKLOADS.values() if not (quick and w.large)]
+
+
+def run(
+    names: list[str],
+    vectors: Iterable[int],
+    *,
+    quick: bool,
+    rounds: int,
+    limit: float,
+    say: Callable[[Any], None],
+    picture: Path | None = None,
+) -> dict[str, Any]:
+    """Run the workloads, `say` each table as it is ready, and give the JSON document."""
+    ceilings = measure()
+    say(
+        f"{torch.get_num_threads()} threads, float32: matrix product {ceilings.gemm / 1e9:.0f} Gflop/s "
+        f"({ceilings.gemm_library}), copy {ceilings.bandwidth / 1e9:.0f} GB/s"
+    )
+    results: list[Comparison] = []
+    for name in names:
+        missing = WORKLOADS[name].missing()
+        if missing:
+            say(f"left out: {missing}")
+            continue
+        for K in vectors:
+            result = compare(WORKLOADS[name], K, ceilings, rounds=rounds, limit=limit, compiled=not quick)
+            results.append(result)
+            say(show.table(result, ceilings))
+            for way, reason in result.left_out.items():
+                say(f"left out: {way}: {reason}")
+    for line in show.summary(results):
+        say(line)
+    if picture is not None and results:
+        show.figure(results, picture)
+    return show.document(results, ceilings)

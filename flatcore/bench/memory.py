@@ -1,0 +1,42 @@
+"""Peak memory of a computation, counted by torch's allocator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch.autograd.profiler_util import MEMORY_EVENT_NAME
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that `run` holds at once beyond what was held before, its result included.
+
+    Every tensor counts; what MKL, oneDNN and the C library allocate for themselves does not.
+    """
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = run()
+    del kept
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == MEMORY_EVENT_NAME
+    )
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's library reports every start and stop on the process's stderr, past Python."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)

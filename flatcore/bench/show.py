@@ -1,0 +1,114 @@
+"""A benchmark's results as a table, a figure and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from flatcore.bench.ceilings import Ceilings
+from flatcore.bench.compare import FLATCORE, Comparison
+from flatcore.machine import describe
+
+SCHEMA = "flatcore-bench/1"
+_COLOURS = {FLATCORE: "#c0392b", "torch": "#4c72b0", "peer": "#999999"}
+
+
+def table(result: Comparison, ceilings: Ceilings) -> Table:
+    """One row per way, fastest first.
+
+    ms/vector: the median; spread: half the range over the median; grads: in gradients by autograd; GEMM: share of the
+    measured matrix-product rate; MB: peak memory; error: relative, against float64; ratio: to flatcore's time.
+    """
+    shown = Table(
+        title=f"{result.title}: P = {result.parameters:,}, K = {result.K}",
+        caption=f"one gradient {_ms(result.gradient)} ms; floor {_ms(result.floor)} ms per vector",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption_justify="left",
+    )
+    shown.add_column("way", no_wrap=True)
+    for column in ("ms/vector", "spread", "grads", "GEMM", "MB", "error", "ratio"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    ours = result.timing(FLATCORE).median
+    for timing in result.timings:
+        name = timing.way
+        shown.add_row(
+            f"[bold]{name}[/bold]" if timing.kind == FLATCORE else name,
+            _ms(timing.median),
+            f"{50 * (max(timing.seconds) - min(timing.seconds)) / timing.median:.0f} %",
+            f"{timing.median / result.gradient:.2f}",
+            f"{100 * result.flops / timing.median / ceilings.gemm:.0f} %",
+            f"{timing.peak_bytes / 1e6:.1f}",
+            f"{timing.error:.0e}",
+            "" if timing.kind == FLATCORE else f"{timing.median / ours:.2f}",
+        )
+    return shown
+
+
+def summary(results: Iterable[Comparison]) -> list[str]:
+    """Geometric means of flatcore's advantage over the workloads, one line per K and opponent."""
+    lines = []
+    listed = list(results)
+    for K in sorted({r.K for r in listed}):
+        of_K = [r for r in listed if r.K == K]
+        for kind, title in (("torch", "the best bare-torch way"), ("peer", "the best other package")):
+            ratios = [
+                best.median / r.timing(FLATCORE).median for r in of_K if (best := r.best(kind)) is not None
+            ]
+            if ratios:
+                lines.append(
+                    f"K = {K}: against {title} {statistics.geometric_mean(ratios):.2f}x "
+                    f"(geometric mean of {len(ratios)}; least {min(ratios):.2f}x)"
+                )
+        floors = [r.timing(FLATCORE).median / r.floor for r in of_K]
+        lines.append(f"K = {K}: {statistics.geometric_mean(floors):.2f}x the floor")
+    return lines
+
+
+def document(results: Iterable[Comparison], ceilings: Ceilings) -> dict[str, Any]:
+    """{"schema", "machine", "ceilings", "comparisons": [...]}, seconds and bytes."""
+    return {
+        "schema": SCHEMA,
+        "machine": dataclasses.asdict(describe()),
+        "ceilings": dataclasses.asdict(ceilings),
+        "comparisons": [dataclasses.asdict(r) for r in results],
+    }
+
+
+def figure(results: Iterable[Comparison], path: Path) -> None:
+    """Seconds per vector of every way, one panel per workload and K, on a logarithmic axis; the floor as a line."""
+    from matplotlib.figure import Figure
+
+    listed = list(results)
+    columns = min(len(listed), 3)
+    rows = math.ceil(len(listed) / columns)
+    drawing = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
+    panels = drawing.subplots(rows, columns, squeeze=False).flat
+    for panel, result in zip(panels, listed, strict=False):
+        ordered = result.timings[::-1]
+        panel.barh(
+            [t.way for t in ordered],
+            [t.median * 1e3 for t in ordered],
+            color=[_COLOURS[t.kind] for t in ordered],
+        )
+        panel.axvline(result.floor * 1e3, color="black", linewidth=1, linestyle="--")
+        panel.set_xscale("log")
+        panel.set_title(f"{result.title}, K = {result.K}", fontsize=9)
+        panel.set_xlabel("ms per vector; dashed: floor", fontsize=8)
+        panel.tick_params(labelsize=8)
+    for panel in list(panels)[len(listed) :]:
+        panel.set_visible(False)
+    drawing.savefig(path)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}"

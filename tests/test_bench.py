@@ -1,0 +1,107 @@
+"""The microbenchmark: what it counts and says, on workloads small enough for a test. No time is asserted."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from flatcore.bench import WORKLOADS, Ceilings, Comparison, Timing, Workload, compare, peers, show, workloads
+from flatcore.bench.bare_torch import joined, loss_of_parameters, split, ways
+from flatcore.bench.compare import math_attention
+from flatcore.bench.memory import peak_bytes
+from flatcore.cli import main
+from tests.reference import Reference
+
+CEILINGS = Ceilings(gemm=1e11, gemm_library="BLAS", bandwidth=1e10)
+# The workloads' models at a size whose dense Hessian is cheap.
+SMALL = {
+    "mlp": lambda: workloads.mlp(5, 6, 4, 3),
+    "resnet": lambda: workloads.resnet(2, width=2, size=8),
+    "decoder": lambda: workloads.decoder(2, vocabulary=7, tokens=5, width=8, heads=2, depth=1),
+    "vit": lambda: workloads.vision_transformer(2, size=8, patch=4, width=8, heads=2, depth=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch.func.linearize
+@pytest.mark.parametrize("name", SMALL)
+def test_every_way_computes_the_hessian(name):
+    torch.manual_seed(0)
+    model, loss, batch = SMALL[name]()
+    model.double()
+    batch = tuple(t.double() if t.is_floating_point() else t for t in batch)
+    dense = Reference(model, loss, batch, "output_target").hessian()
+    evaluate, parameters = loss_of_parameters(model, loss, batch)
+    V = torch.randn(3, dense.shape[0], dtype=torch.float64)
+    with math_attention():
+        for way, prepare in ways(evaluate, parameters, compiled=False).items():
+            error = (joined(prepare()(split(V, parameters))) - V @ dense).norm() / (V @ dense).norm()
+            # torch 2.13: forward-mode differentiation of attention under vmap(grad(jvp)) is wrong.
+            assert error < 1e-10 or way == "vmap(grad(jvp))", way
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_comparison_is_complete(name):
+    workload = Workload(name, f"small {name}", SMALL[name])
+    result = compare(workload, 2, CEILINGS, rounds=3, limit=0.0, compiled=False)
+    assert [t.median for t in result.timings] == sorted(t.median for t in result.timings)
+    ours = result.timing("flatcore")
+    assert ours.kind == "flatcore" and ours.error < 1e-5 and len(ours.seconds) == 3
+    known = {t.way for t in result.timings} | result.left_out.keys()
+    assert {"retained double backward", "vmap(jvp(grad))", "linearize"} <= known
+    assert set(peers.installed()) <= known
+    # Directions and result are within the peak: 2 K P floats.
+    assert ours.peak_bytes >= 4 * 2 * 2 * result.parameters / 2
+    assert result.floor > result.flops / CEILINGS.gemm
+
+
+def test_peak_counts_what_is_held_at_once():
+    def run():
+        a = torch.empty(1000, dtype=torch.float64)
+        b = torch.empty(2000, dtype=torch.float64)
+        del a
+        return torch.empty(500, dtype=torch.float64), b
+
+    assert peak_bytes(run) == 8 * 3000
+
+
+def test_floor_counts_arithmetic_and_bytes():
+    workload = Workload("mlp", "MLP", lambda: workloads.mlp(5, 6, 4, 3))
+    result = compare(workload, 4, CEILINGS, rounds=3, limit=0.0, compiled=False)
+    P = 6 * 4 + 4 + 4 * 3 + 3
+    assert result.parameters == P
+    assert result.floor == pytest.approx(result.flops / 1e11 + 4 * P * (2 + 1 / 4) / 1e10)
+
+
+def test_summary_is_the_geometric_mean():
+    def comparison(ours: float, theirs: float) -> Comparison:
+        timings = (
+            Timing("flatcore", "flatcore", (ours,), 0.0, 0),
+            Timing("linearize", "torch", (theirs,), 0.0, 0),
+            Timing("double", "torch", (2 * theirs,), 0.0, 0),
+        )
+        return Comparison("w", "w", 8, 10, timings, 1.0, 1.0, ours / 2, {})
+
+    lines = show.summary([comparison(1.0, 2.0), comparison(1.0, 8.0)])
+    assert lines == [
+        "K = 8: against the best bare-torch way 4.00x (geometric mean of 2; least 2.00x)",
+        "K = 8: 2.00x the floor",
+    ]
+
+
+def test_workload_that_needs_a_missing_package_says_so():
+    workload = Workload("w", "w", lambda: workloads.mlp(1, 1, 1), needs="no_such_package")
+    assert workload.missing() == "w needs the package no_such_package, which is not installed"
+    assert WORKLOADS["mlp-tiny"].missing() == ""
+
+
+def test_command_writes_table_figure_and_json(tmp_path):
+    picture, numbers = tmp_path / "b.png", tmp_path / "b.json"
+    arguments = ["bench", "--quick", "--workload", "mlp-tiny", "-k", "2", "--limit", "0"]
+    ran = CliRunner().invoke(main, [*arguments, "--figure", str(picture), "--json", str(numbers)])
+    assert ran.exit_code == 0, ran.output
+    assert "MLP 64-32-10" in ran.output and "retained double backward" in ran.output and "floor" in ran.output
+    document = json.loads(numbers.read_text())
+    assert document["schema"] == "flatcore-bench/1"
+    assert document["comparisons"][0]["K"] == 2 and document["machine"]["torch"] == str(torch.__version__)
+    assert picture.stat().st_size > 1000
