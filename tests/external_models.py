@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EXAMPLES, WIDTH = 5, 8
 INDEX = torch.tensor([[0, 2, 1, 1, 3, 0, 2, 2]]).expand(EXAMPLES, WIDTH)
@@ -88,6 +89,12 @@ def ends(h: Tensor, w: Tensor) -> Tensor:
     return y * z + h.gather(1, index[:, None])
 
 
+def attention(h: Tensor, w: Tensor) -> Tensor:
+    q = (h * w).view(-1, 1, 4, 2)
+    seen = (q @ q.mT > 0.3) | torch.eye(4, dtype=torch.bool)
+    return F.scaled_dot_product_attention(q, q.flip(-1), q, attn_mask=seen).flatten(1)
+
+
 def unpooled(h: Tensor, w: Tensor) -> Tensor:
     y, index = F.max_pool2d((h * w).view(-1, 1, 2, 4), (1, 2), return_indices=True)
     return F.max_unpool2d(y.square(), index, (1, 2), output_size=(2, 4)).flatten(1)
@@ -124,6 +131,7 @@ ROWWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "argmax as a number": lambda h, w: h * w * h.argmax(1, keepdim=True).to(h),
     "count": lambda h, w: h * (h * w > 0).sum(1, keepdim=True),
     "max_unpool": unpooled,
+    "attention with a mask of its own": attention,
     "function": lambda h, w: Square.apply(h * w, 0.7),
     "function of two outputs": ends,
     "function in place": lambda h, w: InPlace.apply(h * w),
@@ -185,7 +193,8 @@ class Dense:
         self.theta = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
 
     def output(self, x: Tensor) -> Tensor:
-        return functional_call(self.model, self.theta, (x,))
+        with sdpa_kernel(SDPBackend.MATH):  # the only form with second derivatives
+            return functional_call(self.model, self.theta, (x,))
 
     def rows(self, values: Tensor, inputs: list[Tensor]) -> Tensor:
         """The Jacobian of a vector."""

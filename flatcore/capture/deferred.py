@@ -105,8 +105,20 @@ def _short(names: list[str]) -> str:
     return " + ".join(names if len(names) <= 3 else [names[0], "...", names[-1]])
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    result: Tensor = torch.ops.aten._scaled_dot_product_attention_math.default(*args, **kwargs)[0]
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **named: Any,
+) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = zeros.masked_fill(~attn_mask, -torch.inf)
+    plain = torch.ops.aten._scaled_dot_product_attention_math.default
+    result: Tensor = plain(query, key, value, attn_mask, dropout_p, is_causal, **named)[0]
     return result
 
 
