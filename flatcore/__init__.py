@@ -2,6 +2,7 @@
 
 from flatcore import _load as _load  # isort: skip  # first: explains a torch that does not fit the build
 
+from flatcore import tuning
 from flatcore.density import spectral_density
 from flatcore.eigsh import eigsh
 from flatcore.objective import ModelLoss, Objective, hf_loss
@@ -9,6 +10,8 @@ from flatcore.operators import GGN, GradientCovariance, Hessian
 from flatcore.trace import diagonal, trace
 
 __version__ = "0.1.0"
+
+tuning.start()
 
 # Behind the version, which the report's account of the machine reads.
 from flatcore.report import compare, report

@@ -6,12 +6,12 @@ import os
 import platform
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import flatcore
 from flatcore import _build
+from flatcore.tuning import processor
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def describe() -> Machine:
         torch_cuda=torch.version.cuda or "none",
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
+        processor=processor(),
         cores=available_cores(),
         threads=torch.get_num_threads(),
         blas=_found(r"BLAS_INFO=(\w+)", configuration),
@@ -70,12 +70,3 @@ def available_cores() -> int:
 def _found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     return match.group(1) if match else "unknown"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if named:
-            return named.group(1).strip()
-    return platform.processor() or "unknown"

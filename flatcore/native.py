@@ -15,7 +15,15 @@ from torch import Tensor
 
 from flatcore import checks
 from flatcore._C import engine
-from flatcore.capture import Program, batch_leaves, capture, flatten_batch, interpret, named_tensors
+from flatcore.capture import (
+    Program,
+    batch_leaves,
+    capture,
+    cut_values,
+    flatten_batch,
+    interpret,
+    named_tensors,
+)
 from flatcore.data import Batch, version
 from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
@@ -108,7 +116,7 @@ class NativeBackend:
                 def rows(data: Batch, program: Program = program, frozen: Any = frozen) -> list[Tensor]:
                     constants = program.prelude.run(batch_leaves(data), frozen)
                     values = interpret(program, parameters, constants)
-                    return [values[i] for i in program.cut or ()]
+                    return cut_values(program, values)
 
                 if rows_mix(rows, batch.batch, batch.examples):
                     return ROWS_MIX
@@ -190,7 +198,10 @@ class NativeBackend:
             )
         program = self._compiled[_key(batch.batch)].program
         # Does the model cast to float32 inside?
-        rounds = any(op.kind == "round" or (op.external and op.external.rounds) for op in program.ops)
+        rounds = any(
+            op.kind == "round" or op.attrs.get("round") or (op.external and op.external.rounds)
+            for op in program.ops
+        )
         precision = torch.float32 if rounds else objective.layout.dtype
         # A loss near zero is the difference of numbers of order one.
         if not abs(ours - theirs) <= math.sqrt(torch.finfo(precision).eps) * (1 + abs(theirs)):

@@ -192,6 +192,47 @@ def normed_mlp() -> nn.Module:
     )
 
 
+class ComputedNorms(nn.Module):
+    """Normalisation layers whose weights and biases are computed, some of them views with steps or strides of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.scales, self.shifts = nn.Parameter(torch.randn(12)), nn.Parameter(torch.randn(2, 6))
+        self.shift = nn.Parameter(torch.randn(1))
+        self.out = nn.Linear(6, 3)
+        self.register_buffer("mean", torch.randn(6))
+        self.register_buffer("var", torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = F.layer_norm(h, (6,), self.scales.sin()[::2], self.shift.expand(6))
+        h = torch.tanh(F.rms_norm(h, (6,), self.scales[1::2]))
+        h = F.batch_norm(h, self.mean, self.var, self.shifts.exp()[1], self.scales[::2])
+        h = F.batch_norm(h, self.mean, self.var, self.shifts[0], (2 * self.shift).expand(6))
+        return self.out(F.layer_norm(torch.tanh(h), (6,), self.shifts[0] * self.scales[:6], self.scales[::2]))
+
+
+class ImageRows(nn.Module):
+    """What works along the rows of an image, directly behind convolutions and batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))
+        self.batch = nn.BatchNorm2d(2)
+        self.layer, self.rows = nn.LayerNorm([4, 5]), nn.LayerNorm(5)
+        self.mix = nn.Linear(5, 5)
+        self.out = nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d = self.convolutions
+        x = self.layer(a(x))
+        x = self.rows(self.batch(x)) + 2 * b(x).softmax(-1)
+        x = self.mix(c(x)) + self.batch(x).cumsum(-1).tanh()
+        x = d(x)
+        return self.out((self.mix(x) + x.transpose(2, 3).sin().transpose(2, 3)).flatten(1))
+
+
 def frozen_middle() -> nn.Module:
     model = nn.Sequential(
         nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)

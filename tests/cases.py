@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from case_models import (
     ACTIVATIONS,
+    ComputedNorms,
     Heads,
+    ImageRows,
     LeftMatrix,
     NormedWeight,
     PerPosition,
@@ -186,6 +188,8 @@ CASES: tuple[Case, ...] = (
         for name in ACTIVATIONS
     ),
     case("mlp-batchnorm", normed_mlp, nn.CrossEntropyLoss, vectors(6, indices)),
+    case("computed-norms", ComputedNorms, nn.CrossEntropyLoss, vectors(5, indices)),
+    case("image-rows", ImageRows, nn.CrossEntropyLoss, images(2, 4, 5, 5)),
     case("tied", Tied, nn.MSELoss, vectors(6, lambda n: torch.randn(n, 6))),
     case("frozen-middle", frozen_middle, nn.CrossEntropyLoss, vectors(6, indices)),
     case("frozen-front", frozen_front, nn.CrossEntropyLoss, images(1, 6, 6)),

@@ -258,7 +258,8 @@ MUTATIONS: dict[str, tuple[Callable[[Program], Program], str]] = {
         lambda p: with_op(p, 1, attrs={**p.ops[1].attrs, "function": "rely"}),
         "unknown function 'rely'",
     ),
-    "mass": (lambda p: with_op(p, -2, inputs=(p.ops[-2].inputs[0],) * 2), "mass must not depend"),
+    "mass": (lambda p: with_op(p, -2, inputs=(p.ops[-2].inputs[0],) * 3), "mass must not depend"),
+    "masses": (lambda p: with_op(p, -2, inputs=(*p.ops[-2].inputs[:2], None)), "mass must have the shape"),
     "loss": (lambda p: dataclasses.replace(p, loss=p.ops[-3].output), "loss: expected one number"),
     "cut": (lambda p: dataclasses.replace(p, cut=(0,)), "cut: expected the id of a computed activation"),
     "normaliser": (

@@ -65,6 +65,14 @@ ARCHITECTURES = {
         language,
         SINGLE,
     ),
+    # So many tokens that the head and its cross-entropy are one op.
+    "gpt2-vocabulary": Architecture(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 1100, "n_positions": 16},
+        language,
+        SINGLE,
+    ),
     "bert": Architecture("BertForSequenceClassification", "BertConfig", BERT, classified),
     "distilbert": Architecture(
         "DistilBertForSequenceClassification",

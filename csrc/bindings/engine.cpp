@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "engine/gemm_choice.h"
 #include "engine/rule.h"
 #include "engine/sweep.h"
 #include "external.h"
@@ -138,6 +139,19 @@ void bind_engine(py::module_ m) {
         },
         "Number of threads that a large kernel loop really runs on.");
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
+    engine.def("set_gemm_policy", &set_gemm_policy, py::arg("policy"),
+               "Which library multiplies float32 matrices: measure, blas or onednn.");
+    engine.def("gemm_choices", &gemm_choices, "What was measured: class of shapes -> oneDNN is faster.");
+    engine.def("set_gemm_choices", &set_gemm_choices, py::arg("choices"));
+    engine.def(
+        "multiply",
+        [](const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+            py::gil_scoped_release release;
+            at::AutoDispatchBelowADInplaceOrView guard;
+            multiply(c, a, b, accumulate);
+        },
+        py::arg("c"), py::arg("a"), py::arg("b"), py::arg("accumulate"),
+        "c = a b or c += a b by the library chosen.");
     py::class_<Program, std::shared_ptr<Program>>(engine, "Program")
         .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"),
              py::arg("parameters"), py::arg("loss"), py::arg("cut"))

@@ -1,18 +1,10 @@
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/baddbmm.h>
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/mm.h>
-
+#include "gemm_choice.h"
 #include "tensor_ops.h"
 
 namespace flatcore {
 
 void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    at::Tensor out = c;
-    if (accumulate)
-        at::addmm_out(out, c, a, b);
-    else
-        at::mm_out(out, a, b);
+    multiply(c, a, b, accumulate);
 }
 
 void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
@@ -44,18 +36,16 @@ void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bo
     const auto batch = [&](const at::Tensor& t) {
         return t.dim() == 3 ? t : t.unsqueeze(0).expand({K, t.size(0), t.size(1)});
     };
-    at::Tensor out = c;
-    if (!c.is_contiguous()) {
-        const at::Tensor product = at::bmm(batch(a), batch(b));
-        if (accumulate)
-            out.add_(product);
-        else
-            out.copy_(product);
-    } else if (accumulate) {
-        at::baddbmm_out(out, c, batch(a), batch(b));
-    } else {
-        at::bmm_out(out, batch(a), batch(b));
+    if (c.is_contiguous()) {
+        multiply(c, batch(a), batch(b), accumulate);
+        return;
     }
+    at::Tensor product = at::empty(c.sizes(), c.options());
+    multiply(product, batch(a), batch(b), false);
+    if (accumulate)
+        c.add_(product);
+    else
+        c.copy_(product);
 }
 
 }  // namespace flatcore

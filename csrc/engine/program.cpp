@@ -83,6 +83,7 @@ void Program::make_plan(Mode mode, const std::vector<bool>& model_side) {
     Plan& p = plans_[static_cast<size_t>(mode)];
     const size_t n = ops_.size(), m = values_.size();
     p.second_order.assign(n, false);
+    p.curved.assign(n, false);
     p.in_adjoint.assign(n, true);
     p.needs_tangent.assign(m, false);
     p.keeps_tangent.assign(m, false);
@@ -90,8 +91,9 @@ void Program::make_plan(Mode mode, const std::vector<bool>& model_side) {
     p.first_tangent_use.assign(m, -1);
     for (size_t i = n; i-- > 0;) {
         p.second_order[i] = mode == Mode::hessian || (mode == Mode::ggn && !model_side[i]);
+        p.curved[i] = p.second_order[i] || (mode == Mode::ggn && rules_[i]->holds_cut());
         p.in_adjoint[i] = mode != Mode::covariance || model_side[i];
-        if (!p.second_order[i]) continue;
+        if (!p.curved[i]) continue;
         for (size_t j = 0; j < ops_[i].inputs.size(); ++j) {
             const int id = ops_[i].inputs[j];
             if (id < 0 || !values_[static_cast<size_t>(id)].active) continue;
@@ -214,7 +216,8 @@ int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize) const {
             else
                 ledger.allocate(m + static_cast<size_t>(id), elements(static_cast<size_t>(id)));
         }
-        ledger.touch(rules_[i]->workspace(K));
+        ledger.touch(rules_[i]->workspace(K) +
+                     (second_order(mode, i) ? rules_[i]->second_order_workspace() : 0));
         ledger.free(m + output);
         for (int id : ops_[i].inputs)
             if (is_buffer(id) && first_tangent_use(mode, id) == static_cast<int>(i))

@@ -51,9 +51,10 @@ class Program {
     int loss() const { return loss_; }
     const std::vector<int>& cut() const { return cut_; }
 
-    // In `mode`: does op's adjoint carry its second-derivative terms / run at all; is the tangent of a value
-    // computed.
+    // In `mode`: does op's adjoint carry its second-derivative terms / at least those behind the cut that it
+    // holds / run at all; is the tangent of a value computed.
     bool second_order(Mode mode, size_t op) const { return plan(mode).second_order[op]; }
+    bool curved(Mode mode, size_t op) const { return plan(mode).curved[op]; }
     bool in_adjoint(Mode mode, size_t op) const { return plan(mode).in_adjoint[op]; }
     bool needs_tangent(Mode mode, int value) const { return plan(mode).needs_tangent[value]; }
     // The tangent of a value is read by some adjoint, so it outlives the tangent sweep.
@@ -76,7 +77,7 @@ class Program {
 
  private:
     struct Plan {
-        std::vector<bool> second_order, in_adjoint, needs_tangent, keeps_tangent;
+        std::vector<bool> second_order, curved, in_adjoint, needs_tangent, keeps_tangent;
         std::vector<int> last_tangent_use, first_tangent_use;
     };
     const Plan& plan(Mode mode) const { return plans_[static_cast<size_t>(mode)]; }

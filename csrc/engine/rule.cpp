@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "rules/external.h"
 #include "rules/rules.h"
 
 namespace flatcore {
@@ -45,7 +46,8 @@ const std::unordered_map<std::string, Kind>& kinds() {
         {"view", kind<ViewRule>(1, 1)},
         {"permute", kind<PermuteRule>(1, 1)},
         {"expand", kind<ExpandRule>(1, 1)},
-        {"cross_entropy", kind<CrossEntropyRule>(2, 2)},
+        {"cross_entropy", kind<CrossEntropyRule>(3, 3)},
+        {"linear_cross_entropy", kind<LinearCrossEntropyRule>(5, 5)},
         {"normalise", kind<NormaliseRule>(3, 3)},
         {"softmax", kind<SoftmaxRule>(1, 1)},
         {"logsumexp", kind<LogSumExpRule>(1, 1)},

@@ -32,7 +32,10 @@ class Directions {
     virtual int64_t K() const = 0;
     virtual const State& state() const = 0;
     virtual bool second_order() const = 0;
-    // Tangent of input i, contiguous within a direction; undefined where the input is not active.
+    // Are those behind the cut asked for, where the op holds it? True with second_order too.
+    virtual bool curved() const = 0;
+    // Tangent of input i, of any strides (a parameter's is a slice of V, a view's stands in its base);
+    // undefined where the input is not active.
     virtual at::Tensor tangent(int i) const = 0;
     // Tangent of the output's adjoint; undefined where it is zero.
     virtual at::Tensor cotangent() const = 0;
@@ -68,11 +71,16 @@ class Rule {
     virtual bool channels_last_output() const { return false; }
     // Has a second derivative at all. Linear rules do not and are skipped where the cotangent is zero.
     virtual bool has_second_order() const { return false; }
+    // The cut lies within the op: it is listed as the op's output, and a GGN asks for the second-derivative
+    // terms behind it only.
+    virtual bool holds_cut() const { return false; }
 
     // Floating-point operations of tangent plus adjoint for K directions.
     virtual double flops(int64_t K, bool second_order) const;
     // Elements, not counting outputs, that tangent or adjoint hold at once; and that forward saves.
     virtual int64_t workspace(int64_t /*K*/) const { return 0; }
+    // More of them where adjoint carries all second-derivative terms.
+    virtual int64_t second_order_workspace() const { return 0; }
     virtual int64_t saved() const { return 0; }
 
  protected:

@@ -40,7 +40,7 @@ class Pass final : public Directions {
             const Rule& rule = program_.rule(i);
             op_ = &op;
             visit(op, rule);
-            const bool cross = second_order() && rule.has_second_order() &&
+            const bool cross = curved() && rule.has_second_order() &&
                                (!rule.reads_output_adjoint() || state_.adjoint(op.output).defined());
             if (cotangent().defined() || cross) rule.adjoint(*this);
             cotangents_[static_cast<size_t>(op.output)] = at::Tensor();
@@ -61,6 +61,7 @@ class Pass final : public Directions {
     bool second_order() const override {
         return program_.second_order(mode_, static_cast<size_t>(op_->index));
     }
+    bool curved() const override { return program_.curved(mode_, static_cast<size_t>(op_->index)); }
     bool wants(int i) const override {
         if (i >= static_cast<int>(op_->inputs.size()) || op_->inputs[i] < 0) return false;
         const Value& value = program_.values()[static_cast<size_t>(op_->inputs[i])];

@@ -6,6 +6,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/select.h>
 
 #include "program.h"
 
@@ -27,6 +28,11 @@ inline at::Tensor dense(const at::Tensor& t, const Value& value) {
 inline at::Tensor dense_directions(const at::Tensor& t, const Value& value) {
     if (!value.channels_last) return t.contiguous();
     return t.flatten(0, 1).contiguous(at::MemoryFormat::ChannelsLast).unflatten(0, {t.size(0), t.size(1)});
+}
+
+// Directions that are contiguous one by one, whatever lies between two of them; an undefined tensor stays so.
+inline at::Tensor each_contiguous(const at::Tensor& t) {
+    return !t.defined() || t.size(0) == 0 || t.select(0, 0).is_contiguous() ? t : t.contiguous();
 }
 
 // Uninitialised directions (K, *shape) in the value's layout.

@@ -13,66 +13,74 @@ constexpr int64_t kGrain = 4096;  // logits per thread below which a second thre
 
 int64_t row_grain(int64_t C) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(C, 1)); }
 
-template <class T>
-FLATCORE_CLONES void forward_rows(int64_t first, int64_t last, int64_t C, const T* z, const T* mass, T* loss,
+template <class T, class Target>
+FLATCORE_CLONES void forward_rows(int64_t first, int64_t last, int64_t C, const T* z, Target target, T* loss,
                                   T* p, T* total) {
-    for (int64_t r = first; r < last; ++r)
-        body::cross_entropy_forward(C, z + r * C, mass + r * C, loss + r, p + r * C, total + r);
-}
-
-// Rows of all directions are numbered k * rows + r.
-template <class T>
-FLATCORE_CLONES void tangent_rows(int64_t first, int64_t last, int64_t rows, int64_t C, const T* mass,
-                                  const T* p, const T* total, const T* tz, T* tloss) {
-    for (int64_t row = first; row < last; ++row) {
-        const int64_t r = row % rows;
-        tloss[row] = body::cross_entropy_tangent(C, mass + r * C, p + r * C, total[r], tz + row * C);
+    for (int64_t r = first; r < last; ++r) {
+        T sum;
+        loss[r] = body::cross_entropy_forward(C, z + r * C, body::row_of(target, r, C), p + r * C, &sum);
+        if (total) total[r] = sum;
     }
 }
 
-template <class T>
-FLATCORE_CLONES void adjoint_rows(int64_t first, int64_t last, int64_t rows, int64_t C, const T* mass,
+// Rows of all directions are numbered k * rows + r.
+template <class T, class Target>
+FLATCORE_CLONES void tangent_rows(int64_t first, int64_t last, int64_t rows, int64_t C, Target target,
+                                  const T* p, const T* total, const T* tz, T* tloss) {
+    for (int64_t row = first; row < last; ++row) {
+        const int64_t r = row % rows;
+        tloss[row] =
+            body::cross_entropy_tangent(C, body::row_of(target, r, C), p + r * C, total[r], tz + row * C);
+    }
+}
+
+template <class T, class Target>
+FLATCORE_CLONES void adjoint_rows(int64_t first, int64_t last, int64_t rows, int64_t C, Target target,
                                   const T* p, const T* total, const T* tdloss, const T* dloss, const T* tz,
                                   T* out) {
     for (int64_t row = first; row < last; ++row) {
         const int64_t r = row % rows;
-        body::cross_entropy_adjoint(C, mass + r * C, p + r * C, total[r], tdloss ? tdloss[row] : T(0),
-                                    tz ? dloss[r] : T(0), tz ? tz + row * C : nullptr, out + row * C);
+        body::cross_entropy_adjoint(C, body::row_of(target, r, C), p + r * C, total[r],
+                                    tdloss ? tdloss[row] : T(0), tz ? dloss[r] : T(0),
+                                    tz ? tz + row * C : nullptr, out + row * C);
     }
 }
 
 }  // namespace
 
-template <class T>
-void cross_entropy_forward(int64_t rows, int64_t C, const T* z, const T* mass, T* loss, T* p, T* total) {
-    parallel_for(0, rows, row_grain(C),
-                 [&](int64_t first, int64_t last) { forward_rows(first, last, C, z, mass, loss, p, total); });
+template <class T, class Target>
+void cross_entropy_forward(int64_t rows, int64_t C, const T* z, Target target, T* loss, T* p, T* total) {
+    parallel_for(0, rows, row_grain(C), [&](int64_t first, int64_t last) {
+        forward_rows(first, last, C, z, target, loss, p, total);
+    });
 }
 
-template <class T>
-void cross_entropy_tangent(int64_t K, int64_t rows, int64_t C, const T* mass, const T* p, const T* total,
+template <class T, class Target>
+void cross_entropy_tangent(int64_t K, int64_t rows, int64_t C, Target target, const T* p, const T* total,
                            const T* tz, T* tloss) {
     parallel_for(0, K * rows, row_grain(C), [&](int64_t first, int64_t last) {
-        tangent_rows(first, last, rows, C, mass, p, total, tz, tloss);
+        tangent_rows(first, last, rows, C, target, p, total, tz, tloss);
     });
 }
 
-template <class T>
-void cross_entropy_adjoint(int64_t K, int64_t rows, int64_t C, const T* mass, const T* p, const T* total,
+template <class T, class Target>
+void cross_entropy_adjoint(int64_t K, int64_t rows, int64_t C, Target target, const T* p, const T* total,
                            const T* tdloss, const T* dloss, const T* tz, T* out) {
     parallel_for(0, K * rows, row_grain(C), [&](int64_t first, int64_t last) {
-        adjoint_rows(first, last, rows, C, mass, p, total, tdloss, dloss, tz, out);
+        adjoint_rows(first, last, rows, C, target, p, total, tdloss, dloss, tz, out);
     });
 }
 
-#define INSTANTIATE(T)                                                                                     \
-    template void cross_entropy_forward(int64_t, int64_t, const T*, const T*, T*, T*, T*);                 \
-    template void cross_entropy_tangent(int64_t, int64_t, int64_t, const T*, const T*, const T*, const T*, \
-                                        T*);                                                               \
-    template void cross_entropy_adjoint(int64_t, int64_t, int64_t, const T*, const T*, const T*, const T*, \
+#define INSTANTIATE(T, Target)                                                                           \
+    template void cross_entropy_forward(int64_t, int64_t, const T*, Target, T*, T*, T*);                 \
+    template void cross_entropy_tangent(int64_t, int64_t, int64_t, Target, const T*, const T*, const T*, \
+                                        T*);                                                             \
+    template void cross_entropy_adjoint(int64_t, int64_t, int64_t, Target, const T*, const T*, const T*, \
                                         const T*, const T*, T*);
-INSTANTIATE(float)
-INSTANTIATE(double)
+INSTANTIATE(float, ClassMasses<float>)
+INSTANTIATE(double, ClassMasses<double>)
+INSTANTIATE(float, OneClass<float>)
+INSTANTIATE(double, OneClass<double>)
 #undef INSTANTIATE
 
 }  // namespace flatcore

@@ -3,7 +3,7 @@
 from .batch import batch_leaves, flatten_batch, split_batch
 from .cut import NO_VALUE
 from .export import capture
-from .interpreter import interpret
+from .interpreter import cut_values, interpret
 from .prelude import Prelude, named_tensors
 from .program import Op, Program, Value
 from .verify import VerificationError, verify
@@ -17,6 +17,7 @@ __all__ = [
     "VerificationError",
     "batch_leaves",
     "capture",
+    "cut_values",
     "flatten_batch",
     "interpret",
     "named_tensors",

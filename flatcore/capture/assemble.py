@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from . import lowerings  # noqa: F401  (registers the lowerings)
 from .cut import find_cut, reduction_of
+from .fuse import fuse
 from .graph import Names, active_nodes, module_path, needed_nodes, outputs
 from .lower import Lowering
 from .prelude import Source
@@ -49,6 +50,8 @@ def assemble(
     normaliser = lower.constant(lower.normalisers[loss]) if loss in lower.normalisers else None
 
     ops, renamed = _without_plain_marks(_alive(lower.ops, loss), lower)
+    cut = None if cut is None else tuple(renamed.get(i, i) for i in cut)
+    ops, cut = fuse(ops, lower.values, cut, examples)
     read = {i for op in ops for i in op.present}
     if normaliser is not None:
         read.add(normaliser)
@@ -62,7 +65,7 @@ def assemble(
         parameters={new[value.id]: value.name for value in named},
         constants=tuple(new[i] for i in constants),
         loss=new[renamed.get(loss, loss)],
-        cut=None if cut is None else tuple(new[renamed.get(i, i)] for i in cut),
+        cut=None if cut is None else tuple(new[i] for i in cut),
         cut_reason=cut_reason,
         normaliser=None if normaliser is None else new[normaliser],
         reduction=reduction_of(loss_node, lower),

@@ -81,6 +81,20 @@ def _round(x: Tensor) -> Tensor:
     return x + (x.detach().float().to(x.dtype) - x.detach())
 
 
+def _cross_entropy(z: Tensor, mass: Tensor, index: Tensor | None) -> Tensor:
+    """`mass` of every class, or of the one class `index` of each row."""
+    if index is None:
+        return (mass * (z.logsumexp(-1, keepdim=True) - z)).sum(-1)
+    return mass * (z.logsumexp(-1) - z.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+
+
+def _linear_cross_entropy(
+    x: Tensor, w: Tensor, bias: Tensor | None, mass: Tensor, index: Tensor, transposed: bool, round: bool
+) -> Tensor:
+    z = F.linear(x, w.t() if transposed else w, bias)
+    return _cross_entropy(_round(z) if round else z, mass, index)
+
+
 # kind -> meaning(*inputs, **attrs); an absent input is None.
 MEANING: dict[str, Callable[..., Tensor]] = {
     "linear": lambda x, w, bias, transposed: F.linear(x, w.t() if transposed else w, bias),
@@ -102,7 +116,8 @@ MEANING: dict[str, Callable[..., Tensor]] = {
     "view": lambda x, shape: x.reshape(shape),
     "permute": lambda x, dims: x.permute(dims),
     "expand": lambda x, shape: x.expand(shape),
-    "cross_entropy": lambda z, mass: (mass * (z.logsumexp(-1, keepdim=True) - z)).sum(-1),
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "normalise": _normalise,
     "softmax": lambda x: x.softmax(-1),
     "logsumexp": lambda x: x.logsumexp(-1, keepdim=True),
@@ -137,3 +152,16 @@ def interpret(
 def meaning(kind: str, attrs: Mapping[str, Any], inputs: list[Tensor | None]) -> Tensor:
     """One op applied to its inputs."""
     return MEANING[kind](*inputs, **attrs)
+
+
+def cut_values(program: Program, values: Mapping[int, Tensor]) -> list[Tensor]:
+    """What the model hands to the loss: the values of the cut, and the logits where a fused op holds them."""
+    fused = {op.output: op for op in program.ops if op.kind == "linear_cross_entropy"}
+
+    def value(i: int) -> Tensor:
+        if i not in fused:
+            return values[i]
+        layer = [None if j is None else values[j] for j in fused[i].inputs[:3]]
+        return meaning("linear", {"transposed": fused[i].attrs["transposed"]}, layer)
+
+    return [value(i) for i in program.cut or ()]

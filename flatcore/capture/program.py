@@ -64,7 +64,8 @@ class Program:
     parameters:  value id -> name in the user's model, for every selected parameter, used or not.
     constants:   ids of the values that `prelude.run` computes.
     cut:         ids of the values the model hands to the loss, through which alone the loss depends on the
-                 parameters; None where there is no such set, and `cut_reason` says why.
+                 parameters; the output of a `linear_cross_entropy` stands for its logits. None where there is
+                 no such set, and `cut_reason` says why.
     normaliser:  id of a 0-dim constant, the weight of the batch when a mean over several batches is taken;
                  None: the number of examples.
     reduction:   how the loss gathers the examples: their "mean", their "sum", or "other" (not recognised).

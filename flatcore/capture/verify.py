@@ -48,7 +48,10 @@ SIGNATURES: dict[str, Signature] = {
     "view": Signature(("x",), {"shape": _INTS}),
     "permute": Signature(("x",), {"dims": _INTS}),
     "expand": Signature(("x",), {"shape": _INTS}),
-    "cross_entropy": Signature(("z", "mass"), {}),
+    "cross_entropy": Signature(("z", "mass", "index?"), {}),
+    "linear_cross_entropy": Signature(
+        ("x", "weight", "bias?", "mass", "index"), {"transposed": "bool", "round": "bool"}
+    ),
     "normalise": Signature(("x", "weight?", "bias?"), {"eps": "float", "centred": "bool", "axes": "int"}),
     "softmax": Signature(("x",), {}),
     "logsumexp": Signature(("x",), {}),
@@ -66,7 +69,8 @@ assert SIGNATURES.keys() == MEANING.keys()
 # Inputs whose derivative the vocabulary does not have.
 CONSTANT_INPUTS = {
     "batch_norm": ("mean", "var"),
-    "cross_entropy": ("mass",),
+    "cross_entropy": ("mass", "index?"),
+    "linear_cross_entropy": ("mass", "index"),
     "attention": ("mask?",),
     "rows": ("index",),
 }
@@ -74,6 +78,8 @@ CONSTANT_INPUTS = {
 _OTHER_DTYPES = {
     ("attention", "mask?"): torch.bool,
     ("rows", "index"): torch.int64,
+    ("cross_entropy", "index?"): torch.int64,
+    ("linear_cross_entropy", "index"): torch.int64,
     ("where", "mask"): torch.bool,
 }
 _OWN_DTYPE_ALLOWED = {("attention", "mask?"), ("where", "mask")}
@@ -187,7 +193,7 @@ def _extra_problem(op: Op, inputs: Sequence[Value | None]) -> str:
     ranks = [len(v.shape) if v is not None else -1 for v in inputs]
     if op.kind == "unary" and op.attrs["function"] not in FUNCTIONS:
         return f"unknown function '{op.attrs['function']}'; known are {', '.join(FUNCTIONS)}"
-    if op.kind == "linear" and (ranks[0] < 1 or ranks[1] != 2 or ranks[2] not in (-1, 1)):
+    if op.kind.startswith("linear") and (ranks[0] < 1 or ranks[1] != 2 or ranks[2] not in (-1, 1)):
         return "expected x of at least one axis, a matrix as weight and a vector as bias"
     if op.kind == "matmul" and min(ranks) < 2:
         return "expected at least two axes on both sides"
@@ -203,6 +209,12 @@ def _extra_problem(op: Op, inputs: Sequence[Value | None]) -> str:
         return "start must not be negative, step must be positive"
     if op.kind == "sum" and not op.attrs["dims"]:
         return "dims must name at least one axis"
-    if op.kind == "cross_entropy" and (ranks[0] < 1 or inputs[0].shape != inputs[1].shape):  # type: ignore[union-attr]
-        return "logits and mass must have one shape"
+    if op.kind.endswith("cross_entropy"):
+        logits, (mass, index) = inputs[0], inputs[-2:]
+        assert logits is not None and mass is not None
+        rows = logits.shape[:-1]
+        if not logits.shape or mass.shape != (rows if index else logits.shape):
+            return "mass must have the shape of the logits, or with an index that of their rows"
+        if index is not None and index.shape != rows:
+            return "index must have the shape of the rows"
     return ""

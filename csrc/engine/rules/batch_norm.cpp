@@ -21,9 +21,8 @@ int64_t stride_or_zero(const at::Tensor& t) { return t.defined() ? t.stride(0) :
 
 template <class T>
 ChannelAffine<T> kernel_of(const State& state, const Op& op, int64_t rows, int64_t channels,
-                           const at::Tensor& x) {
+                           const at::Tensor& bias, const at::Tensor& x) {
     const auto& saved = state.saved(op);
-    const at::Tensor bias = op.inputs[kBias] >= 0 ? state.value(op.inputs[kBias]) : at::Tensor();
     return {rows,
             channels,
             saved[kMeanSaved].const_data_ptr<T>(),
@@ -63,9 +62,10 @@ at::Tensor BatchNormRule::forward(State& state) const {
     const at::Tensor inverse_std = (state.value(op_.inputs[kVariance]) + eps_).rsqrt_();
     const at::Tensor scale = has(kWeight) ? inverse_std * state.value(op_.inputs[kWeight]) : inverse_std;
     state.saved(op_) = {inverse_std, scale, state.value(op_.inputs[kMean]).contiguous()};
+    const at::Tensor bias = has(kBias) ? state.value(op_.inputs[kBias]).contiguous() : at::Tensor();
     at::Tensor y = at::empty({rows_, channels_}, x.options());
     FLATCORE_DISPATCH(y, "batch_norm", [&] {
-        channel_affine_forward(kernel_of<scalar_t>(state, op_, rows_, channels_, x),
+        channel_affine_forward(kernel_of<scalar_t>(state, op_, rows_, channels_, bias, x),
                                y.mutable_data_ptr<scalar_t>());
     });
     return value_of(y, 0);
@@ -76,10 +76,10 @@ at::Tensor BatchNormRule::tangent(const Directions& d) const {
     at::Tensor ty = at::empty({K * rows_, channels_}, d.state().options());
     const at::Tensor tx = active(kX) ? rows_of(d.tangent(kX)) : at::Tensor();
     const at::Tensor x = active(kWeight) ? rows_of(d.state().value(op_.inputs[kX])) : at::Tensor();
-    const at::Tensor tweight = active(kWeight) ? d.tangent(kWeight) : at::Tensor();
-    const at::Tensor tbias = active(kBias) ? d.tangent(kBias) : at::Tensor();
+    const at::Tensor tweight = active(kWeight) ? each_contiguous(d.tangent(kWeight)) : at::Tensor();
+    const at::Tensor tbias = active(kBias) ? each_contiguous(d.tangent(kBias)) : at::Tensor();
     FLATCORE_DISPATCH(ty, "batch_norm", [&] {
-        channel_affine_tangent(kernel_of<scalar_t>(d.state(), op_, rows_, channels_, x), K,
+        channel_affine_tangent(kernel_of<scalar_t>(d.state(), op_, rows_, channels_, {}, x), K,
                                pointer_or_null<scalar_t>(tx), pointer_or_null<scalar_t>(tweight),
                                stride_or_zero(tweight), pointer_or_null<scalar_t>(tbias),
                                stride_or_zero(tbias), ty.mutable_data_ptr<scalar_t>());
@@ -96,7 +96,7 @@ void BatchNormRule::adjoint(Directions& d) const {
     const at::Tensor dy = cross ? rows_of(state.adjoint(op_.output)) : at::Tensor();
     const at::Tensor x = active(kWeight) ? rows_of(state.value(op_.inputs[kX])) : at::Tensor();
     const at::Tensor tx = cross ? rows_of(d.tangent(kX)) : at::Tensor();
-    const at::Tensor tweight = cross ? d.tangent(kWeight) : at::Tensor();
+    const at::Tensor tweight = cross ? each_contiguous(d.tangent(kWeight)) : at::Tensor();
     const auto sums = [&](int i) {
         return d.wants(i) ? at::empty({K, kRowPieces, channels_}, state.options().dtype(at::kDouble))
                           : at::Tensor();
@@ -104,7 +104,7 @@ void BatchNormRule::adjoint(Directions& d) const {
     const at::Tensor weight_sums = sums(kWeight), bias_sums = sums(kBias);
     const at::Tensor tdx = d.wants(kX) ? at::empty({K * rows_, channels_}, state.options()) : at::Tensor();
     FLATCORE_DISPATCH(state.saved(op_)[kScale], "batch_norm", [&] {
-        const auto kernel = kernel_of<scalar_t>(state, op_, rows_, channels_, x);
+        const auto kernel = kernel_of<scalar_t>(state, op_, rows_, channels_, {}, x);
         const scalar_t *tdy_data = pointer_or_null<scalar_t>(tdy), *dy_data = pointer_or_null<scalar_t>(dy);
         if (tdx.defined())
             channel_affine_adjoint(kernel, K, tdy_data, dy_data, pointer_or_null<scalar_t>(tweight),

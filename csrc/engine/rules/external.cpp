@@ -1,8 +1,8 @@
 // y = f(x) with derivatives that the engine does not know: it hands over the inputs and takes what comes
 // back.
-#include "engine/external.h"
+#include "external.h"
 
-#include "rules.h"
+#include "engine/state.h"
 
 namespace flatcore {
 

@@ -4,6 +4,7 @@
 // The terms in W alone fold K into the rows of one GEMM; V_k stays where the caller put it.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -61,13 +62,21 @@ void LinearRule::adjoint(Directions& d) const {
     const at::Tensor dy = cross ? state.adjoint(op_.output).reshape({rows_, out_}) : at::Tensor();
     if (d.wants(0)) {
         auto [buffer, fresh] = d.accumulator(0);
-        const at::Tensor tdx = buffer.view({K, rows_, in_});
-        bool started = !fresh;
+        // Where x's adjoint has other strides (an image lies channels last), the products are added to it
+        // after.
+        const bool in_place = K == 0 || buffer.select(0, 0).is_contiguous();
+        const at::Tensor tdx =
+            in_place ? buffer.view({K, rows_, in_}) : at::zeros({K, rows_, in_}, buffer.options());
+        bool started = !(in_place && fresh);
         if (tdy.defined()) {
             gemm_shared(tdx, tdy, weight_as_matrix(state.value(op_.inputs[1])).t(), started);
             started = true;
         }
         if (cross) gemm_each(tdx, dy, weight_as_matrix(d.tangent(1)).transpose(1, 2), started);
+        if (!in_place) {
+            const at::Tensor sum = tdx.view(buffer.sizes());
+            fresh ? buffer.copy_(sum) : buffer.add_(sum);
+        }
     }
     if (d.wants(1)) {
         auto [buffer, fresh] = d.accumulator(1);
@@ -98,8 +107,9 @@ double LinearRule::flops(int64_t K, bool second_order) const {
 
 int64_t LinearRule::workspace(int64_t K) const {
     // The batched product's own copy of the weights' results or the bias' sums; directions of an x that is a
-    // parameter brought together for one GEMM.
-    const int64_t gathered = input(0).kind == ValueKind::parameter && K > 1 ? K * input(0).numel : 0;
+    // parameter brought together for one GEMM; the adjoint of an image before it is laid channels last.
+    const bool apart = input(0).channels_last || (input(0).kind == ValueKind::parameter && K > 1);
+    const int64_t gathered = apart ? K * input(0).numel : 0;
     return gathered + std::max(active(1) ? gemm_each_workspace(K, in_ * out_) : 0, active(2) ? K * out_ : 0);
 }
 

@@ -53,8 +53,8 @@ at::Tensor NormaliseRule::tangent(const Directions& d) const {
     const auto& saved = d.state().saved(op_);
     const at::Tensor weight = has(kWeight) ? d.state().value(op_.inputs[kWeight]).contiguous() : at::Tensor();
     const at::Tensor tx = active(kX) ? d.tangent(kX).contiguous() : at::Tensor();
-    const at::Tensor tweight = active(kWeight) ? d.tangent(kWeight) : at::Tensor();
-    const at::Tensor tbias = active(kBias) ? d.tangent(kBias) : at::Tensor();
+    const at::Tensor tweight = active(kWeight) ? each_contiguous(d.tangent(kWeight)) : at::Tensor();
+    const at::Tensor tbias = active(kBias) ? each_contiguous(d.tangent(kBias)) : at::Tensor();
     at::Tensor ty = new_directions(d.K(), output(), d.state().options());
     FLATCORE_DISPATCH(ty, "normalise", [&] {
         normalise_tangent<scalar_t>(
@@ -76,13 +76,15 @@ void NormaliseRule::adjoint(Directions& d) const {
     const at::Tensor tdy = d.cotangent().defined() ? d.cotangent().contiguous() : at::Tensor();
     const at::Tensor dy = cross ? state.adjoint(op_.output).contiguous() : at::Tensor();
     const at::Tensor tx = cross && active(kX) ? d.tangent(kX).contiguous() : at::Tensor();
-    const at::Tensor tweight = cross && active(kWeight) ? d.tangent(kWeight) : at::Tensor();
+    const at::Tensor tweight = cross && active(kWeight) ? each_contiguous(d.tangent(kWeight)) : at::Tensor();
     const auto sums = [&](int i) {
         return d.wants(i) ? at::empty({K, kRowPieces, columns_}, state.options().dtype(at::kDouble))
                           : at::Tensor();
     };
     const at::Tensor weight_sums = sums(kWeight), bias_sums = sums(kBias);
-    const at::Tensor tdx = d.wants(kX) ? new_directions(K, input(kX), state.options()) : at::Tensor();
+    // Contiguous, as the kernel writes, whatever layout x is kept in.
+    const at::Tensor tdx =
+        d.wants(kX) ? at::empty(with_directions(K, input(kX).shape), state.options()) : at::Tensor();
     FLATCORE_DISPATCH(saved[kNormalised], "normalise", [&] {
         const NormaliseAdjoint<scalar_t> terms{saved[kNormalised].const_data_ptr<scalar_t>(),
                                                saved[kInverse].const_data_ptr<scalar_t>(),

@@ -1,6 +1,7 @@
 // The rule classes, one op family per file.
 #pragma once
 
+#include "attention_tiles.h"
 #include "engine/rule.h"
 #include "engine/state.h"
 #include "engine/tensor_ops.h"
@@ -208,13 +209,50 @@ class CrossEntropyRule final : public Rule {
     CrossEntropyRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return true; }
-    bool reads_value(int i) const override { return i == 1; }
+    bool reads_value(int i) const override { return i > 0; }
     bool reads_output_adjoint() const override { return true; }
     bool reads_tangent_in_adjoint(int) const override { return true; }
     int64_t saved() const override { return rows_ * (classes_ + 1); }
 
  private:
+    template <class T, class Body>
+    void with_target(const State& state, const Body& body) const;
     int64_t rows_, classes_;
+};
+
+// linear_cross_entropy.cpp
+class LinearCrossEntropyRule final : public Rule {
+ public:
+    LinearCrossEntropyRule(const Program& program, const Op& op);
+    FLATCORE_RULE_METHODS
+    bool has_second_order() const override { return true; }
+    bool holds_cut() const override { return holds_cut_; }
+    bool reads_value(int) const override { return true; }
+    bool reads_output_adjoint() const override { return true; }
+    bool reads_tangent_in_adjoint(int i) const override { return i < 3; }
+    double flops(int64_t K, bool second_order) const override;
+    int64_t saved() const override { return keeps_probabilities() ? rows_ * classes_ : 0; }
+    int64_t workspace(int64_t K) const override;
+    int64_t second_order_workspace() const override;
+
+ private:
+    struct Operands;
+    template <class Body>
+    void for_each_chunk(const Body& body) const;
+    template <class T, class Body>
+    void with_target(const State& state, int64_t first, const Body& body) const;
+    // The probabilities of a single chunk are kept; more are computed in every sweep.
+    bool keeps_probabilities() const { return rows_ <= chunk_rows_; }
+    Operands values(const State& state) const;
+    Operands tangents(const Directions& d) const;
+    at::Tensor new_chunk(const State& state) const;
+    void logits(const Operands& v, int64_t first, const at::Tensor& z) const;
+    at::Tensor probabilities(const State& state, const Operands& v, int64_t first, int64_t rows,
+                             const at::Tensor& buffer) const;
+    void logit_tangent(const Operands& v, const Operands& t, int64_t k, int64_t first,
+                       const at::Tensor& tz) const;
+    int64_t rows_, width_, classes_, chunk_rows_;
+    bool transposed_, rounds_, holds_cut_;
 };
 
 // normalise.cpp
@@ -223,6 +261,7 @@ class NormaliseRule final : public Rule {
     NormaliseRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) || active(1); }
+    bool reads_value(int i) const override { return i == 1; }
     bool reads_output_adjoint() const override { return true; }
     bool reads_tangent_in_adjoint(int i) const override { return i < 2; }
     int64_t saved() const override { return rows_ * (columns_ + 1); }
@@ -261,33 +300,32 @@ class LogSumExpRule final : public Rule {
 };
 
 // attention.cpp
-struct AttentionTile {  // a group of heads, a range of query rows, the keys from the first that those rows
-                        // may see
-    int64_t head, heads, row, rows, keys;
-};
+struct AttentionWork;
+struct AttentionAdjoint;
 
 class AttentionRule final : public Rule {
  public:
     AttentionRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) || active(1); }
-    bool reads_output_adjoint() const override { return true; }
-    bool reads_tangent_in_adjoint(int i) const override { return i < 3; }
+    bool reads_output_adjoint() const override { return has_second_order(); }
+    bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 3; }
     int64_t saved() const override { return input(0).numel + input(1).numel + input(2).numel; }
     double flops(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
 
  private:
-    using Tile = AttentionTile;
     template <class Body>
-    void for_each_tile(const Body& body) const;
-    at::Tensor mask_part(const at::Tensor& mask, const Tile& tile) const;
-    at::Tensor probabilities(const State& state, const Tile& tile) const;
-    at::Tensor logit_tangent(const State& state, const Tile& tile, const at::Tensor& tq,
+    void for_each_unit(const State& state, int64_t K, int64_t buffers, const Body& body) const;
+    at::Tensor probabilities(const AttentionWork& work, const AttentionTile& tile) const;
+    at::Tensor logit_tangent(const AttentionWork& work, const AttentionTile& tile, const at::Tensor& tq,
                              const at::Tensor& tk) const;
+    void adjoint_of_tile(const AttentionWork& work, const AttentionTile& tile,
+                         const AttentionAdjoint& a) const;
+
     bool causal_;
     double scale_;
-    int64_t heads_, queries_, keys_;
+    AttentionTiling tiling_;
 };
 
 // structure.cpp
@@ -342,24 +380,6 @@ class RoundRule final : public Rule {
     using Rule::Rule;
     FLATCORE_RULE_METHODS
     bool aliases() const override { return true; }
-};
-
-// external.cpp
-class ExternalRule final : public Rule {
- public:
-    ExternalRule(const Program& program, const Op& op);
-    FLATCORE_RULE_METHODS
-    bool has_second_order() const override { return true; }
-    bool reads_value(int) const override { return true; }
-    bool reads_output_adjoint() const override { return true; }
-    bool reads_tangent_in_adjoint(int) const override { return true; }
-    double flops(int64_t K, bool second_order) const override;
-    int64_t workspace(int64_t K) const override;
-
- private:
-    std::vector<at::Tensor> inputs(const State& state) const;
-    std::vector<at::Tensor> tangents(const Directions& d) const;
-    External function_;
 };
 
 #undef FLATCORE_RULE_METHODS

@@ -52,7 +52,8 @@ void SoftmaxRule::adjoint(Directions& d) const {
     const at::Tensor tdp = d.cotangent().defined() ? d.cotangent().contiguous() : at::Tensor();
     const at::Tensor dp = cross ? d.state().adjoint(op_.output).contiguous() : at::Tensor();
     const at::Tensor tz = cross ? d.tangent(0).contiguous() : at::Tensor();
-    at::Tensor tdz = new_directions(d.K(), input(0), d.state().options());
+    // Contiguous, as the kernel writes, whatever layout z is kept in.
+    at::Tensor tdz = at::empty(with_directions(d.K(), input(0).shape), d.state().options());
     FLATCORE_DISPATCH(tdz, "softmax", [&] {
         softmax_adjoint<scalar_t>(d.K(), rows_, columns_, data_of<scalar_t>(d.state().saved(op_)[0]),
                                   pointer_or_null<scalar_t>(tdp), pointer_or_null<scalar_t>(dp),

@@ -1,4 +1,4 @@
-"""Losses. Every cross-entropy becomes `cross_entropy` with a dense target mass that the prelude builds."""
+"""Losses. Every cross-entropy becomes `cross_entropy` with target masses that the prelude builds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,24 @@ from ..lower import LogSoftmax, Lowering, lowers
 _NONE, _MEAN, _SUM = 0, 1, 2
 
 
-def index_mass(
+def class_mass(
+    target: Tensor, weight: Tensor | None, classes: int, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mass, divisor, index) of class indices: each row's class and its weight, none for an ignored one.
+
+    The divisor is what a mean divides by: the sum of the masses.
+    """
+    valid = target != ignore_index
+    index = target.masked_fill(~valid, 0)
+    class_weight = (
+        torch.ones(classes, dtype=dtype, device=target.device) if weight is None else weight.to(dtype)
+    )
+    # index_select, unlike a comparison, refuses an index outside the classes.
+    mass = class_weight.index_select(0, index.reshape(-1)).reshape(index.shape) * valid
+    return mass, mass.sum(), index
+
+
+def spread_mass(
     target: Tensor,
     weight: Tensor | None,
     classes: int,
@@ -23,24 +40,18 @@ def index_mass(
     smoothing: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Target masses (*target.shape, classes) of class indices, and the 0-dim number a mean divides by.
+    """Target masses (*target.shape, classes) of class indices, and the divisor.
 
-    The number is the sum of the class weights of the targets that are not ignored. Smoothing spreads its
-    share evenly over the classes, each with its weight (Szegedy et al., 2016, section 7, and torch's
-    weighting of it).
+    Smoothing spreads its share evenly over the classes, each with its weight (Szegedy et al., 2016, section 7,
+    and torch's weighting of it).
     """
-    valid = target != ignore_index
-    index = target.masked_fill(~valid, 0)
-    class_weight = (
-        torch.ones(classes, dtype=dtype, device=target.device) if weight is None else weight.to(dtype)
-    )
-    own = class_weight.take(index) * valid
-    # scatter, unlike a comparison with arange, refuses an index outside the classes.
+    own, divisor, index = class_mass(target, weight, classes, ignore_index, dtype)
     mass = torch.zeros(*target.shape, classes, dtype=dtype, device=target.device)
     mass = mass.scatter(-1, index.unsqueeze(-1), ((1 - smoothing) * own).unsqueeze(-1))
     if smoothing:
-        mass = mass + (smoothing / classes) * class_weight * valid.unsqueeze(-1)
-    return mass, own.sum()
+        valid = (target != ignore_index).to(dtype).unsqueeze(-1)
+        mass = mass + (smoothing / classes) * valid * (1 if weight is None else weight.to(dtype))
+    return mass, divisor
 
 
 def probability_mass(
@@ -59,14 +70,17 @@ def probability_mass(
 def _cross_entropy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     logits = lower.operand(a.self)
     axis = 0 if lower.rank(logits) == 1 else 1
+    smoothing = float(a.label_smoothing)
     if tuple(a.target.meta["val"].shape) == lower.shape(logits):
         target, weight = lower.take(a.target), _take(lower, a.weight)
-        both = lower.prelude.call(
-            probability_mass, target, weight, axis, float(a.label_smoothing), lower.dtype
-        )
+        both = lower.prelude.call(probability_mass, target, weight, axis, smoothing, lower.dtype)
+    elif smoothing:
+        both = _spread_mass(lower, a, lower.shape(logits)[axis], smoothing)
     else:
-        both = _index_mass(lower, a, lower.shape(logits)[axis], float(a.label_smoothing))
-    return _against_mass(lower, logits, axis, both, a.reduction)
+        return _against_classes(lower, logits, axis, a)
+    mass, divisor = _mass(lower, both, a.reduction)
+    losses = lower.emit("cross_entropy", lower.to_last(logits, axis), lower.constant(mass), None)
+    return _total(lower, losses, divisor, a.reduction)
 
 
 @lowers("log_softmax.int", "_log_softmax.default")
@@ -80,9 +94,9 @@ def _nll(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     """Behind log_softmax over the classes a cross-entropy; else -sum of mass times what comes."""
     source = lower.result(a.self)
     axis = 0 if a.self.meta["val"].dim() == 1 else 1
-    both = _index_mass(lower, a, a.self.meta["val"].shape[axis], 0.0)
     if isinstance(source, LogSoftmax) and source.dim == axis:
-        return _against_mass(lower, source.logits, axis, both, a.reduction)
+        return _against_classes(lower, source.logits, axis, a)
+    both = _spread_mass(lower, a, a.self.meta["val"].shape[axis], 0.0)
     rows = lower.to_last(lower.operand(a.self), axis)
     mass, divisor = _mass(lower, both, a.reduction)
     losses = lower.sum(lower.emit("mul", rows, lower.constant(mass)), [-1], scale=-1.0)
@@ -93,23 +107,26 @@ def _take(lower: Lowering, argument: fx.Node | None) -> fx.Node | None:
     return None if argument is None else lower.take(argument)
 
 
-def _index_mass(lower: Lowering, a: SimpleNamespace, classes: int, smoothing: float) -> fx.Node:
+def _spread_mass(lower: Lowering, a: SimpleNamespace, classes: int, smoothing: float) -> fx.Node:
     target, weight = lower.take(a.target), _take(lower, a.weight)
     return lower.prelude.call(
-        index_mass, target, weight, classes, int(a.ignore_index), smoothing, lower.dtype
+        spread_mass, target, weight, classes, int(a.ignore_index), smoothing, lower.dtype
     )
 
 
-def _against_mass(lower: Lowering, logits: int, axis: int, both: fx.Node, reduction: int) -> int:
-    """The cross-entropy of `logits` against the mass in the pair (mass, divisor)."""
-    mass, divisor = _mass(lower, both, reduction)
-    losses = lower.emit("cross_entropy", lower.to_last(logits, axis), lower.constant(mass))
-    return _total(lower, losses, divisor, reduction)
+def _against_classes(lower: Lowering, logits: int, axis: int, a: SimpleNamespace) -> int:
+    """The cross-entropy of `logits` against class indices."""
+    target, weight, classes = lower.take(a.target), _take(lower, a.weight), lower.shape(logits)[axis]
+    parts = lower.prelude.call(class_mass, target, weight, classes, int(a.ignore_index), lower.dtype)
+    mass, divisor = _mass(lower, parts, a.reduction)
+    index = lower.constant(lower.prelude.call(getitem, parts, 2), torch.int64)
+    losses = lower.emit("cross_entropy", lower.to_last(logits, axis), lower.constant(mass), index)
+    return _total(lower, losses, divisor, a.reduction)
 
 
-def _mass(lower: Lowering, both: fx.Node, reduction: int) -> tuple[fx.Node, fx.Node]:
+def _mass(lower: Lowering, parts: fx.Node, reduction: int) -> tuple[fx.Node, fx.Node]:
     """(mass, divisor), with the mass divided already where the loss is a mean."""
-    mass, divisor = (lower.prelude.call(getitem, both, i) for i in (0, 1))
+    mass, divisor = (lower.prelude.call(getitem, parts, i) for i in (0, 1))
     return (lower.prelude.call(torch.div, mass, divisor) if reduction == _MEAN else mass), divisor
 
 

@@ -1,0 +1,258 @@
+// Cross-entropy against class indices of z = x W^T + b, N rows of V classes, with no N x V matrix that
+// outlives a chunk of rows and with none that carries K.
+//   tz_k = tx_k W^T + x tW_k^T + tb_k
+//   tdz_k as in kernels/cross_entropy.h,  dz = dy (M p - m)
+//   tdx_k = tdz_k W + dz tW_k ;  tdW_k = tdz_k^T x + dz^T tx_k ;  tdb_k = sum over rows of tdz_k
+// Every sweep computes the logits of its chunk anew, one GEMM that all K directions share; compare Wijmans
+// et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), for the first two sweeps.
+//
+// Where the model's output, the cut, is z, the cut lists y, the losses of the rows, in its place. A GGN keeps
+// the curvature of the softmax and leaves out the terms of the linear layer. A gradient covariance is the
+// same at y: dz_n <dz_n, tz_n> = (dy/dz)^T (dy_n <dy_n, ty_n>), summed over an example's rows.
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+
+#include "kernels/cross_entropy.h"
+#include "kernels/softmax.h"
+#include "rules.h"
+
+namespace flatcore {
+
+namespace {
+
+enum Input { kX, kWeight, kBias, kMass, kIndex };
+enum Saved { kProbability };
+
+// Elements of a chunk's matrices, at most three of which live at once: 64 MiB each in float32. A GEMM reads
+// the weights once per chunk, so a chunk needs some hundred rows: with 50,257 classes and width 768, 83 rows
+// took 1.2 times as long per row as the 333 that this allows.
+constexpr int64_t kChunkElements = 1 << 24;
+
+Integers with_last(Integers shape, int64_t size) {
+    shape.push_back(size);
+    return shape;
+}
+
+template <class T>
+const T* row_or_null(const at::Tensor& t, int64_t row) {
+    return t.defined() ? t.const_data_ptr<T>() + row : nullptr;
+}
+
+}  // namespace
+
+// What all chunks read: x (N, width), weight (width, V), bias (V), or the same with K in front; undefined
+// where absent or not active.
+struct LinearCrossEntropyRule::Operands {
+    at::Tensor x, weight, bias;
+};
+
+LinearCrossEntropyRule::LinearCrossEntropyRule(const Program& program, const Op& op)
+    : Rule(program, op), transposed_(op.attributes.flag("transposed")), rounds_(op.attributes.flag("round")) {
+    if (active(kMass) || active(kIndex)) throw std::invalid_argument("the targets must be constants");
+    if (input(kWeight).shape.size() != 2) throw std::invalid_argument("weight must be a matrix");
+    width_ = input(kWeight).shape[transposed_ ? 0 : 1];
+    classes_ = input(kWeight).shape[transposed_ ? 1 : 0];
+    rows_ = output().numel;
+    if (classes_ == 0 || input(kX).shape != with_last(output().shape, width_))
+        throw std::invalid_argument("x must have the shape of the losses and " + std::to_string(width_) +
+                                    " elements behind, and weight at least one class");
+    if (input(kMass).shape != output().shape || input(kIndex).shape != output().shape)
+        throw std::invalid_argument("masses and indices must have the shape of the losses");
+    chunk_rows_ = std::clamp<int64_t>(kChunkElements / classes_, 1, std::max<int64_t>(rows_, 1));
+    const auto& cut = program.cut();
+    holds_cut_ = std::find(cut.begin(), cut.end(), op.output) != cut.end();
+}
+
+// Calls body(first, rows) for each chunk, in order.
+template <class Body>
+void LinearCrossEntropyRule::for_each_chunk(const Body& body) const {
+    for (int64_t first = 0; first < rows_; first += chunk_rows_)
+        body(first, std::min(chunk_rows_, rows_ - first));
+}
+
+LinearCrossEntropyRule::Operands LinearCrossEntropyRule::values(const State& state) const {
+    const at::Tensor& weight = state.value(op_.inputs[kWeight]);
+    return {state.value(op_.inputs[kX]).reshape({rows_, width_}), transposed_ ? weight : weight.t(),
+            has(kBias) ? state.value(op_.inputs[kBias]) : at::Tensor()};
+}
+
+LinearCrossEntropyRule::Operands LinearCrossEntropyRule::tangents(const Directions& d) const {
+    Operands t;
+    if (active(kX)) t.x = d.tangent(kX).reshape({d.K(), rows_, width_});
+    if (active(kWeight)) t.weight = transposed_ ? d.tangent(kWeight) : d.tangent(kWeight).transpose(1, 2);
+    if (active(kBias)) t.bias = d.tangent(kBias);
+    return t;
+}
+
+at::Tensor LinearCrossEntropyRule::new_chunk(const State& state) const {
+    return at::empty({chunk_rows_, classes_}, state.options());
+}
+
+// z of the chunk's rows, written into `z`.
+void LinearCrossEntropyRule::logits(const Operands& v, int64_t first, const at::Tensor& z) const {
+    if (v.bias.defined()) z.copy_(v.bias.expand_as(z));
+    gemm(z, v.x.narrow(0, first, z.size(0)), v.weight, v.bias.defined());
+    if (rounds_) z.copy_(z.to(at::kFloat));
+}
+
+// p of the chunk's rows: as kept, or computed into `buffer`.
+at::Tensor LinearCrossEntropyRule::probabilities(const State& state, const Operands& v, int64_t first,
+                                                 int64_t rows, const at::Tensor& buffer) const {
+    if (keeps_probabilities()) return state.saved(op_)[kProbability];
+    const at::Tensor p = buffer.narrow(0, 0, rows);
+    logits(v, first, p);
+    FLATCORE_DISPATCH(p, "linear_cross_entropy", [&] {
+        softmax_forward<scalar_t>(rows, classes_, p.const_data_ptr<scalar_t>(),
+                                  p.mutable_data_ptr<scalar_t>(), nullptr);
+    });
+    return p;
+}
+
+// tz of direction k for the chunk's rows, written into `tz`.
+void LinearCrossEntropyRule::logit_tangent(const Operands& v, const Operands& t, int64_t k, int64_t first,
+                                           const at::Tensor& tz) const {
+    bool started = false;
+    if (t.bias.defined()) {
+        tz.copy_(t.bias.select(0, k).expand_as(tz));
+        started = true;
+    }
+    if (t.x.defined()) {
+        gemm(tz, t.x.select(0, k).narrow(0, first, tz.size(0)), v.weight, started);
+        started = true;
+    }
+    if (t.weight.defined()) gemm(tz, v.x.narrow(0, first, tz.size(0)), t.weight.select(0, k), started);
+}
+
+// Calls body(target, total) with the pointers that the kernels take for the rows from `first` on.
+template <class T, class Body>
+void LinearCrossEntropyRule::with_target(const State& state, int64_t first, const Body& body) const {
+    const at::Tensor mass = state.value(op_.inputs[kMass]).contiguous(),
+                     index = state.value(op_.inputs[kIndex]).contiguous();
+    const T* total = mass.const_data_ptr<T>() + first;
+    body(OneClass<T>{index.const_data_ptr<int64_t>() + first, total}, total);
+}
+
+at::Tensor LinearCrossEntropyRule::forward(State& state) const {
+    const Operands v = values(state);
+    const at::Tensor loss = at::empty(output().shape, state.options()), p = new_chunk(state);
+    for_each_chunk([&](int64_t first, int64_t rows) {
+        const at::Tensor z = p.narrow(0, 0, rows);
+        logits(v, first, z);
+        FLATCORE_DISPATCH(z, "linear_cross_entropy", [&] {
+            with_target<scalar_t>(state, first, [&](auto target, const scalar_t*) {
+                scalar_t* data = z.mutable_data_ptr<scalar_t>();
+                cross_entropy_forward<scalar_t>(rows, classes_, data, target,
+                                                loss.mutable_data_ptr<scalar_t>() + first, data, nullptr);
+            });
+        });
+    });
+    if (keeps_probabilities()) state.saved(op_) = {p};
+    return loss;
+}
+
+at::Tensor LinearCrossEntropyRule::tangent(const Directions& d) const {
+    const State& state = d.state();
+    const Operands v = values(state), t = tangents(d);
+    const at::Tensor tloss = new_directions(d.K(), output(), state.options());
+    const at::Tensor buffer = keeps_probabilities() ? at::Tensor() : new_chunk(state);
+    const at::Tensor tz_buffer = new_chunk(state);
+    for_each_chunk([&](int64_t first, int64_t rows) {
+        const at::Tensor p = probabilities(state, v, first, rows, buffer);
+        const at::Tensor tz = tz_buffer.narrow(0, 0, rows);
+        for (int64_t k = 0; k < d.K(); ++k) {
+            logit_tangent(v, t, k, first, tz);
+            FLATCORE_DISPATCH(tz, "linear_cross_entropy", [&] {
+                with_target<scalar_t>(state, first, [&](auto target, const scalar_t* total) {
+                    cross_entropy_tangent<scalar_t>(1, rows, classes_, target, p.const_data_ptr<scalar_t>(),
+                                                    total, tz.const_data_ptr<scalar_t>(),
+                                                    tloss.mutable_data_ptr<scalar_t>() + k * rows_ + first);
+                });
+            });
+        }
+    });
+    return tloss;
+}
+
+void LinearCrossEntropyRule::adjoint(Directions& d) const {
+    if (rows_ == 0) return;
+    const State& state = d.state();
+    const bool cross = d.second_order() && active(kX) && active(kWeight);
+    const Operands v = values(state), t = d.curved() ? tangents(d) : Operands{};
+    const at::Tensor tdloss = d.cotangent().defined() ? d.cotangent().contiguous() : at::Tensor();
+    const at::Tensor dloss = d.curved() ? state.adjoint(op_.output).contiguous() : at::Tensor();
+    const auto result = [&](int i) {  // zeros where nothing is in it yet: every chunk adds
+        if (!d.wants(i)) return at::Tensor();
+        const auto [buffer, fresh] = d.accumulator(i);
+        if (fresh) buffer.zero_();
+        return buffer;
+    };
+    const at::Tensor tdx = result(kX), tdweight = result(kWeight), tdbias = result(kBias);
+    const at::Tensor p_buffer = keeps_probabilities() ? at::Tensor() : new_chunk(state);
+    const at::Tensor dz_buffer = cross ? new_chunk(state) : at::Tensor(), tz_buffer = new_chunk(state);
+
+    for_each_chunk([&](int64_t first, int64_t rows) {
+        const at::Tensor p = probabilities(state, v, first, rows, p_buffer);
+        // out = tdloss g + dloss p (tz - <p, tz>), the last two undefined where that term is left out
+        const auto logit_adjoint = [&](const at::Tensor& buffer, const at::Tensor& own,
+                                       const at::Tensor& curvature, const at::Tensor& tz) {
+            const at::Tensor out = buffer.narrow(0, 0, rows);
+            FLATCORE_DISPATCH(out, "linear_cross_entropy", [&] {
+                with_target<scalar_t>(state, first, [&](auto target, const scalar_t* total) {
+                    cross_entropy_adjoint<scalar_t>(
+                        1, rows, classes_, target, p.const_data_ptr<scalar_t>(), total,
+                        row_or_null<scalar_t>(own, first), row_or_null<scalar_t>(curvature, first),
+                        pointer_or_null<scalar_t>(tz), out.mutable_data_ptr<scalar_t>());
+                });
+            });
+            return out;
+        };
+        const at::Tensor dz = cross ? logit_adjoint(dz_buffer, dloss, {}, {}) : at::Tensor();
+        const auto add_to_weight = [&](int64_t k, const at::Tensor& adjoint, const at::Tensor& x) {
+            const at::Tensor &left = transposed_ ? x : adjoint, &right = transposed_ ? adjoint : x;
+            gemm(tdweight.select(0, k), left.t(), right, true);
+        };
+        for (int64_t k = 0; k < d.K(); ++k) {
+            at::Tensor tz;
+            if (d.curved()) {
+                tz = tz_buffer.narrow(0, 0, rows);
+                logit_tangent(v, t, k, first, tz);
+            }
+            const at::Tensor own = tdloss.defined() ? tdloss.select(0, k) : at::Tensor();
+            const at::Tensor tdz = logit_adjoint(tz_buffer, own, dloss, tz);
+            if (tdx.defined()) {
+                const at::Tensor out = tdx.view({d.K(), rows_, width_}).select(0, k).narrow(0, first, rows);
+                gemm(out, tdz, v.weight.t(), true);
+                if (cross) gemm(out, dz, t.weight.select(0, k).t(), true);
+            }
+            if (tdweight.defined()) {
+                add_to_weight(k, tdz, v.x.narrow(0, first, rows));
+                if (cross) add_to_weight(k, dz, t.x.select(0, k).narrow(0, first, rows));
+            }
+            if (tdbias.defined()) tdbias.select(0, k).add_(tdz.sum(0));
+        }
+    });
+}
+
+double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
+    const int directions = active(kX) + active(kWeight);
+    const double products =
+        (keeps_probabilities() ? 0.0 : 1.0) +
+        static_cast<double>(K) * (2 * directions + (second_order && directions == 2 ? 2 : 0));
+    return 2.0 * static_cast<double>(rows_ * width_ * classes_) * products;
+}
+
+// tz or tdz; p and its rounded logits where p is not kept; one direction's sums for the bias.
+int64_t LinearCrossEntropyRule::workspace(int64_t) const {
+    const int64_t matrices = keeps_probabilities() ? 1 : 2 + rounds_;
+    return matrices * chunk_rows_ * classes_ + (active(kBias) ? classes_ : 0);
+}
+
+// dz.
+int64_t LinearCrossEntropyRule::second_order_workspace() const {
+    return active(kX) && active(kWeight) ? chunk_rows_ * classes_ : 0;
+}
+
+}  // namespace flatcore
