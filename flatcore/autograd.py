@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from flatcore import checks
 from flatcore.capture.batch import flatten_batch
+from flatcore.capture.external import refuse_dead_ends
 from flatcore.data import Batch
 from flatcore.evaluate import Evaluation, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
@@ -265,7 +266,7 @@ class Outputs:
 def _transposed(values: Vectors, inputs: Vectors) -> Callable[[Vectors], Vectors]:
     """v -> derivative of <values, v> in the inputs; values that do not depend on the inputs give nothing."""
     live = [i for i, value in enumerate(values) if value.requires_grad]
-    _refuse_dead_ends([values[i] for i in live])
+    refuse_dead_ends([values[i] for i in live])
 
     def apply(v: Vectors) -> Vectors:
         if not live:
@@ -275,21 +276,6 @@ def _transposed(values: Vectors, inputs: Vectors) -> Callable[[Vectors], Vectors
         )
 
     return apply
-
-
-def _refuse_dead_ends(values: Vectors) -> None:
-    """A function that is differentiable once ends its gradient in an error node, behind which torch sees
-    nothing: asked for the derivative in what lies beyond, it answers zero and never reaches the error."""
-    seen: set[Any] = set()
-    pending: list[Any] = [value.grad_fn for value in values]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("one of its functions is marked as differentiable once only")
-        seen.add(node)
-        pending.extend(successor for successor, _ in node.next_functions)
 
 
 def _rows_are_examples(evaluation: Evaluation, examples: int) -> bool:

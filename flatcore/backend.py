@@ -9,7 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from flatcore.autograd import AutogradBackend, Mode
-from flatcore.errors import CaptureError, FlatcoreWarning
+from flatcore.capture import NO_VALUE
+from flatcore.errors import CaptureError, FlatcoreWarning, NotTwiceDifferentiableError
 from flatcore.native import ROWS_MIX, NativeBackend
 from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
@@ -31,30 +32,62 @@ class Backends:
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self._others: dict[str, AutogradBackend] = {}
+        self._others: dict[tuple[str, bool], AutogradBackend] = {}
         self._native: NativeBackend | None = None
+        self._told = self._once = False
         try:
             self._native = NativeBackend(objective)
         except CaptureError as error:
             self._reason = str(error)
+            self._once = isinstance(error, NotTwiceDifferentiableError)
 
     def choose(self, mode: Mode) -> Backend:
         reason = self._native.refusal(mode) if self._native else self._reason
         if self._native and not reason:
+            if self._native.external and not self._told:
+                self._told = True
+                _warn(_said_of(self._native.external))
             return self._native
-        if self._native and mode == "ggn":
+        if self._native and mode == "ggn" and reason != NO_VALUE:
             raise ValueError(
                 f"loss: the Gauss-Newton matrix needs a cut between model and loss, got none: {reason}"
             )
-        if reason not in self._others:
-            self._others[reason] = AutogradBackend(self._objective, reason, by_example=reason == ROWS_MIX)
-            warnings.warn(
-                f"products run through torch autograd, one direction at a time: {reason}. The results are "
-                "right; each takes several times as long",
-                FlatcoreWarning,
-                stacklevel=5,
+        by_example = reason == ROWS_MIX or (self._once and mode == "covariance")
+        if (reason, by_example) not in self._others:
+            backend = AutogradBackend(self._objective, reason, by_example)
+            if self._once and not by_example:
+                _try(backend, mode, reason)
+            self._others[reason, by_example] = backend
+            how = "example by example" if by_example else "one direction at a time"
+            _warn(
+                f"{reason}; so products of the whole model run through torch autograd, {how}: as right, each several "
+                "times as slow"
             )
-        return self._others[reason]
+        return self._others[reason, by_example]
+
+
+def _try(backend: AutogradBackend, mode: Mode, reason: str) -> None:
+    """What cannot be differentiated twice alone may be computed in another way inside the model."""
+    try:
+        backend.plan(mode)
+    except ValueError as error:
+        raise ValueError(
+            f"model: {reason}, so the loss has no products with second derivatives; replace the operation, leave the "
+            "parameters in front of it out with params=, or ask for the gradient covariance"
+        ) from error
+
+
+def _said_of(operations: list[str]) -> str:
+    count = len(operations)
+    shown = ", ".join(operations[:4]) + (f" and {count - 4} more" if count > 4 else "")
+    return (
+        f"{count} {'operation runs' if count == 1 else 'operations run'} through torch autograd inside the native "
+        f"program: {shown}; the results are right, and products slower than without"
+    )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FlatcoreWarning, stacklevel=6)
 
 
 def backend_for(objective: Objective, mode: Mode) -> Backend:

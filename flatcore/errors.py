@@ -17,6 +17,11 @@ class CaptureError(Exception):
     def __init__(self, reason: str, *, op: str = "", path: str = "") -> None:
         self.op, self.path, self.reason = op, path, reason
         where = f" in module '{path}'" if path else ""
+        module = f"module '{path}'" if path else "the model"
         super().__init__(
-            f"cannot capture {op}{where}: {reason}" if op else f"cannot capture the model: {reason}"
+            f"cannot capture {op}{where}: {reason}" if op else f"cannot capture {module}: {reason}"
         )
+
+
+class NotTwiceDifferentiableError(CaptureError):
+    """An operation that torch autograd cannot differentiate twice either."""

@@ -91,6 +91,12 @@ class NativeBackend:
                 return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
         return self._mixing() if mode == "covariance" else ""
 
+    @property
+    def external(self) -> list[str]:
+        """The operations that run through autograd, with the modules they stand in."""
+        ops = [op for compiled in self._compiled.values() for op in compiled.program.ops]
+        return list(dict.fromkeys(f"{op.external} in '{op.path}'" for op in ops if op.external))
+
     def _mixing(self) -> str:
         """Why the rows of the cut are not the examples' own, in their order; empty if they are.
 
@@ -191,8 +197,11 @@ class NativeBackend:
                 ).loss
             )
         program = self._compiled[_key(batch.batch)].program
-        # The model casts to float32 inside.
-        rounds = any(op.kind == "round" or op.attrs.get("round") for op in program.ops)
+        # Does the model cast to float32 inside?
+        rounds = any(
+            op.kind == "round" or op.attrs.get("round") or (op.external and op.external.rounds)
+            for op in program.ops
+        )
         precision = torch.float32 if rounds else objective.layout.dtype
         # A loss near zero is the difference of numbers of order one.
         if not abs(ours - theirs) <= math.sqrt(torch.finfo(precision).eps) * (1 + abs(theirs)):
@@ -292,9 +301,11 @@ def _engine_program(program: Program, objective: Objective) -> engine.Program:
 
 def _rows(counted: list[tuple[Compiled, int]], mode: Mode) -> tuple[PlanRow, ...]:
     """One row per op; programs that differ in shapes only share their rows."""
-    flops: dict[tuple[int, str, str], float] = {}
+    flops: dict[tuple[int, str, str, bool], float] = {}
     for compiled, count in counted:
         for index, op in enumerate(compiled.program.ops):
-            row = (index, op.kind, op.path)
+            row = (index, str(op.external or op.kind), op.path, op.external is None)
             flops[row] = flops.get(row, 0.0) + count * compiled.engine.op_flops(index, mode, 1)
-    return tuple(PlanRow(kind, path, True, value) for (_, kind, path), value in sorted(flops.items()))
+    return tuple(
+        PlanRow(kind, path, native, value) for (_, kind, path, native), value in sorted(flops.items())
+    )

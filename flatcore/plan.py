@@ -22,7 +22,7 @@ class Plan:
 
     operator, backend: what is computed, and by what: "native" or "autograd".
     reason:        why not natively; empty if native.
-    rows:          the ops in order.
+    rows:          the ops in order; one that runs through autograd has the name torch gives it.
     parameters, batches, examples: sizes of the problem.
     state_bytes:   activations and adjoints of all batches; kept between products as far as `kept_bytes` goes.
     directions:    the most directions that go through at once.
@@ -66,7 +66,9 @@ class Plan:
             f"{self.operator}: P = {self.parameters:,}, {self.examples:,} examples in {self.batches} "
             f"{'batch' if self.batches == 1 else 'batches'}; {100 * self.native_fraction:.0f} % native"
         )
-        why = [f"through autograd: {self.reason}"] if self.reason else []
+        operations = dict.fromkeys(f"{row.kind} in '{row.path}'" for row in self.rows if not row.native)
+        through = self.reason or (", ".join(operations) if self.backend == "native" else "")
+        why = [f"through autograd: {through}"] if through else []
         width = max([len(row.kind) for row in self.rows] + [4])
         path_width = max([len(row.path) for row in self.rows] + [6])
         total = sum(row.flops for row in self.rows) or 1.0

@@ -57,14 +57,15 @@ class Outer(nn.Module):
         return self.layer(x)
 
 
-class Reversed(torch.autograd.Function):
+class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return -dy
+        return dy
 
 
 def without_gradient(self: Inner, x: Tensor) -> Tensor:
@@ -91,22 +92,32 @@ def hooked(self: Inner, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
-    "sort": (lambda m, x: m.linear(x).sort(1)[0], "aten.sort.default", "no second-order rule"),
+    "once": (lambda m, x: Once.apply(m.linear(x)), "Once.apply", "once only"),
+    "item": (
+        lambda m, x: m.linear(x) * m.linear(x).sum().item(),
+        "aten._local_scalar_dense.default",
+        "stops",
+    ),
+    "own functions": (
+        lambda m, x: torch.cond(m.linear(x).sum() > 0, torch.sin, torch.cos, (m.linear(x),)),
+        "cond",
+        "functions of its own",
+    ),
     "detach": (lambda m, x: m.linear(x).detach() * m.linear(x), "aten.detach.default", "stops the gradient"),
     "no_grad": (without_gradient, "torch.no_grad", "stops the gradient"),
     "dropout": (lambda m, x: F.dropout(m.linear(x)), "aten.native_dropout.default", "random"),
     "noise": (lambda m, x: m.linear(x + torch.randn_like(x)), "aten.randn_like.default", "random"),
     "buffer": (counting, "aten.add.Tensor", "layer.0.count"),
     "cast": (lambda m, x: m.linear(x).half().float(), "aten._to_copy.default", "precision"),
-    "picked by a mask": (
-        lambda m, x: m.linear(x)[x[:, 0] > 10].sum() + m.linear(x),
-        "aten.index.Tensor",
-        "shape depends on the batch",
+    "detached spectrum": (
+        lambda m, x: torch.fft.rfft(m.linear(x)).detach().abs()[:, :1] * m.linear(x),
+        "aten.detach.default",
+        "stops the gradient",
     ),
-    "effects": (
-        lambda m, x: m.linear(x) @ torch.linalg.inv(torch.eye(3) + m.linear.weight[:, :3]),
-        "aten.linalg_inv_ex.default",
-        "no second",
+    "half precision": (
+        lambda m, x: torch.fft.rfft(m.linear(x)).abs().half().float(),
+        "aten._to_copy.default",
+        "prec",
     ),
 }
 
@@ -131,10 +142,9 @@ def test_batch_normalisation_in_training_mode_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda m, x: Reversed.apply(m.linear(x)), r"Reversed\.apply.*own backward"),
-        (hooked, r"Tensor\.register_hook"),
-        (branching, "control flow depends on tensor values"),
-        (lambda m, x: m.missing(x), "no attribute 'missing'"),
+        (hooked, r"Tensor\.register_hook in module 'layer\.0'"),
+        (branching, r"cannot capture module 'layer\.0': its control flow depends on tensor values"),
+        (lambda m, x: m.missing(x), r"cannot capture module 'layer\.0': .*no attribute 'missing'"),
     ],
 )
 def test_refusals_without_a_place_in_the_graph(
@@ -145,6 +155,21 @@ def test_refusals_without_a_place_in_the_graph(
         program_of(Outer(forward).eval(), nn.CrossEntropyLoss(), batch)
     assert "\n" not in str(info.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_module_hooks_are_refused() -> None:
+    model = Outer(lambda m, x: m.linear(x)).eval()
+    model.layer[0].linear.register_full_backward_hook(lambda m, before, after: None)
+    with pytest.raises(
+        CaptureError, match=r"BackwardHookFunction\.apply.*a hook that may alter the gradient"
+    ):
+        program_of(model, nn.CrossEntropyLoss(), (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])))
+
+
+def test_an_exception_in_the_loss_is_said_to_be_there() -> None:
+    model, batch = nn.Linear(4, 3), (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    with pytest.raises(CaptureError, match=r"cannot capture module 'loss': .*values"):
+        program_of(model, lambda z, y: z.sum() if z.sum() > 0 else -z.sum(), batch)
 
 
 def test_gradient_hooks_are_refused() -> None:

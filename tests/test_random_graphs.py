@@ -28,7 +28,7 @@ _adaptive_avg_pool2d.default _fused_rms_norm.default _log_softmax.default _nativ
 _native_batch_norm_legit_functional.default _prelu_kernel.default _safe_softmax.default _softmax.default
 _upsample_nearest_exact1d.default _upsample_nearest_exact2d.default _weight_norm_interface.default add.Scalar
 alpha_dropout.default broadcast_to.default chunk.default concat.default concatenate.default
-constant_pad_nd.default contiguous.default detach.default div.Scalar dropout.default expand_as.default
+constant_pad_nd.default contiguous.default div.Scalar dropout.default expand_as.default
 feature_dropout.default flatten.using_ints lift_fresh_copy.default mT.default matrix_H.default
 max_pool2d_with_indices.default mul.Scalar narrow.default native_dropout.default native_group_norm.default
 native_layer_norm.default nll_loss.default nll_loss2d.default norm.Scalar norm.ScalarOpt_dim numpy_T.default

@@ -11,6 +11,7 @@
 #include "engine/gemm_choice.h"
 #include "engine/rule.h"
 #include "engine/sweep.h"
+#include "external.h"
 #include "kernels/parallel.h"
 
 namespace py = pybind11;
@@ -38,6 +39,7 @@ Attribute attribute_from(const py::handle& value) {
     if (py::isinstance<py::int_>(value)) return value.cast<int64_t>();
     if (py::isinstance<py::float_>(value)) return value.cast<double>();
     if (py::isinstance<py::str>(value)) return value.cast<std::string>();
+    if (py::hasattr(value, "adjoint")) return python_function(py::reinterpret_borrow<py::object>(value));
     return value.cast<Integers>();
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <variant>
@@ -11,8 +12,11 @@
 
 namespace flatcore {
 
+class ExternalFunction;
+
 using Integers = std::vector<int64_t>;
-using Attribute = std::variant<bool, int64_t, double, std::string, Integers>;
+using External = std::shared_ptr<const ExternalFunction>;
+using Attribute = std::variant<bool, int64_t, double, std::string, Integers, External>;
 
 class Attributes {
  public:
@@ -23,6 +27,8 @@ class Attributes {
     int64_t integer(const std::string& name) const { return get<int64_t>(name); }
     const std::string& text(const std::string& name) const { return get<std::string>(name); }
     const Integers& integers(const std::string& name) const { return get<Integers>(name); }
+
+    const External& function(const std::string& name) const { return get<External>(name); }
 
     // Python writes 1 for 1.0, so a real may arrive as an integer.
     double real(const std::string& name) const {

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "rules/external.h"
 #include "rules/rules.h"
 
 namespace flatcore {
@@ -57,6 +58,7 @@ const std::unordered_map<std::string, Kind>& kinds() {
         {"rows", kind<RowsRule>(2, 2)},
         {"where", kind<WhereRule>(3, 3)},
         {"round", kind<RoundRule>(1, 1)},
+        {"external", kind<ExternalRule>(1, 1 << 20)},
     };
     return table;
 }

@@ -1,6 +1,7 @@
 """Capture: a torch model and its loss become a program of a small vocabulary."""
 
 from .batch import batch_leaves, flatten_batch, split_batch
+from .cut import NO_VALUE
 from .export import capture
 from .interpreter import cut_values, interpret
 from .prelude import Prelude, named_tensors
@@ -8,6 +9,7 @@ from .program import Op, Program, Value
 from .verify import VerificationError, verify
 
 __all__ = [
+    "NO_VALUE",
     "Op",
     "Prelude",
     "Program",

@@ -6,16 +6,17 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from . import lowerings  # noqa: F401  (registers the lowerings)
 from .cut import find_cut, reduction_of
 from .fuse import fuse
-from .graph import Names, module_path, outputs
-from .lower import Lowering, active_nodes, needed_nodes
+from .graph import Names, active_nodes, module_path, needed_nodes, outputs
+from .lower import Lowering
 from .prelude import Source
 from .program import Op, Program
-from .refusals import refuse_changed_buffers, refuse_random
+from .refusals import refuse_changed_buffers, refuse_detached, refuse_random
 from .verify import verify
 
 
@@ -36,14 +37,15 @@ def assemble(
     refuse_random(needed)
     if loss_node not in active:
         raise ValueError("selected: expected a parameter that the loss depends on, got none that reaches it")
-    for node in needed:
-        if node.op == "get_attr":
+    refuse_detached(needed, active)
+    for node in exported.graph.nodes:
+        if node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor):
             sources[node] = Source(tensor=getattr(exported.graph_module, str(node.target)))
     lower = Lowering(parameters, sources, active, names.selected, module_path)
     for node in needed:
         if node in active:
             lower.lower(node, mark=node in marks)
-    loss: int = lower.result(loss_node)
+    loss = lower.operand(loss_node)
     cut, cut_reason = find_cut(lower, needed, marks if has_marks else None, loss)
     normaliser = lower.constant(lower.normalisers[loss]) if loss in lower.normalisers else None
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from .lower import LogSoftmax, Lowering, arguments, aten_name
+from .deferred import Deferred
+from .graph import arguments, aten_name
+from .lower import LogSoftmax, Lowering
 from .program import Reduction, depending
 
 # Losses of (prediction, target, ...): what they call their reduction stands in the schema.
@@ -17,8 +19,11 @@ _LOSSES = {
     "l1_loss.default",
     "smooth_l1_loss.default",
     "huber_loss.default",
+    "binary_cross_entropy.default",
     "binary_cross_entropy_with_logits.default",
 }
+# Why there is no cut where torch autograd may still find one.
+NO_VALUE = "the model hands the loss what is no floating tensor of a fixed shape"
 _REDUCTIONS: dict[int, Reduction] = {1: "mean", 2: "sum"}
 _PASS_ON = ("clone", "view", "alias", "squeeze", "neg", "mul", "div")
 
@@ -36,15 +41,17 @@ def find_cut(
         if len(losses) != 1:
             names = ", ".join(aten_name(node).split(".")[0] for node in losses) or "none"
             return None, f"expected exactly one known loss function in the model's loss, found {names}"
-        predictions = [_prediction(lower, n) for n in losses[0].all_input_nodes if lower.is_active(n)]
+        handed = [node for node in losses[0].all_input_nodes if lower.is_active(node)]
+    else:
+        handed = [mark for mark in marks if mark in set(needed) and lower.is_active(mark)]
+    if any(isinstance(lower.result(node), Deferred) for node in handed):
+        return None, NO_VALUE
+    predictions = [_prediction(lower, node) for node in handed]
+    if marks is None:
         # broadcast_tensors, in front of some losses, makes a target look active that is not.
         predictions = [p for p in predictions if p in depending(lower.ops, parameters)]
         if len(predictions) != 1:
             return None, f"both arguments of {aten_name(losses[0]).split('.')[0]} depend on the parameters"
-    else:
-        predictions = [
-            _prediction(lower, mark) for mark in marks if mark in set(needed) and lower.is_active(mark)
-        ]
     cut = tuple(dict.fromkeys(predictions))
     if not cut:
         return None, "no tensor of the model's output reaches the loss"

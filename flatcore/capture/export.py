@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,11 +19,13 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from .assemble import assemble
 from .batch import Structure, flatten_batch, split_batch
-from .graph import Names
-from .lower import LOWERINGS, aten_name
+from .custom import recorded_functions, restore_functions
+from .graph import Names, aten_name, readable_path
+from .lower import LOWERINGS
 from .prelude import named_tensors
 from .program import Program
-from .refusals import refuse_custom_backward, refuse_gradient_hooks, refuse_stopped_gradients
+from .refusals import refuse_gradient_hooks, refuse_stopped_gradients, refuse_tensor_hooks
+from .trial import tried
 
 # Where torch keeps the kernels that are written in terms of other operations.
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -61,13 +64,29 @@ def capture(
     leaves, structure = flatten_batch(batch)
     examples = _examples(batch, leaves, loss_kind)
     wrapper = _Wrapper(model, loss, structure, loss_kind)
-    with _unchanged(model, loss):
+    with _unchanged(model, loss), _requiring_gradients(chosen), recorded_functions():
         _forget_average_over_all(model)
         raw = _export(wrapper, leaves)
         exported = _decompose(raw)
-    names = Names(wrapper, {id(t): name for name, t in named_tensors(model, loss).items()}, chosen)
+        restore_functions(exported.graph)
+    tensors = named_tensors(model, loss)
+    names = Names(wrapper, {id(t): name for name, t in tensors.items()}, chosen)
     refuse_stopped_gradients(raw, names)
-    return assemble(exported, names, loss_kind == "output_target", examples, allow_train_mode)
+    program = assemble(exported, names, loss_kind == "output_target", examples, allow_train_mode)
+    return tried(program, chosen, program.prelude.run(leaves, tensors))
+
+
+@contextlib.contextmanager
+def _requiring_gradients(chosen: Mapping[str, Tensor]) -> Iterator[None]:
+    """What has a gradient is recognised by this mark while the model is traced."""
+    frozen = [t for t in chosen.values() if not t.requires_grad]
+    try:
+        for t in frozen:
+            t.requires_grad_(True)
+        yield
+    finally:
+        for t in frozen:
+            t.requires_grad_(False)
 
 
 def _check_dtypes(chosen: Mapping[str, Tensor]) -> None:
@@ -137,19 +156,38 @@ def _scalar(loss: Any) -> Tensor:
 
 def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
     try:
-        with _quiet(), torch.enable_grad(), refuse_custom_backward():
+        with _quiet(), torch.enable_grad(), refuse_tensor_hooks():
             exported: ExportedProgram = torch.export.export(wrapper, tuple(leaves), strict=False)
             return exported
     except _NotScalar as error:
         raise ValueError(str(error)) from None
-    except CaptureError:
-        raise
+    except CaptureError as error:
+        raise CaptureError(
+            error.reason, op=error.op, path=error.path or _traced_module(error, wrapper)
+        ) from None
     except Exception as error:  # whatever the user's own code or torch raises while it is traced
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        hint = "its control flow depends on tensor values: " if "data-dependent" in lines[0] else ""
-        raise CaptureError(
-            f"torch.export refused it ({hint}{type(error).__name__}: {lines[0][:200]})"
-        ) from error
+        reason = f"torch.export refused it ({type(error).__name__}: {lines[0][:200]})"
+        if "data-dependent" in lines[0]:
+            reason = "its control flow depends on tensor values, which a program cannot follow"
+        raise CaptureError(reason, path=_traced_module(error, wrapper)) from error
+
+
+def _traced_module(error: BaseException, wrapper: nn.Module) -> str:
+    """Path of the module in whose forward an exception was raised; "loss" where the model had ended."""
+    paths = {id(module): name for name, module in wrapper.named_modules()}
+    found = ""
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None:
+            continue
+        for frame, _ in traceback.walk_tb(current.__traceback__):
+            module = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
+            if isinstance(module, nn.Module) and frame.f_code.co_name == "forward" and id(module) in paths:
+                found = paths[id(module)] or "loss"
+        pending.append(current.__cause__ or current.__context__)
+    return readable_path(found)
 
 
 def _decompose(exported: ExportedProgram) -> ExportedProgram:

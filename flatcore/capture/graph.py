@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -69,7 +73,74 @@ def outputs(exported: ExportedProgram) -> list[fx.Node]:
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module around a node; "model" for the model's root, "loss" for the loss."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = re.sub(r"@\d+", "", stack[-1][0]) if stack else ""  # "@1": the second call of a module
+    return readable_path(re.sub(r"@\d+", "", stack[-1][0]) if stack else "")  # "@1": a module's second call
+
+
+def readable_path(path: str) -> str:
+    """The user's name for a module of the exported wrapper."""
     if path in ("", "loss") or path.startswith("loss."):
         return path or "loss"
     return path.removeprefix("model.")
+
+
+# Ops that read only the shape of their first input: what they give does not depend on the parameters.
+FILL_VALUES: dict[str, Callable[[SimpleNamespace], Any]] = {
+    "zeros_like.default": lambda a: 0,
+    "ones_like.default": lambda a: 1,
+    "full_like.default": lambda a: a.fill_value,
+    "empty_like.default": lambda a: 0,  # whoever reads it has written it first
+    "zero.default": lambda a: 0,
+    "fill.Scalar": lambda a: a.value,
+    "new_zeros.default": lambda a: 0,
+    "new_ones.default": lambda a: 1,
+    "new_full.default": lambda a: a.fill_value,
+}
+
+
+def aten_name(node: fx.Node) -> str:
+    """Name of an ATen overload: "add.Tensor" for torch.ops.aten.add.Tensor."""
+    return str(node.target).removeprefix("aten.")
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of an operation for people: "aten.add.Tensor"; of one of several outputs, that of what gives them."""
+    if node.target is operator.getitem:
+        return op_name(node.args[0])  # type: ignore[arg-type]
+    named = isinstance(node.target, str | torch._ops.OperatorBase)
+    return str(node.target) if named else getattr(node.target, "__qualname__", str(node.target))
+
+
+def arguments(node: fx.Node) -> SimpleNamespace:
+    """The arguments of an ATen call by the names of its schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    names = [argument.name for argument in schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return SimpleNamespace(**{s.name: given.get(s.name, s.default_value) for s in schema.arguments})
+
+
+def fill_value(node: fx.Node) -> Any:
+    """The number with which a shape-only op fills its output; None for any other op."""
+    rule = FILL_VALUES.get(aten_name(node)) if node.op == "call_function" else None
+    return rule(arguments(node)) if rule else None
+
+
+def active_nodes(graph: fx.Graph, parameters: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """The nodes whose numbers depend on a selected parameter."""
+    active: set[fx.Node] = set()
+    for node in graph.nodes:
+        reached = fill_value(node) is None and any(n in active for n in node.all_input_nodes)
+        if reached or node in parameters:
+            active.add(node)
+    return active
+
+
+def needed_nodes(outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that `outputs` need, themselves included."""
+    needed: set[fx.Node] = set()
+    pending = list(outputs)
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes if fill_value(node) is None else ())
+    return needed

@@ -130,6 +130,7 @@ MEANING: dict[str, Callable[..., Tensor]] = {
     "rows": _rows,
     "where": lambda mask, a, b: torch.where(mask if mask.dtype == torch.bool else mask != 0, a, b),
     "round": _round,
+    "external": lambda *x, function: function(*x),
 }
 
 

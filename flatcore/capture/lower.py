@@ -16,29 +16,16 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
+from .deferred import REAL_DTYPES, Deferred, Leaf, composed, has_fixed_shape, is_value
+from .graph import arguments, aten_name, fill_value, op_name
 from .prelude import PreludeBuilder, Source
 from .program import Attribute, Op, Value, ValueKind
 from .verify import infer
 
-Result = Any  # a value id, a LogSoftmax, a Mask, or a tuple with None for outputs that have no meaning here
+# A value id, a LogSoftmax, a Mask, a Deferred, or a tuple with None for outputs that have no rule here.
+Result = Any
 Lowered = Callable[["Lowering", fx.Node, SimpleNamespace], Result]
 LOWERINGS: dict[str, Lowered] = {}
-
-# What the model may compute in. The program has one of them: the selected parameters'.
-REAL_DTYPES = (torch.float32, torch.float64)
-
-# Ops that read only the shape of their first input: what they give does not depend on the parameters.
-FILL_VALUES: dict[str, Callable[[SimpleNamespace], Any]] = {
-    "zeros_like.default": lambda a: 0,
-    "ones_like.default": lambda a: 1,
-    "full_like.default": lambda a: a.fill_value,
-    "empty_like.default": lambda a: 0,  # whoever reads it has written it first
-    "zero.default": lambda a: 0,
-    "fill.Scalar": lambda a: a.value,
-    "new_zeros.default": lambda a: 0,
-    "new_ones.default": lambda a: 1,
-    "new_full.default": lambda a: a.fill_value,
-}
 
 
 def lowers(*names: str) -> Callable[[Lowered], Lowered]:
@@ -51,47 +38,6 @@ def lowers(*names: str) -> Callable[[Lowered], Lowered]:
         return function
 
     return register
-
-
-def aten_name(node: fx.Node) -> str:
-    """Name of an ATen overload: "add.Tensor" for torch.ops.aten.add.Tensor."""
-    return str(node.target).removeprefix("aten.")
-
-
-def arguments(node: fx.Node) -> SimpleNamespace:
-    """The arguments of an ATen call by the names of its schema, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    names = [argument.name for argument in schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return SimpleNamespace(**{s.name: given.get(s.name, s.default_value) for s in schema.arguments})
-
-
-def fill_value(node: fx.Node) -> Any:
-    """The number with which a shape-only op fills its output; None for any other op."""
-    rule = FILL_VALUES.get(aten_name(node)) if node.op == "call_function" else None
-    return rule(arguments(node)) if rule else None
-
-
-def active_nodes(graph: fx.Graph, parameters: Mapping[fx.Node, str]) -> set[fx.Node]:
-    """The nodes whose numbers depend on a selected parameter."""
-    active: set[fx.Node] = set()
-    for node in graph.nodes:
-        reached = fill_value(node) is None and any(n in active for n in node.all_input_nodes)
-        if reached or node in parameters:
-            active.add(node)
-    return active
-
-
-def needed_nodes(outputs: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that `outputs` need, themselves included."""
-    needed: set[fx.Node] = set()
-    pending = list(outputs)
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending.extend(node.all_input_nodes if fill_value(node) is None else ())
-    return needed
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
@@ -121,6 +67,10 @@ class Mask:
     """A bool tensor that depends on the parameters: value `value` holds ones and zeros for it."""
 
     value: int
+
+
+class NoRuleError(Exception):
+    """A lowering that does not know this form of its operation: it runs through autograd."""
 
 
 class Lowering:
@@ -161,17 +111,58 @@ class Lowering:
         if node in self._results:
             return
         self._node = node
-        if node.target is operator.getitem:
-            source, position = node.args
-            self._results[node] = self._results[source][position]  # type: ignore[index]
-        elif mark:
+        if mark:
             self._results[node] = self._mark(self._results[node.args[0]], node)  # type: ignore[index]
         else:
-            rule = LOWERINGS.get(aten_name(node))
-            if rule is None:
-                raise self.error("no second-order rule for this operation")
-            self._results[node] = rule(self, node, arguments(node))
-        self._check(node)
+            result = self._ruled(node)
+            self._results[node] = self._without_rule(node) if result is None else result
+
+    def _ruled(self, node: fx.Node) -> Result:
+        """What the lowering of this operation gives; None where there is none for it, or for what it reads."""
+        if node.target is operator.getitem:
+            source, position = node.args
+            several = self._results[source]  # type: ignore[index]
+            return several[position] if isinstance(several, tuple) else None  # type: ignore[index]
+        rule = LOWERINGS.get(aten_name(node))
+        if rule is None or not all(map(self._has_value, node.all_input_nodes)) or not has_fixed_shape(node):
+            return None
+        try:
+            result = rule(self, node, arguments(node))
+        except NoRuleError:
+            return None
+        return result if self._is_right(result, node) else None
+
+    def _has_value(self, node: fx.Node) -> bool:
+        if node in self._active:
+            return not isinstance(self._results[node], Deferred)
+        return has_fixed_shape(node)
+
+    def _without_rule(self, node: fx.Node) -> Result:
+        """An `external` op of this operation and what it reads of deferred results."""
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise self.error("it calls functions of its own, for which there is no second-order rule")
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype not in REAL_DTYPES:
+            raise self.error(f"gives {value.dtype}; keep the model in one precision on one device")
+        if not isinstance(value, torch.Tensor) or not is_value(node):
+            return Deferred()
+        function, inputs = composed(node, self._leaf, self.dtype)
+        return self.emit("external", *inputs, function=function)
+
+    def _leaf(self, node: fx.Node) -> Leaf | None:
+        """The value that stands for a node in a function of external ops; None where there is none."""
+        if node not in self._active:
+            if not has_fixed_shape(node):
+                return None
+            handle = self.take(node)
+            return Leaf(self.constant(handle, handle.meta["val"].dtype), None)
+        result = self._results.get(node)
+        if isinstance(result, Mask):
+            return Leaf(result.value, torch.Tensor.bool)
+        if not isinstance(result, int | LogSoftmax):
+            return None
+        dtype = node.meta["val"].dtype
+        return Leaf(self.operand(node), None if dtype == self.dtype else _CASTS[dtype])
 
     def result(self, node: fx.Node) -> Result:
         """What an active node was lowered to."""
@@ -180,10 +171,11 @@ class Lowering:
     def error(self, reason: str) -> CaptureError:
         """A CaptureError that names the operation being lowered and the module it stands in."""
         assert self._node is not None
-        name = "operator" if self._node.target is operator.getitem else f"aten.{aten_name(self._node)}"
-        return CaptureError(reason, op=name, path=self._path_of(self._node))
+        return CaptureError(reason, op=op_name(self._node), path=self._path_of(self._node))
 
     def _mark(self, result: Result, node: fx.Node) -> Result:
+        if isinstance(result, Deferred):
+            return result
         if isinstance(result, LogSoftmax):
             if result.is_of_cross_entropy(node):  # it counts to the loss: the cut holds the logits
                 return LogSoftmax(self._mark(result.logits, node), result.dim)
@@ -192,14 +184,17 @@ class Lowering:
         self.marks.add(output)
         return output
 
-    def _check(self, node: fx.Node) -> None:
-        """What was lowered must have the shape and dtype that the exported graph recorded."""
-        result, expected = self._results[node], node.meta.get("val")
-        if not isinstance(result, int) or not isinstance(expected, torch.Tensor):
-            return
-        if expected.dtype not in REAL_DTYPES:
-            raise self.error(f"gives {expected.dtype} where the selected parameters are {self.dtype}")
-        assert self.shape(result) == tuple(expected.shape), (node, self.shape(result), expected.shape)
+    def _is_right(self, result: Result, node: fx.Node) -> bool:
+        """Has the exported graph recorded a number where a value was made of it? A count, say, is none."""
+        if isinstance(result, Mask):
+            return bool(node.meta["val"].dtype == torch.bool)
+        if not isinstance(result, int):
+            return True
+        if not is_value(node):
+            return False
+        expected = tuple(node.meta["val"].shape)
+        assert self.shape(result) == expected, (node, self.shape(result), expected)
+        return True
 
     # --- what lowerings use ---
 
@@ -209,7 +204,7 @@ class Lowering:
     def operand(self, argument: Any) -> int:
         """The value id of a tensor argument; one of the prelude becomes a constant of the program's dtype."""
         if not isinstance(argument, fx.Node):
-            raise self.error(f"expected a tensor, got {argument!r}")
+            raise NoRuleError
         if argument not in self._active:
             return self.constant(self.take(argument))
         result = self._results[argument]
@@ -218,7 +213,7 @@ class Lowering:
         if isinstance(result, Mask):
             return result.value
         if not isinstance(result, int):
-            raise self.error(f"reads an output of {argument.target} that has no second-order rule")
+            raise NoRuleError
         return result
 
     def optional(self, argument: Any) -> int | None:
@@ -227,7 +222,7 @@ class Lowering:
     def take(self, node: fx.Node) -> fx.Node:
         """The prelude's handle of a node that does not depend on the parameters."""
         if node in self._active:
-            raise self.error(f"its argument {node.name} must not depend on the selected parameters")
+            raise NoRuleError
         return self.prelude.take(node)
 
     def take_real(self, node: fx.Node) -> fx.Node:
@@ -259,10 +254,10 @@ class Lowering:
         try:
             shape, _ = infer(kind, attrs, [None if i is None else self.values[i] for i in inputs])
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise self.error(f"{kind} does not apply here: {str(error).splitlines()[0]}") from error
+            raise NoRuleError from error
         path = self._path_of(self._node)
         output = self._new("activation", shape, path)
-        op = Op(kind, inputs, output, attrs, path, f"aten.{aten_name(self._node)}")
+        op = Op(kind, inputs, output, attrs, path, op_name(self._node))
         self.ops.append(op)
         self._producers[output] = op
         return output
@@ -336,10 +331,10 @@ class Lowering:
         return self._producers.get(x)
 
     def _cast(self, handle: fx.Node, dtype: torch.dtype) -> fx.Node:
-        if handle.meta["val"].is_complex():
-            raise self.error("complex tensors are not supported")
         if handle.meta["val"].dtype == dtype:
             return handle
+        if handle.meta["val"].is_complex():
+            raise NoRuleError
         if (handle, dtype) not in self._casts:
             self._casts[handle, dtype] = self.prelude.call(torch.Tensor.to, handle, dtype)
         return self._casts[handle, dtype]
@@ -359,6 +354,9 @@ class Lowering:
     ) -> int:
         self.values.append(Value(len(self.values), kind, shape, dtype or self.dtype, name))
         return len(self.values) - 1
+
+
+_CASTS = {torch.float32: torch.Tensor.float, torch.float64: torch.Tensor.double}
 
 
 def pair(sizes: Any) -> tuple[int, int]:

@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 
+from .external import External
 from .prelude import Prelude
 
 ValueKind = Literal["parameter", "constant", "activation"]
 Reduction = Literal["mean", "sum", "other"]
-Attribute = bool | int | float | str | tuple[int, ...]
+Attribute = bool | int | float | str | tuple[int, ...] | External
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Op:
     def present(self) -> Iterator[int]:
         """The inputs that are not absent."""
         return (i for i in self.inputs if i is not None)
+
+    @property
+    def external(self) -> External | None:
+        """The function of an op that has no rule."""
+        function = self.attrs.get("function")
+        return function if isinstance(function, External) else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -15,8 +15,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from ..errors import CaptureError
-from .graph import Names, module_path, outputs
-from .lower import active_nodes, arguments, needed_nodes
+from .graph import Names, active_nodes, arguments, module_path, needed_nodes, outputs
+
+_STOPS = "stops the gradient, so the loss has no Hessian that matches its gradient"
+_DETACHED = ("aten.detach.default", "aten._local_scalar_dense.default", "aten.item.default")
 
 
 def refuse_stopped_gradients(exported: ExportedProgram, names: Names) -> None:
@@ -25,11 +27,7 @@ def refuse_stopped_gradients(exported: ExportedProgram, names: Names) -> None:
     active = active_nodes(exported.graph, parameters)
     for node in needed_nodes(outputs(exported)[:1]):
         if "set_grad_enabled" in str(node.target) and node in active and node.args[0] is False:
-            raise CaptureError(
-                "stops the gradient, so the loss has no Hessian that matches its gradient",
-                op="torch.no_grad",
-                path=module_path(node),
-            )
+            raise CaptureError(_STOPS, op="torch.no_grad", path=module_path(node))
 
 
 def refuse_changed_buffers(exported: ExportedProgram, names: Names, allow_train_mode: bool) -> None:
@@ -74,6 +72,16 @@ def refuse_random(nodes: Iterable[fx.Node]) -> None:
             )
 
 
+def refuse_detached(nodes: Iterable[fx.Node], active: Container[fx.Node]) -> None:
+    """A number that depends on a parameter and is taken out of its gradient: as itself or as a Python number."""
+    for node in nodes:
+        if node not in active or str(node.target) not in _DETACHED:
+            continue
+        source = node.all_input_nodes[0].meta["val"]
+        if source.is_floating_point() or source.is_complex():
+            raise CaptureError(_STOPS, op=str(node.target), path=module_path(node))
+
+
 def refuse_gradient_hooks(selected: Mapping[str, Tensor]) -> None:
     """Hooks that may alter the gradient of a parameter."""
     for name, parameter in selected.items():
@@ -84,22 +92,10 @@ def refuse_gradient_hooks(selected: Mapping[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def refuse_custom_backward() -> Iterator[None]:
-    """Refuse what defines a derivative by hand while a model is traced: export keeps the forward pass alone.
-
-    That is torch.autograd.Function (backward hooks of modules go through one too) and Tensor.register_hook.
-    Other threads are let through.
-    """
+def refuse_tensor_hooks() -> Iterator[None]:
+    """Refuse Tensor.register_hook while a model is traced by this thread."""
     tracing = threading.get_ident()
-    apply: Any = torch.autograd.Function.__dict__["apply"].__func__
     register_hook: Any = Tensor.register_hook
-
-    def checked_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == tracing and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            raise CaptureError(
-                "defines its own backward, of which the graph shows nothing", op=f"{cls.__name__}.apply"
-            )
-        return apply(cls, *args, **kwargs)
 
     def checked_hook(self: Tensor, hook: Any) -> Any:
         if threading.get_ident() == tracing and self.requires_grad:
@@ -108,8 +104,5 @@ def refuse_custom_backward() -> Iterator[None]:
             )
         return register_hook(self, hook)
 
-    with (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(checked_apply)),
-        mock.patch.object(Tensor, "register_hook", checked_hook),
-    ):
+    with mock.patch.object(Tensor, "register_hook", checked_hook):
         yield

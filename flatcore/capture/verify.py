@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .external import External
 from .interpreter import FUNCTIONS, MEANING, meaning
 from .program import Op, Program, Value
 
 _PAIR = "2 ints"
 _INTS = "ints"
-_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "function": External}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ SIGNATURES: dict[str, Signature] = {
     "rows": Signature(("x", "index"), {"frozen": "int"}),
     "where": Signature(("mask", "a", "b"), {}),
     "round": Signature(("x",), {}),
+    "external": Signature(("x",), {"function": "function"}, several=True),
 }
 assert SIGNATURES.keys() == MEANING.keys()
 
@@ -111,6 +113,8 @@ def infer(
     kind: str, attrs: Mapping[str, Any], inputs: Sequence[Value | None]
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of an op's output: its meaning, applied to tensors without data."""
+    if kind == "external":  # which the exported graph knows, and not every operation without data
+        return attrs["function"].shape, attrs["function"].dtype
     metas: list[Tensor | None] = [
         None if v is None else torch.empty(v.shape, dtype=v.dtype, device="meta") for v in inputs
     ]
@@ -155,6 +159,8 @@ def _problem(op: Op, values: Sequence[Value], defined: set[int], active: frozens
         allowed = {_OTHER_DTYPES.get((op.kind, name), recorded[1])}
         if (op.kind, name) in _OWN_DTYPE_ALLOWED:
             allowed.add(recorded[1])
+        if op.kind == "external" and v is not None and v.kind == "constant":
+            continue
         if v is not None and v.dtype not in allowed:
             return f"expected input {name.rstrip('?')} of {' or '.join(map(str, allowed))}, got {v.dtype}"
     try:

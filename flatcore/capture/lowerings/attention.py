@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, fx
 
-from ..lower import Lowering, lowers
+from ..lower import Lowering, Mask, NoRuleError, lowers
 
 
 @lowers("scaled_dot_product_attention.default")
 def _attention(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     if a.dropout_p:
         raise lower.error("draws random numbers; call model.eval() first")
+    if lower.is_active(a.attn_mask) and isinstance(lower.result(a.attn_mask), Mask):
+        raise NoRuleError
     q, k, v = lower.operand(a.query), lower.operand(a.key), lower.operand(a.value)
     front = torch.broadcast_shapes(*(_front(lower, x, a.enable_gqa) for x in (q, k, v)))
     if a.enable_gqa:

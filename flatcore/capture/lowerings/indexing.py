@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, fx
 
-from ..lower import Lowering, lowers
+from ..lower import Lowering, NoRuleError, lowers
 
 
 @lowers("embedding.default")
@@ -31,7 +31,7 @@ def _index_select(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 def _index(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     given = [(axis, i) for axis, i in enumerate(a.indices) if i is not None]
     if any(lower.take(i).meta["val"].dtype in (torch.bool, torch.uint8) for _, i in given):
-        raise lower.error("picks elements by a mask, so its shape depends on the batch")
+        raise NoRuleError
     x = lower.operand(a.self)
     if len(given) > 1:
         return _by_numbers(lower, node)

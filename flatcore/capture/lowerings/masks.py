@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ..lower import Lowering, Mask, lowers
+from ..lower import Lowering, Mask, NoRuleError, lowers
 
 
 @lowers("gt.Scalar", "gt.Tensor")
@@ -88,5 +88,5 @@ def _inverted(lower: Lowering, mask: int) -> int:
 
 def _mask(lower: Lowering, node: fx.Node) -> int:
     if lower.is_active(node) and not isinstance(lower.result(node), Mask):
-        raise lower.error("expected a mask, got numbers")
+        raise NoRuleError
     return lower.operand(node)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from torch import fx
 
-from ..lower import Lowering, lowers
+from ..lower import Lowering, NoRuleError, lowers
 
 # ATen name -> function of the vocabulary, for those without constants.
 _PLAIN = (
@@ -90,7 +90,7 @@ def _power(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
 def _exponential(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     base = float(a.self)
     if base <= 0:
-        raise lower.error(f"expected a positive base, got {base}")
+        raise NoRuleError
     return lower.unary("exp", lower.affine(lower.operand(a.exponent), log(base)))
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, fx
 
-from ..lower import Lowering, lowers
+from ..lower import Lowering, NoRuleError, lowers
 
 
 def _axes(lower: Lowering, x: int, a: SimpleNamespace) -> list[int]:
@@ -40,7 +40,7 @@ def _norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     if order == 1:
         return lower.sum(lower.unary("abs", x), _axes(lower, x, a), getattr(a, "keepdim", False))
     if order != 2:
-        raise lower.error(f"only the norms of order 1 and 2 have rules, got order {order}")
+        raise NoRuleError
     return lower.unary(
         "sqrt", lower.sum(lower.unary("square", x), _axes(lower, x, a), getattr(a, "keepdim", False))
     )

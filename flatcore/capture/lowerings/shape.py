@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import fx
 
-from ..lower import REAL_DTYPES, Lowering, Mask, Result, lowers
+from ..deferred import REAL_DTYPES
+from ..lower import Lowering, Mask, NoRuleError, Result, lowers
 
 
 @lowers(
@@ -78,6 +79,8 @@ def _copy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
     source, result = a.self.meta["val"], node.meta["val"]
     if isinstance(lower.result(a.self), Mask) and result.dtype in REAL_DTYPES:
         return lower.operand(a.self)
+    if not (source.is_floating_point() and result.is_floating_point()):
+        raise NoRuleError
     if result.device != source.device or not {source.dtype, result.dtype} <= set(REAL_DTYPES):
         raise lower.error(
             f"converts {source.dtype} on {source.device} to {result.dtype} on {result.device}; "
@@ -100,8 +103,3 @@ def _dropout(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
         raise lower.error("draws random numbers; call model.eval() first")
     result = lower.result(a.input)
     return (result, None) if "native" in str(node.target) else result
-
-
-@lowers("detach.default")
-def _detach(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
-    raise lower.error("stops the gradient, so the loss has no Hessian that matches its gradient")

@@ -1,0 +1,120 @@
+"""External ops are tried before anyone relies on them: two derivatives, a symmetric second one, and their cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..errors import CaptureError, NotTwiceDifferentiableError
+from .external import External, OnceDifferentiableError
+from .interpreter import meaning
+from .program import Op, Program
+
+
+def tried(program: Program, parameters: Mapping[str, Tensor], constants: Mapping[int, Tensor]) -> Program:
+    """The program with the measured costs of its external ops.
+
+    Raises CaptureError, naming operation and module, for an op that does not run here, that torch cannot differentiate
+    twice (NotTwiceDifferentiableError), or that it differentiates wrongly.
+    """
+    if not any(op.external for op in program.ops):
+        return program
+    values = {i: parameters[name].detach() for i, name in program.parameters.items()} | dict(constants)
+    active, ops = program.active(), []
+    for op in program.ops:
+        inputs = [None if i is None else values[i] for i in op.inputs]
+        if op.external:
+            given = [x for x in inputs if x is not None]
+            op = _tried(op, op.external, given, [i in active for i in op.present])
+        with torch.no_grad():
+            values[op.output] = meaning(op.kind, op.attrs, inputs)
+        ops.append(op)
+    return dataclasses.replace(program, ops=tuple(ops))
+
+
+def _tried(op: Op, function: External, inputs: Sequence[Tensor], active: Sequence[bool]) -> Op:
+    versions = [x._version for x in inputs]
+    try:
+        function.check_twice_differentiable(inputs, active)
+        problem, measured = _differentiated(function, inputs, active)
+        if versions != [x._version for x in inputs]:
+            problem = "writes into its arguments"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever torch or the user's own function raises
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        refused = isinstance(error, OnceDifferentiableError) or "is not implemented" in first_line
+        kind = NotTwiceDifferentiableError if refused else CaptureError
+        reason = f"torch cannot differentiate it twice ({first_line.rstrip('.')})"
+        raise kind(reason, op=function.name, path=op.path) from error
+    if problem:
+        raise CaptureError(problem, op=function.name, path=op.path)
+    return dataclasses.replace(op, attrs={"function": measured})
+
+
+def _differentiated(
+    function: External, inputs: Sequence[Tensor], active: Sequence[bool]
+) -> tuple[str, External]:
+    """What is wrong with the derivatives for random directions, and the function with what they cost."""
+    y = function.forward(inputs)
+    if tuple(y.shape) != function.shape or y.dtype != function.dtype:
+        return f"gives {y.dtype} of shape {tuple(y.shape)} where export found {function.shape}", function
+    draw = torch.Generator().manual_seed(0)
+    u = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y)
+    pairs = [
+        torch.randn((2, *x.shape), generator=draw, dtype=torch.float64).to(x) if a else None
+        for x, a in zip(inputs, active, strict=True)
+    ]
+    first = [None if t is None else t[:1] for t in pairs]
+    with _Cost() as cost, saved_tensors_hooks(cost.note, lambda t: t):
+        function.tangent(inputs, first)
+        function.adjoint(inputs, first, u, u[None], active)
+    second = function.adjoint(inputs, pairs, u, None, active)
+    measured = dataclasses.replace(
+        function, flops=cost.flops, workspace=sum(cost.storages.values()) // y.element_size()
+    )
+    return _asymmetry(pairs, second), measured
+
+
+def _asymmetry(directions: Sequence[Tensor | None], products: Sequence[Tensor | None]) -> str:
+    """<a, H b> = <b, H a>, to half the digits, for a and b in the two rows of `directions`."""
+    pairs = [(t, Ht) for t, Ht in zip(directions, products, strict=True) if t is not None and Ht is not None]
+    crossed, scale = 0.0, 0.0
+    for t, Ht in pairs:
+        a, b, Ha, Hb = (x.double().flatten() for x in (*t, *Ht))
+        crossed += float(a @ Hb - b @ Ha)
+        scale += float(a.norm() * Hb.norm() + b.norm() * Ha.norm())
+    eps = torch.finfo(pairs[0][0].dtype).eps if pairs else 0.0
+    if math.isfinite(scale) and abs(crossed) > math.sqrt(eps) * scale:
+        return "torch's second derivative of it is not symmetric, so it is wrong"
+    return ""
+
+
+class _Cost(TorchDispatchMode):
+    """Adds up torch's own counts, one operation per element of any other result, and what is kept for backward."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0.0
+        self.storages: dict[int, int] = {}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        elif isinstance(result, Tensor) and not func.is_view:
+            self.flops += result.numel()
+        return result
