@@ -65,6 +65,10 @@ class Program:
     def constant(self, tensor: Tensor) -> int:
         return self._add("constant", tensor)
 
+    def indices(self, shape: Sequence[int], below: int) -> int:
+        drawn = [self.rng.randrange(below) for _ in range(prod(shape))]
+        return self.constant(torch.tensor(drawn, dtype=torch.int64).reshape(tuple(shape)))
+
     def shape(self, i: int) -> tuple[int, ...]:
         return tuple(self.tensors[i].shape)
 
@@ -324,10 +328,25 @@ def normalise(p: Program) -> None:
 @op
 def softmaxes(p: Program) -> None:
     x = p.pick(1)
+    p.emit(p.rng.choice(["softmax", "logsumexp"]), x)
+
+
+@op
+def cross_entropies(p: Program) -> None:
+    x = p.pick(1)
+    *rows, classes = p.shape(x)
     if p.chance(0.3):
-        p.emit("cross_entropy", x, p.constant(p.normal(p.shape(x)).abs()))
-    else:
-        p.emit(p.rng.choice(["softmax", "logsumexp"]), x)
+        p.emit("cross_entropy", x, p.constant(p.normal(p.shape(x)).abs()), None)
+        return
+    mass = p.constant(p.normal(rows).abs())
+    if p.chance():
+        p.emit("cross_entropy", x, mass, p.indices(rows, classes))
+        return
+    tokens, transposed = p.size(1, 5), p.chance()
+    weight = p.given(*((classes, tokens) if transposed else (tokens, classes)))
+    bias = p.given(tokens) if p.chance() else None
+    attrs = {"transposed": transposed, "round": False}
+    p.emit("linear_cross_entropy", x, weight, bias, mass, p.indices(rows, tokens), **attrs)
 
 
 @op

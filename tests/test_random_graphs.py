@@ -16,6 +16,8 @@ from random_graphs.reduce import reduced
 
 from flatcore.capture.lower import LOWERINGS
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
 GRAPHS = int(os.environ.get("FLATCORE_GRAPHS", "200"))
 PIECE = 10
 STEPS = 6

@@ -118,6 +118,29 @@ def by_torch(
     )
 
 
+def differentiated_rightly(graph: Graph, v: Tensor, expected: Results) -> bool:
+    """Is torch's gradient that of its loss? Central differences along v, with steps s and s/2: their own difference
+    is the error of the larger step, more than that of the smaller (some backward formulas of torch 2.13 are wrong)."""
+    theta = [p for p in graph.parameters() if p.requires_grad]
+
+    def slope(step: float) -> float:
+        values = []
+        for sign in (step, -step):
+            moved = copy.deepcopy(graph)
+            parameters = [p for p in moved.parameters() if p.requires_grad]
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                for p, part in zip(parameters, v.split([p.numel() for p in theta]), strict=True):
+                    p.add_(part.view(p.shape), alpha=sign)
+                values.append(
+                    moved.loss(moved.reference(graph.batch[:-1], noisy(None)), graph.batch[-1]).item()
+                )
+        return (values[0] - values[1]) / (2 * step)
+
+    coarse, fine = slope(1e-4), slope(5e-5)
+    size = max(abs(fine), expected.gradient.norm().item() * v.norm().item())
+    return abs(fine - (expected.gradient @ v).item()) <= abs(fine - coarse) + 1e-6 * size
+
+
 @contextmanager
 def recorded_lowerings() -> Iterator[set[str]]:
     """The names of the lowerings that are asked for."""
@@ -166,6 +189,9 @@ def check(graph: Graph, whole: bool = True, single: bool = False, by_model: bool
     if allowed("hessian", torch.finfo(torch.float64).eps) > MEANINGFUL * max(
         expected.hessian.norm().item(), 1e-3
     ):
+        raise IllConditioned
+
+    if not differentiated_rightly(graph, V[:, 0], expected):
         raise IllConditioned
 
     with warnings.catch_warnings(record=True) as said, recorded_lowerings() as reached:

@@ -12,6 +12,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -189,7 +190,10 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
         if (fresh) buffer.zero_();
         return buffer;
     };
-    const at::Tensor tdx = result(kX), tdweight = result(kWeight), tdbias = result(kBias);
+    // The chunks take rows of x, which an image, kept channels last, has none of.
+    const bool x_apart = input(kX).channels_last && d.wants(kX);
+    const at::Tensor tdx = x_apart ? at::zeros({d.K(), rows_, width_}, state.options()) : result(kX);
+    const at::Tensor tdweight = result(kWeight), tdbias = result(kBias);
     const at::Tensor p_buffer = keeps_probabilities() ? at::Tensor() : new_chunk(state);
     const at::Tensor dz_buffer = cross ? new_chunk(state) : at::Tensor(), tz_buffer = new_chunk(state);
 
@@ -234,6 +238,7 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
             if (tdbias.defined()) tdbias.select(0, k).add_(tdz.sum(0));
         }
     });
+    if (x_apart) d.add(kX, tdx.view(with_directions(d.K(), input(kX).shape)), true);
 }
 
 double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
@@ -244,10 +249,12 @@ double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
     return 2.0 * static_cast<double>(rows_ * width_ * classes_) * products;
 }
 
-// tz or tdz; p and its rounded logits where p is not kept; one direction's sums for the bias.
-int64_t LinearCrossEntropyRule::workspace(int64_t) const {
+// tz or tdz; p and its rounded logits where p is not kept; one direction's sums for the bias; x's
+// adjoint-tangent.
+int64_t LinearCrossEntropyRule::workspace(int64_t K) const {
     const int64_t matrices = keeps_probabilities() ? 1 : 2 + rounds_;
-    return matrices * chunk_rows_ * classes_ + (active(kBias) ? classes_ : 0);
+    const int64_t apart = input(kX).channels_last ? K * input(kX).numel : 0;
+    return matrices * chunk_rows_ * classes_ + (active(kBias) ? classes_ : 0) + apart;
 }
 
 // dz.
