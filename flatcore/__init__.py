@@ -11,8 +11,6 @@ from flatcore.trace import diagonal, trace
 
 __version__ = "0.1.0"
 
-tuning.start()
-
 # Behind the version, which the report's account of the machine reads.
 from flatcore.report import compare, report
 
@@ -30,3 +28,5 @@ __all__ = [
     "spectral_density",
     "trace",
 ]
+
+tuning.start()

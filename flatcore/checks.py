@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from flatcore.capture.batch import batch_leaves
 from flatcore.data import Batch
-from flatcore.evaluate import Evaluation
+from flatcore.evaluate import Evaluation, once_differentiable
 
 _NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
 
@@ -104,11 +105,16 @@ def evaluate(
     batch: Batch,
     parameters: Mapping[str, Tensor],
     index: int,
+    twice: bool = True,
 ) -> Evaluation:
     """Evaluates one batch; a batch that the model or the loss rejects is told with its shapes, its cause
-    chained."""
+    chained.
+
+    twice: so that second derivatives can be taken, which costs memory where there is attention.
+    """
     try:
-        result = evaluator(batch, parameters)
+        run = partial(evaluator, batch, parameters)
+        result = run() if twice else once_differentiable(run)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -229,6 +229,13 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
 @main.command()
 @click.option("--quick", is_flag=True, help="Small workloads, nothing compiled, few rounds: under a minute.")
 @click.option("--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only these.")
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    metavar="NAME",
+    help="Only these beside flatcore, as the table names them.",
+)
 @click.option("-k", "vectors", multiple=True, type=click.IntRange(1), help="Directions at once.  [1 and 8]")
 @click.option(
     "--rounds", default=9, show_default=True, help="Timings of each way, interleaved; 3 when quick."
@@ -242,6 +249,7 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
 def bench(
     quick: bool,
     names: tuple[str, ...],
+    ways: tuple[str, ...],
     vectors: tuple[int, ...],
     rounds: int,
     limit: float,
@@ -260,6 +268,7 @@ def bench(
         chosen(names, quick),
         vectors or (1, 8),
         quick=quick,
+        ways=ways,
         rounds=min(rounds, 3) if quick else rounds,
         limit=limit,
         say=_text(json_file).print,

@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from torch.utils import _pytree as pytree
 from flatcore.capture.batch import flatten_batch, split_batch
 from flatcore.data import Batch, preserved_random_state
 from flatcore.environment import full_precision
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,21 @@ def rows_mix(outputs_of: Callable[[Batch], Sequence[Tensor]], batch: Batch, exam
         if bool(((before - after)[own:].abs() > scale).any()):
             return True
     return False
+
+
+def once_differentiable(run: Callable[[], _Result]) -> _Result:
+    """run() with attention that holds no tensor of queries x keys, whose derivative has no derivative.
+
+    That attention takes no mask of one axis, and no second derivatives that a model takes of its own: where it fails,
+    run() goes without.
+    """
+    try:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return run()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from flatcore.capture import (
 from flatcore.data import Batch, version
 from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
-from flatcore.evaluate import ModelLoss, plain_torch, rows_mix
+from flatcore.evaluate import ModelLoss, once_differentiable, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class NativeBackend:
         with torch.no_grad():
             theirs = float(
                 checks.evaluate(
-                    objective.evaluate, batch.batch, objective.snapshot().values, batch.index
+                    objective.evaluate, batch.batch, objective.snapshot().values, batch.index, twice=False
                 ).loss
             )
         program = self._compiled[_key(batch.batch)].program
@@ -238,7 +239,7 @@ class NativeBackend:
         program = compiled.program
         frozen = named_tensors(self.objective.model, self.objective.loss_function)
         given = batch_leaves(batch.batch)
-        constants = program.prelude.run(given, frozen)
+        constants = once_differentiable(partial(program.prelude.run, given, frozen))
         parameters = {i: snapshot.values[name] for i, name in program.parameters.items()}
         state = engine.Linearization(compiled.engine, constants | parameters, batch.weight)
         known = {t.untyped_storage().data_ptr() for t in (*given, *frozen.values())}

@@ -171,7 +171,7 @@ class Objective:
         if self._loss is None or self._loss[0] is not snapshot:
             with plain_torch(), torch.no_grad():
                 total = sum(
-                    b.weight * float(checks.evaluate(self.evaluate, b.batch, snapshot.values, b.index).loss)
+                    b.weight * float(self._evaluated(b.batch, snapshot.values, b.index).loss)
                     for b in self.batches()
                 )
             self._loss = (snapshot, total)
@@ -246,12 +246,12 @@ class Objective:
         losses, normalisers = [], []
         with plain_torch(), torch.no_grad():
             for index, batch in enumerate(self.data):
-                result = checks.evaluate(self.evaluate.guarded, batch, values, index)
+                result = checks.evaluate(self.evaluate.guarded, batch, values, index, twice=False)
                 checks.check_unchanged(result)
                 losses.append(float(result.loss))
                 normalisers.append(self._normaliser(result))
                 if index == 0:
-                    again = checks.evaluate(self.evaluate, batch, values, index)
+                    again = self._evaluated(batch, values, index)
                     checks.check_repeats(self.model, losses[0], float(again.loss), self.layout.dtype)
                     self._check_dependence(batch, values)
         counts = self.data.examples if None in normalisers else normalisers
@@ -268,6 +268,9 @@ class Objective:
             self.backends = None  # they know the batches that count
         self._weights = weights
         self._loss = (snapshot, sum(w * v for w, v in zip(weights, losses, strict=True) if w))
+
+    def _evaluated(self, batch: Batch, values: dict[str, Tensor], index: int) -> Evaluation:
+        return checks.evaluate(self.evaluate, batch, values, index, twice=False)
 
     def _normaliser(self, result: Evaluation) -> float | None:
         reduction = result.call.reduction if result.call else getattr(self.loss_function, "reduction", "mean")
@@ -287,7 +290,7 @@ class Objective:
     @torch.enable_grad()
     def _check_dependence(self, batch: Batch, values: dict[str, Tensor]) -> None:
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
-        if not checks.evaluate(self.evaluate, batch, leaves, 0).loss.requires_grad:
+        if not self._evaluated(batch, leaves, 0).loss.requires_grad:
             raise ValueError(
                 "loss: expected a differentiable function of the selected parameters, got one that does "
                 "not depend on them; look for detach(), .item() or no_grad() in the model or the loss"

@@ -95,6 +95,14 @@ def test_workload_that_needs_a_missing_package_says_so():
     assert WORKLOADS["mlp-tiny"].missing() == ""
 
 
+def test_only_the_ways_asked_for():
+    arguments = ["bench", "--workload", "mlp-tiny", "-k", "1", "--limit", "0", "--quick"]
+    ran = CliRunner().invoke(main, [*arguments, "--way", "linearize"])
+    assert ran.exit_code == 0 and "linearize" in ran.output and "retained" not in ran.output
+    ran = CliRunner().invoke(main, [*arguments, "--way", "magic"])
+    assert ran.exit_code == 2 and "way: expected some of flatcore, retained double backward" in ran.output
+
+
 def test_command_writes_table_figure_and_json(tmp_path):
     picture, numbers = tmp_path / "b.png", tmp_path / "b.json"
     arguments = ["bench", "--quick", "--workload", "mlp-tiny", "-k", "2", "--limit", "0"]

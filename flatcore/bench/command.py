@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def run(
     vectors: Iterable[int],
     *,
     quick: bool,
+    ways: Collection[str],
     rounds: int,
     limit: float,
     say: Callable[[Any], None],
@@ -42,7 +43,9 @@ def run(
             say(f"left out: {missing}")
             continue
         for K in vectors:
-            result = compare(WORKLOADS[name], K, ceilings, rounds=rounds, limit=limit, compiled=not quick)
+            result = compare(
+                WORKLOADS[name], K, ceilings, rounds=rounds, limit=limit, compiled=not quick, only=ways
+            )
             results.append(result)
             say(show.table(result, ceilings))
             for way, reason in result.left_out.items():

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -93,12 +93,14 @@ def compare(
     rounds: int,
     limit: float,
     compiled: bool,
+    only: Collection[str] = (),
     seed: int = 0,
 ) -> Comparison:
     """Time every way on `workload`.
 
     rounds, limit: timings of each way; no new round begins after `limit` seconds, but three there are.
     compiled:      also the bare-torch ways through torch.compile.
+    only:          names of the ways beside flatcore; empty: all.
 
     Raises AssertionError where flatcore's product is wrong; any other way that is wrong is left out with its error.
     """
@@ -116,6 +118,11 @@ def compare(
         candidates[name] = _Candidate("torch", _bound(prepare, directions))
     for name in peers.installed():
         candidates[name] = _Candidate("peer", _bound_peer(peers.PEERS[name], model, loss, batch, V))
+    if only:
+        unknown = set(only) - candidates.keys()
+        if unknown:
+            raise ValueError(f"way: expected some of {', '.join(candidates)}, got {min(unknown)!r}")
+        candidates = {name: c for name, c in candidates.items() if name == FLATCORE or name in only}
 
     runs: dict[str, Run] = {}
     errors, peaks, left_out = {}, {}, {}

@@ -25,8 +25,6 @@ def tried(program: Program, parameters: Mapping[str, Tensor], constants: Mapping
     Raises CaptureError, naming operation and module, for an op that does not run here, that torch cannot differentiate
     twice (NotTwiceDifferentiableError), or that it differentiates wrongly.
     """
-    if not any(op.external for op in program.ops):
-        return program
     values = {i: parameters[name].detach() for i, name in program.parameters.items()} | dict(constants)
     active, ops = program.active(), []
     for op in program.ops:

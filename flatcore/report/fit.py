@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatcore.capture.batch import split_batch
-from flatcore.evaluate import ModelLoss, plain_torch
+from flatcore.evaluate import ModelLoss, once_differentiable, plain_torch
 from flatcore.objective import Objective
 
 
@@ -43,7 +44,8 @@ def _accuracy(objective: Objective) -> float | None:
     with plain_torch(), torch.no_grad():
         for batch in objective.batches():
             target = split_batch(batch.batch)[2]
-            outputs = objective.evaluate(batch.batch, objective.parameters).outputs
+            run = partial(objective.evaluate, batch.batch, objective.parameters)
+            outputs = once_differentiable(run).outputs
             if len(outputs) != 1 or not _are_classes(outputs[0], target):
                 return None
             correct += int((outputs[0].argmax(dim=1) == target).sum())
