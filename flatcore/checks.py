@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -113,7 +114,7 @@ def evaluate(
     twice: so that second derivatives can be taken, which costs memory where there is attention.
     """
     try:
-        run = partial(evaluator, batch, parameters)
+        run = partial(_evaluated, evaluator, batch, parameters)
         result = run() if twice else once_differentiable(run)
     except torch.OutOfMemoryError:
         raise
@@ -125,6 +126,26 @@ def evaluate(
         ) from error
     check_loss(result.loss, index)
     return result
+
+
+def _evaluated(
+    evaluator: Callable[[Batch, Mapping[str, Tensor]], Evaluation],
+    batch: Batch,
+    parameters: Mapping[str, Tensor],
+) -> Evaluation:
+    """A model that takes gradients itself (a penalty on them, say) needs a graph also where only a value is asked."""
+    if torch.is_grad_enabled():
+        return evaluator(batch, parameters)
+    try:
+        return evaluator(batch, parameters)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        result = evaluator(batch, {n: p.detach().requires_grad_() for n, p in parameters.items()})
+    outputs = tuple(z.detach() for z in result.outputs)
+    loss = result.loss.detach() if isinstance(result.loss, Tensor) else result.loss
+    return dataclasses.replace(result, loss=loss, outputs=outputs)
 
 
 def check_loss(loss: Any, index: int) -> None:

@@ -134,6 +134,8 @@ class Evaluator:
         """The same with copies of all parameters, which are then looked at for changes."""
         originals = dict(self._model.named_parameters()) | dict(parameters)
         copies = {name: value.detach().clone() for name, value in originals.items()}
+        for name, value in parameters.items():
+            copies[name].requires_grad_(value.requires_grad)
         result = self(batch, copies)
         changed = tuple(n for n, value in originals.items() if not _same(value.detach(), copies[n]))
         return dataclasses.replace(result, changed=changed)

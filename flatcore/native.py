@@ -66,6 +66,7 @@ class NativeBackend:
         self._states: dict[int, engine.Linearization] = {}
         self._held = 0
         self._most: dict[Mode, int] = {}  # mode -> directions at once
+        self._mixes: str | None = None  # not tried yet
         with plain_torch():
             for batch in objective.batches():
                 key = _key(batch.batch)
@@ -90,7 +91,11 @@ class NativeBackend:
             rows = [program.values[i].shape for i in program.cut]
             if mode == "covariance" and not all(shape and shape[0] % batch == 0 for shape in rows):
                 return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
-        return self._mixing() if mode == "covariance" else ""
+        if mode != "covariance":
+            return ""
+        if self._mixes is None:
+            self._mixes = self._mixing()
+        return self._mixes
 
     @property
     def external(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flatcore as fc
+from flatcore import native
 from flatcore.bench.memory import peak_bytes
-from flatcore.evaluate import once_differentiable, plain_torch
+from flatcore.evaluate import once_differentiable, plain_torch, rows_mix
 
 EXACT = 1e-10
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,7 +52,7 @@ class Curved(nn.Module):
         y = self.inner(x)
         (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
-        return y + second
+        return y + torch.as_tensor(second)
 
 
 def batch(length: int, width: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -88,6 +90,7 @@ def test_both_forms_of_attention_agree() -> None:
         assert torch.allclose(once_differentiable(lambda: model(x)), expected, rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.filterwarnings("ignore::flatcore.errors.FlatcoreWarning")  # through autograd
 @pytest.mark.parametrize("model", [lambda: Attention(mask_of_one_axis), Curved], ids=["mask", "curved"])
 def test_what_one_form_alone_computes(model: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
@@ -100,3 +103,19 @@ def test_what_one_form_alone_computes(model: Callable[[], nn.Module]) -> None:
         inner = torch.cat([g.flatten() for g in gradient]) @ v
         expected = torch.cat([h.flatten() for h in torch.autograd.grad(inner, parameters)])
     assert (H @ v - expected).norm() <= EXACT * expected.norm()
+
+
+def test_rows_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose the rows of the output are is found by running the program twice: not before every product."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> bool:
+        calls.append(1)
+        return rows_mix(*arguments)
+
+    monkeypatch.setattr(native, "rows_mix", counted)
+    C = fc.GradientCovariance(fc.Objective(nn.Linear(6, 6).double(), nn.MSELoss(), batch(4)))
+    for _ in range(3):
+        C @ torch.ones(C.shape[0], dtype=torch.float64)
+    C.plan()
+    assert len(calls) == 1

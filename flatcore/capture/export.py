@@ -196,7 +196,9 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
     """Functional ATen with whole ops kept, but for composite ones that no lowering knows (einsum, say)."""
     with _quiet():
         functional: ExportedProgram = exported.run_decompositions({})
-        while unknown := _unknown_composites(functional.graph):
+        seen: set[torch._ops.OpOverload] = set()  # some, such as a size that the data decide, stay as they are
+        while unknown := _unknown_composites(functional.graph) - seen:
+            seen |= unknown
             table = {op: partial(op._op_dk, _COMPOSITE) for op in unknown}
             try:
                 functional = functional.run_decompositions(table)

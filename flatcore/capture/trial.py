@@ -18,6 +18,9 @@ from .external import External, OnceDifferentiableError
 from .interpreter import meaning
 from .program import Op, Program
 
+# Of gradients, relative to one: powers of two, which round nothing.
+SIZES = (2.0**-20, 1.0, 2.0**20)
+
 
 def tried(program: Program, parameters: Mapping[str, Tensor], constants: Mapping[int, Tensor]) -> Program:
     """The program with the measured costs of its external ops.
@@ -75,14 +78,44 @@ def _differentiated(
     with _Cost() as cost, saved_tensors_hooks(cost.note, lambda t: t):
         function.tangent(inputs, first)
         function.adjoint(inputs, first, u, u[None], active)
+    problem = _no_transpose(function, inputs, first, u, active)
     second = function.adjoint(inputs, pairs, u, None, active)
     measured = dataclasses.replace(
         function, flops=cost.flops, workspace=sum(cost.storages.values()) // y.element_size()
     )
-    return _asymmetry(pairs, second), measured
+    return problem or _asymmetry(pairs, second, _eps(function)), measured
 
 
-def _asymmetry(directions: Sequence[Tensor | None], products: Sequence[Tensor | None]) -> str:
+def _eps(function: External) -> float:
+    return torch.finfo(torch.float32 if function.rounds else function.dtype).eps
+
+
+def _no_transpose(
+    function: External,
+    inputs: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    u: Tensor,
+    active: Sequence[bool],
+) -> str:
+    """<u, J t> = <J' u, t>, to half the digits, for small and large u: a backward that clips or normalises what it
+    is given is no transpose of anything, and products made of it are none of the model's."""
+    Jt = function.tangent(inputs, tangents)[0].double()
+    for size in SIZES:
+        pulled = function.adjoint(inputs, [None] * len(inputs), None, (size * u)[None], active)
+        pairs = [
+            (t.double().flatten(), g.double().flatten())
+            for t, g in zip(tangents, pulled, strict=True)
+            if t is not None and g is not None
+        ]
+        direct, scale = size * float((u.double() * Jt).sum()), size * float(u.double().norm() * Jt.norm())
+        through = sum(float(t @ g) for t, g in pairs)
+        scale += sum(float(t.norm() * g.norm()) for t, g in pairs)
+        if math.isfinite(scale) and abs(direct - through) > math.sqrt(_eps(function)) * scale:
+            return "its backward is not linear in the gradient it is given, so it is no derivative"
+    return ""
+
+
+def _asymmetry(directions: Sequence[Tensor | None], products: Sequence[Tensor | None], eps: float) -> str:
     """<a, H b> = <b, H a>, to half the digits, for a and b in the two rows of `directions`."""
     pairs = [(t, Ht) for t, Ht in zip(directions, products, strict=True) if t is not None and Ht is not None]
     crossed, scale = 0.0, 0.0
@@ -90,7 +123,6 @@ def _asymmetry(directions: Sequence[Tensor | None], products: Sequence[Tensor | 
         a, b, Ha, Hb = (x.double().flatten() for x in (*t, *Ht))
         crossed += float(a @ Hb - b @ Ha)
         scale += float(a.norm() * Hb.norm() + b.norm() * Ha.norm())
-    eps = torch.finfo(pairs[0][0].dtype).eps if pairs else 0.0
     if math.isfinite(scale) and abs(crossed) > math.sqrt(eps) * scale:
         return "torch's second derivative of it is not symmetric, so it is wrong"
     return ""
