@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from flatcore import checks
 from flatcore.capture.batch import flatten_batch
 from flatcore.capture.external import refuse_dead_ends
+from flatcore.capture.trial import SIZES
 from flatcore.data import Batch
 from flatcore.evaluate import Evaluation, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
@@ -38,7 +39,7 @@ class AutogradBackend:
         self.objective = objective
         self.reason = reason
         self._by_example = by_example
-        self._symmetric = False  # not checked yet
+        self._symmetric = self._linear = False  # not checked yet
         self._rows_mix: bool | None = None  # not tried yet
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
@@ -100,21 +101,33 @@ class AutogradBackend:
         storages: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            if tensor.layout == torch.strided:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
+        try:
+            with saved_tensors_hooks(note, lambda t: t):
+                counter = self._counted(mode, batch, directions)
+        except ValueError as error:
+            if "saved tensor hooks" not in str(error):  # torch.func inside the model refuses them
+                raise
+            counter = self._counted(mode, batch, directions)
+            return counter.total, counter.bytes
+        return counter.total, sum(storages.values())
+
+    def _counted(self, mode: Mode, batch: WeightedBatch, directions: int) -> _Counter:
         layout, at = self.objective.layout, self.objective.snapshot()
         V = torch.ones((directions, layout.size), dtype=layout.dtype, device=layout.device)
-        with plain_torch(), _FlopCounter() as counter, saved_tensors_hooks(note, lambda t: t):
+        with plain_torch(), _Counter() as counter:
             evaluation, theta = self._evaluate(batch.batch, batch.index, at)
             if mode == "covariance" and self._one_by_one(evaluation, batch, at):
                 self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V), at)
-                return counter.total, sum(storages.values())
+                return counter
             with _second_derivatives():
                 apply = self._map(mode, evaluation, theta, batch)
                 for v in V:
                     apply(list(layout.split(v).values()))
-        return counter.total, sum(storages.values())
+        return counter
 
     def _evaluate(self, batch: Batch, index: int, at: Snapshot) -> tuple[Evaluation, list[Tensor]]:
         """The loss of a batch as a function of fresh leaves, and the leaves."""
@@ -133,6 +146,9 @@ class AutogradBackend:
                 "pass loss(output, target)"
             )
         outputs = Outputs(evaluation, theta)
+        if not self._linear:
+            outputs.check_transpose()
+            self._linear = True
         if mode == "ggn":
             return outputs.ggn_map()
         return outputs.covariance_map(batch.examples, self.objective.examples * batch.weight)
@@ -194,17 +210,21 @@ class AutogradBackend:
             )
 
 
-class _FlopCounter(TorchDispatchMode):
-    """Adds up torch's own counts. FlopCounterMode also hooks into modules, which fails with shared parameters."""
+class _Counter(TorchDispatchMode):
+    """Adds up torch's own counts, and the bytes of all results, which is no less than what is held of them.
+    FlopCounterMode also hooks into modules, which fails with shared parameters."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0.0
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in flop_registry:
             self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        if isinstance(result, Tensor) and result.layout == torch.strided and not func.is_view:
+            self.bytes += result.nbytes
         return result
 
 
@@ -235,6 +255,26 @@ class Outputs:
 
     def pull(self, u: Vectors) -> Vectors:
         return autograd.grad(self.z, self.theta, u, retain_graph=True, materialize_grads=True)
+
+    def check_transpose(self) -> None:
+        """A torch.autograd.Function may have a backward that is no derivative: <u, J v> = <J^T u, v> shows it."""
+        generator = torch.Generator().manual_seed(0)
+        v, u = ([torch.randn(t.shape, generator=generator).to(t) for t in ts] for ts in (self.theta, self.z))
+        Jv = self.push(v)
+        for size in SIZES:
+            scaled = [size * x for x in u]
+            Ju = self.pull(scaled)
+            a, b = _inner(scaled, Jv), _inner(Ju, v)
+            scale = math.sqrt(_inner(scaled, scaled) * _inner(Jv, Jv)) + math.sqrt(
+                _inner(Ju, Ju) * _inner(v, v)
+            )
+            if math.isfinite(scale) and abs(a - b) > _agreement(self.theta[0].dtype) * scale:
+                raise ValueError(
+                    "model: expected a backward pass that is linear in the gradient it is given and can be "
+                    f"differentiated, got <u, J v> = {a:.6g} and <J^T u, v> = {b:.6g} for random u and v, so there is "
+                    "no Gauss-Newton matrix; look for a torch.autograd.Function that clips, normalises or detaches "
+                    "the gradient"
+                )
 
     def ggn_map(self) -> Callable[[Vectors], Vectors]:
         loss_hessian = _transposed(self.dz, self.z_leaves)

@@ -24,7 +24,12 @@ from .graph import Names, aten_name, readable_path
 from .lower import LOWERINGS
 from .prelude import named_tensors
 from .program import Program
-from .refusals import refuse_gradient_hooks, refuse_stopped_gradients, refuse_tensor_hooks
+from .refusals import (
+    refuse_gradient_hooks,
+    refuse_gradients_without_graph,
+    refuse_stopped_gradients,
+    refuse_tensor_hooks,
+)
 from .trial import tried
 
 # Where torch keeps the kernels that are written in terms of other operations.
@@ -158,7 +163,7 @@ def _scalar(loss: Any) -> Tensor:
 
 def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
     try:
-        with _quiet(), torch.enable_grad(), refuse_tensor_hooks():
+        with _quiet(), torch.enable_grad(), refuse_tensor_hooks(), refuse_gradients_without_graph():
             exported: ExportedProgram = torch.export.export(wrapper, tuple(leaves), strict=False)
             return exported
     except _NotScalar as error:
@@ -196,7 +201,9 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
     """Functional ATen with whole ops kept, but for composite ones that no lowering knows (einsum, say)."""
     with _quiet():
         functional: ExportedProgram = exported.run_decompositions({})
-        seen: set[torch._ops.OpOverload] = set()  # some, such as a size that the data decide, stay as they are
+        seen: set[torch._ops.OpOverload] = (
+            set()
+        )  # some, such as a size that the data decide, stay as they are
         while unknown := _unknown_composites(functional.graph) - seen:
             seen |= unknown
             table = {op: partial(op._op_dk, _COMPOSITE) for op in unknown}

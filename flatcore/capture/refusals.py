@@ -106,3 +106,21 @@ def refuse_tensor_hooks() -> Iterator[None]:
 
     with mock.patch.object(Tensor, "register_hook", checked_hook):
         yield
+
+
+@contextlib.contextmanager
+def refuse_gradients_without_graph() -> Iterator[None]:
+    """Refuse torch.autograd.grad without create_graph, and backward(), while a model is traced by this thread: the
+    traced graph would hold the gradient as a function of the parameters, where the model has a constant."""
+    tracing = threading.get_ident()
+    run: Any = torch.autograd._engine_run_backward
+
+    def checked_run(
+        outputs: Any, gradients: Any, keep: bool, create_graph: bool, *rest: Any, **named: Any
+    ) -> Any:
+        if threading.get_ident() == tracing and not create_graph:
+            raise CaptureError(_STOPS, op="torch.autograd.grad without create_graph")
+        return run(outputs, gradients, keep, create_graph, *rest, **named)
+
+    with mock.patch.object(torch.autograd, "_engine_run_backward", checked_run):
+        yield

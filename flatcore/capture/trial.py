@@ -51,7 +51,7 @@ def _tried(op: Op, function: External, inputs: Sequence[Tensor], active: Sequenc
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever torch or the user's own function raises
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         refused = isinstance(error, OnceDifferentiableError) or "is not implemented" in first_line
         kind = NotTwiceDifferentiableError if refused else CaptureError
         reason = f"torch cannot differentiate it twice ({first_line.rstrip('.')})"
@@ -137,8 +137,9 @@ class _Cost(TorchDispatchMode):
         self.storages: dict[int, int] = {}
 
     def note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -184,7 +184,7 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
     const Operands v = values(state), t = d.curved() ? tangents(d) : Operands{};
     const at::Tensor tdloss = d.cotangent().defined() ? d.cotangent().contiguous() : at::Tensor();
     const at::Tensor dloss = d.curved() ? state.adjoint(op_.output).contiguous() : at::Tensor();
-    const auto result = [&](int i) {  // zeros where nothing is in it yet: every chunk adds
+    const auto zeroed = [&](int i) {  // every chunk adds
         if (!d.wants(i)) return at::Tensor();
         const auto [buffer, fresh] = d.accumulator(i);
         if (fresh) buffer.zero_();
@@ -192,8 +192,10 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
     };
     // The chunks take rows of x, which an image, kept channels last, has none of.
     const bool x_apart = input(kX).channels_last && d.wants(kX);
-    const at::Tensor tdx = x_apart ? at::zeros({d.K(), rows_, width_}, state.options()) : result(kX);
-    const at::Tensor tdweight = result(kWeight), tdbias = result(kBias);
+    const at::Tensor tdx = x_apart ? at::zeros({d.K(), rows_, width_}, state.options()) : zeroed(kX);
+    const at::Tensor tdbias = zeroed(kBias);
+    // The weight is large: its first product is written, not added to zeros.
+    const auto [tdweight, weight_fresh] = d.wants(kWeight) ? d.accumulator(kWeight) : Accumulator{};
     const at::Tensor p_buffer = keeps_probabilities() ? at::Tensor() : new_chunk(state);
     const at::Tensor dz_buffer = cross ? new_chunk(state) : at::Tensor(), tz_buffer = new_chunk(state);
 
@@ -214,9 +216,10 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
             return out;
         };
         const at::Tensor dz = cross ? logit_adjoint(dz_buffer, dloss, {}, {}) : at::Tensor();
-        const auto add_to_weight = [&](int64_t k, const at::Tensor& adjoint, const at::Tensor& x) {
+        const auto add_to_weight = [&](int64_t k, const at::Tensor& adjoint, const at::Tensor& x,
+                                       bool write) {
             const at::Tensor &left = transposed_ ? x : adjoint, &right = transposed_ ? adjoint : x;
-            gemm(tdweight.select(0, k), left.t(), right, true);
+            gemm(tdweight.select(0, k), left.t(), right, !write);
         };
         for (int64_t k = 0; k < d.K(); ++k) {
             at::Tensor tz;
@@ -232,8 +235,8 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
                 if (cross) gemm(out, dz, t.weight.select(0, k).t(), true);
             }
             if (tdweight.defined()) {
-                add_to_weight(k, tdz, v.x.narrow(0, first, rows));
-                if (cross) add_to_weight(k, dz, t.x.select(0, k).narrow(0, first, rows));
+                add_to_weight(k, tdz, v.x.narrow(0, first, rows), weight_fresh && first == 0);
+                if (cross) add_to_weight(k, dz, t.x.select(0, k).narrow(0, first, rows), false);
             }
             if (tdbias.defined()) tdbias.select(0, k).add_(tdz.sum(0));
         }
