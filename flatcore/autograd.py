@@ -118,7 +118,8 @@ class AutogradBackend:
     def _counted(self, mode: Mode, batch: WeightedBatch, directions: int) -> _Counter:
         layout, at = self.objective.layout, self.objective.snapshot()
         V = torch.ones((directions, layout.size), dtype=layout.dtype, device=layout.device)
-        with plain_torch(), _Counter() as counter:
+        counter = _Counter()
+        with plain_torch(), counter:
             evaluation, theta = self._evaluate(batch.batch, batch.index, at)
             if mode == "covariance" and self._one_by_one(evaluation, batch, at):
                 self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V), at)

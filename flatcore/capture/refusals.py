@@ -113,7 +113,7 @@ def refuse_gradients_without_graph() -> Iterator[None]:
     """Refuse torch.autograd.grad without create_graph, and backward(), while a model is traced by this thread: the
     traced graph would hold the gradient as a function of the parameters, where the model has a constant."""
     tracing = threading.get_ident()
-    run: Any = torch.autograd._engine_run_backward
+    run: Any = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def checked_run(
         outputs: Any, gradients: Any, keep: bool, create_graph: bool, *rest: Any, **named: Any
