@@ -24,10 +24,17 @@ VARIABLE = "FLATCORE_GEMM"
 POLICIES = ("measure", "blas", "onednn")
 
 
-def cache_file() -> Path:
-    """Where the choices of this user are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "flatcore" / "gemm.json"
+# Of a class: batch, m, n, k, left and right operand transposed, threads (GemmClass in csrc/engine/gemm_choice.h).
+_CLASS = re.compile(r"\d{1,9}( \d{1,9}){3} [01] [01] \d{1,9}", re.ASCII)
+
+
+def cache_file() -> Path | None:
+    """Where the choices of this user are kept; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "flatcore" / "gemm.json"
+    except RuntimeError:
+        return None
 
 
 def machine() -> str:
@@ -44,19 +51,24 @@ def start() -> None:
         policy = POLICIES[0]
     engine.set_gemm_policy(policy)
     if policy == "measure":
-        known = load(cache_file())
+        path = cache_file()
+        if path is None:
+            return
+        known = load(path)
         engine.set_gemm_choices(known)
-        atexit.register(_save_new, known)
+        atexit.register(_save_new, path, known)
 
 
 def load(path: Path) -> dict[str, bool]:
-    """The choices in a file; none where it is missing, damaged or of another machine."""
+    """The choices in a file; none where it is missing, damaged, of another form or of another machine."""
     try:
         found = json.loads(path.read_text())
         if found["machine"] != machine():
             return {}
-        return {str(name): bool(onednn) for name, onednn in found["choices"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        choices: dict[str, bool] = found["choices"]
+        fits = all(_CLASS.fullmatch(name) and isinstance(onednn, bool) for name, onednn in choices.items())
+        return choices if fits else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -70,10 +82,10 @@ def save(path: Path, choices: dict[str, bool]) -> None:
         unfinished.replace(path)
 
 
-def _save_new(known: dict[str, bool]) -> None:
+def _save_new(path: Path, known: dict[str, bool]) -> None:
     choices = engine.gemm_choices()
     if choices.keys() - known.keys():
-        save(cache_file(), load(cache_file()) | choices)
+        save(path, load(path) | choices)
 
 
 def processor() -> str:

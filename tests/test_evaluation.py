@@ -49,10 +49,10 @@ class Curved(nn.Module):
     @torch.enable_grad()
     def forward(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        y = self.inner(x)
+        y: Tensor = self.inner(x)
         (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
-        return y + torch.as_tensor(second)
+        return y + second
 
 
 def batch(length: int, width: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
