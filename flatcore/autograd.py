@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from flatcore import checks
 from flatcore.capture.batch import flatten_batch
 from flatcore.capture.external import refuse_dead_ends
-from flatcore.capture.trial import SIZES
+from flatcore.capture.trial import gradient_sizes
 from flatcore.data import Batch
 from flatcore.evaluate import Evaluation, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
@@ -262,7 +262,7 @@ class Outputs:
         generator = torch.Generator().manual_seed(0)
         v, u = ([torch.randn(t.shape, generator=generator).to(t) for t in ts] for ts in (self.theta, self.z))
         Jv = self.push(v)
-        for size in SIZES:
+        for size in gradient_sizes(self.theta[0].dtype):
             scaled = [size * x for x in u]
             Ju = self.pull(scaled)
             a, b = _inner(scaled, Jv), _inner(Ju, v)

@@ -56,6 +56,18 @@ def test_a_backward_that_is_no_transpose(function: Any) -> None:
             assert_equals(fc.Hessian(objective), Dense(model, F.cross_entropy, batch).hessian())
 
 
+def test_a_backward_that_mixes_gradient_and_data_in_single_precision() -> None:
+    def exponential(h: Tensor, w: Tensor) -> Tensor:
+        return (torch.matrix_exp(h[:, :, None] * w) @ h[..., None])[..., 0]
+
+    model, (x, y) = built(exponential)
+    dense = Dense(model, F.cross_entropy, (x, y)).hessian()
+    H = operator_of(fc.Hessian, model.float(), F.cross_entropy, (x.float(), y))
+    assert is_partly_native(H)
+    # Rounding errors of a few hundred additions, in exponentials of matrices of norm less than ten.
+    assert_equals(H, dense, tolerance=1e4 * torch.finfo(torch.float32).eps)
+
+
 def chosen_rows(h: Tensor, w: Tensor) -> Tensor:
     """Rows picked by the data: how many is a size in the graph that no decomposition removes."""
     out = torch.zeros_like(h)

@@ -18,8 +18,13 @@ from .external import External, OnceDifferentiableError
 from .interpreter import meaning
 from .program import Op, Program
 
-# Of gradients, relative to one: powers of two, which round nothing.
-SIZES = (2.0**-20, 1.0, 2.0**20)
+
+def gradient_sizes(dtype: torch.dtype) -> tuple[float, float, float]:
+    """Sizes to try a backward with: powers of two, which round nothing. What puts the gradient into one matrix with
+    the data (matrix_exp) loses as many digits as the two are apart: half of all, less six bits for rounding, is what
+    an agreement to half of the digits has room for."""
+    large = 2.0 ** (round(-math.log2(torch.finfo(dtype).eps) / 2) - 6)
+    return 1 / large, 1.0, large
 
 
 def tried(program: Program, parameters: Mapping[str, Tensor], constants: Mapping[int, Tensor]) -> Program:
@@ -100,7 +105,7 @@ def _no_transpose(
     """<u, J t> = <J' u, t>, to half the digits, for small and large u: a backward that clips or normalises what it
     is given is no transpose of anything, and products made of it are none of the model's."""
     Jt = function.tangent(inputs, tangents)[0].double()
-    for size in SIZES:
+    for size in gradient_sizes(torch.float32 if function.rounds else function.dtype):
         pulled = function.adjoint(inputs, [None] * len(inputs), None, (size * u)[None], active)
         pairs = [
             (t.double().flatten(), g.double().flatten())
