@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -259,11 +260,15 @@ class NativeBackend:
         """The most directions whose buffers fit into the budget; one at least."""
         if mode not in self._most:
             itemsize, limit = self.objective.layout.dtype.itemsize, self.objective.budget.directions
-            most = limit
-            for compiled in self._compiled.values():
-                one, two = (compiled.engine.peak_bytes(mode, K, itemsize) for K in (1, 2))
-                most = min(most, 1 + (limit - one) // max(two - one, 1))
-            self._most[mode] = max(most, 1)
+
+            def too_many(K: int) -> bool:  # the peak moves from op to op as K grows: it is no line
+                programs = self._compiled.values()
+                return any(c.engine.peak_bytes(mode, K, itemsize) > limit for c in programs)
+
+            most = 1
+            while most < limit and not too_many(2 * most):
+                most *= 2
+            self._most[mode] = most + bisect_left(range(most + 1, 2 * most), True, key=too_many)
         return self._most[mode]
 
     def _pieces(self, mode: Mode, K: int) -> list[slice]:
