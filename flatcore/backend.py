@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from flatcore.autograd import AutogradBackend, Mode
-from flatcore.capture import NO_VALUE
+from flatcore.capture import NO_VALUE, NOT_DERIVATIVE
 from flatcore.errors import CaptureError, FlatcoreWarning, NotTwiceDifferentiableError
 from flatcore.native import ROWS_MIX, NativeBackend
 from flatcore.objective import Objective, Snapshot
@@ -80,9 +80,10 @@ def _try(backend: AutogradBackend, mode: Mode, reason: str) -> None:
 def _said_of(operations: list[str]) -> str:
     count = len(operations)
     shown = ", ".join(operations[:4]) + (f" and {count - 4} more" if count > 4 else "")
+    right = "no better than these derivatives" if any(NOT_DERIVATIVE in o for o in operations) else "right"
     return (
         f"{count} {'operation runs' if count == 1 else 'operations run'} through torch autograd inside the native "
-        f"program: {shown}; the results are right, and products slower than without"
+        f"program: {shown}; the results are {right}, and products slower than without"
     )
 
 

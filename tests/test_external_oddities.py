@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from external_models import WIDTH, Dense, built
+from external_models import WIDTH, Dense, Square, built
 from test_external import assert_equals, is_partly_native, operator_of
 from torch import Tensor
 
 import flatcore as fc
+from flatcore.capture.external import External
 from flatcore.errors import FlatcoreWarning
 
 
@@ -66,6 +67,82 @@ def test_a_backward_that_mixes_gradient_and_data_in_single_precision() -> None:
     assert is_partly_native(H)
     # Rounding errors of a few hundred additions, in exponentials of matrices of norm less than ten.
     assert_equals(H, dense, tolerance=1e4 * torch.finfo(torch.float32).eps)
+
+
+class SavedInside(torch.autograd.Function):
+    """sin(x), saving a tensor made inside: torch takes it for a constant and has no second derivative of x in it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.cos())
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * ctx.saved_tensors[0]
+
+
+class Kinked(torch.autograd.Function):
+    """max(x, 0) + sin(x), tried where x is at the kink."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=0) + x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return dy * ((x > 0).to(x) + x.cos())
+
+
+def test_a_second_derivative_that_torch_lacks_is_said() -> None:
+    model, batch = built(lambda h, w: SavedInside.apply(h * w))
+    H = fc.Hessian(fc.Objective(model, F.cross_entropy, batch))
+    with pytest.warns(
+        FlatcoreWarning,
+        match=r"SavedInside\.apply \(torch's second derivative of it is not .* no better than these derivatives",
+    ):
+        plan = H.plan()
+    assert "is not the derivative of its first" in str(plan)
+    for function in (lambda h, w: Kinked.apply((h * w).relu()), lambda h, w: Square.apply(h * w, 0.7)):
+        model, batch = built(function)
+        H = operator_of(fc.Hessian, model, F.cross_entropy, batch)
+        assert is_partly_native(H)
+        assert "not the derivative" not in str(H.plan())
+
+
+class KeepsGraph(torch.autograd.Function):
+    """sin(x), with a gradient that comes with its own graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            return torch.autograd.grad(x.sin(), x, dy, create_graph=True)[0]
+
+
+def test_products_carry_no_graph() -> None:
+    model, batch = built(lambda h, w: KeepsGraph.apply(h * w))
+    H = operator_of(fc.Hessian, model, F.cross_entropy, batch)
+    assert_equals(H, Dense(model, F.cross_entropy, batch).hessian())
+    function = External("keeps", KeepsGraph.apply, (3,), torch.float64)
+    x = torch.ones(3, dtype=torch.float64)
+    (dx,) = function.adjoint([x], [None], None, x[None], [True])
+    assert not dx.requires_grad
+
+
+def test_tensors_hidden_from_the_trace() -> None:
+    model, batch = built(lambda h, w: h * w + h.data)
+    H = fc.Hessian(fc.Objective(model, F.cross_entropy, batch))
+    with pytest.warns(FlatcoreWarning, match="cannot capture the model: it hides tensors from the trace"):
+        assert H.plan().native_fraction == 0
+    assert_equals(H, Dense(model, F.cross_entropy, batch).hessian())
 
 
 def chosen_rows(h: Tensor, w: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ from .export import capture
 from .interpreter import cut_values, interpret
 from .prelude import Prelude, named_tensors
 from .program import Op, Program, Value
+from .trial import NOT_DERIVATIVE
 from .verify import VerificationError, verify
 
 __all__ = [
+    "NOT_DERIVATIVE",
     "NO_VALUE",
     "Op",
     "Prelude",

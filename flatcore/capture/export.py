@@ -175,6 +175,8 @@ def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
     except Exception as error:  # whatever the user's own code or torch raises while it is traced
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         reason = f"torch.export refused it ({type(error).__name__}: {lines[0][:200]})"
+        if "fake tensor in the exported program constant's list" in lines[0]:
+            reason = "it hides tensors from the trace, through .data or requires_grad_() on an input, say"
         if "data-dependent" in lines[0]:
             reason = "its control flow depends on tensor values, which a program cannot follow"
         raise CaptureError(reason, path=_traced_module(error, wrapper)) from error
@@ -194,7 +196,7 @@ def _traced_module(error: BaseException, wrapper: nn.Module) -> str:
             if isinstance(module, nn.Module) and frame.f_code.co_name == "forward" and id(module) in paths:
                 found = paths[id(module)] or "loss"
         pending.append(current.__cause__ or current.__context__)
-    return readable_path(found)
+    return readable_path(found) if found else ""
 
 
 def _decompose(exported: ExportedProgram) -> ExportedProgram:

@@ -26,6 +26,7 @@ class External:
 
     name:      of the operations, for people.
     function:  of as many tensors as the op has inputs; integers and masks take no part in derivatives.
+    note:      what is doubtful about its derivatives, for people.
     rounds:    part of it is computed in single precision, whatever `dtype` is.
     flops:     floating-point operations of tangent and adjoint for one direction.
     workspace: elements that tangent or adjoint hold at once, directions not counted.
@@ -36,11 +37,12 @@ class External:
     shape: tuple[int, ...]
     dtype: torch.dtype
     rounds: bool = False
+    note: str = ""
     flops: float = 0.0
     workspace: int = 0
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.name} ({self.note})" if self.note else self.name
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs)
@@ -100,7 +102,7 @@ class External:
                     values, [leaves[i] for i in wanted], along, retain_graph=True, materialize_grads=True
                 )
                 for i, derivative in zip(wanted, found, strict=True):
-                    results[i][k] = derivative  # type: ignore[index]
+                    results[i][k] = derivative.detach()  # type: ignore[index]
         return results
 
     def check_twice_differentiable(self, inputs: Sequence[Tensor], active: Sequence[bool]) -> None:

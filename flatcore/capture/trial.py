@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -17,6 +17,8 @@ from ..errors import CaptureError, NotTwiceDifferentiableError
 from .external import External, OnceDifferentiableError
 from .interpreter import meaning
 from .program import Op, Program
+
+NOT_DERIVATIVE = "torch's second derivative of it is not the derivative of its first"
 
 
 def gradient_sizes(dtype: torch.dtype) -> tuple[float, float, float]:
@@ -85,8 +87,12 @@ def _differentiated(
         function.adjoint(inputs, first, u, u[None], active)
     problem = _no_transpose(function, inputs, first, u, active)
     second = function.adjoint(inputs, pairs, u, None, active)
+    differs = _is_written_by_hand(function) and _differs_from_differences(function, inputs, pairs, u, second)
     measured = dataclasses.replace(
-        function, flops=cost.flops, workspace=sum(cost.storages.values()) // y.element_size()
+        function,
+        flops=cost.flops,
+        workspace=sum(cost.storages.values()) // y.element_size(),
+        note=NOT_DERIVATIVE if differs else "",
     )
     return problem or _asymmetry(pairs, second, _eps(function)), measured
 
@@ -118,6 +124,36 @@ def _no_transpose(
         if math.isfinite(scale) and abs(direct - through) > math.sqrt(_eps(function)) * scale:
             return "its backward is not linear in the gradient it is given, so it is no derivative"
     return ""
+
+
+def _is_written_by_hand(function: External) -> bool:
+    nodes = function.function.graph.nodes if isinstance(function.function, fx.GraphModule) else ()
+    return any(getattr(node.target, "__qualname__", "").endswith(".apply") for node in nodes)
+
+
+def _differs_from_differences(
+    function: External,
+    inputs: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
+    u: Tensor,
+    products: Sequence[Tensor | None],
+) -> bool:
+    """Are central differences of J' u along the first direction, which agree among themselves, something else than
+    torch's derivative? So it is where a tensor made in forward is saved, which torch takes for a constant. At a kink
+    the differences for two steps do not agree, and nothing follows."""
+    active = [t is not None for t in directions]
+    # The step at which truncation and rounding weigh alike.
+    step = _eps(function) ** (1 / 3)
+
+    def pulled(shift: float) -> Tensor:
+        moved = [x if t is None else x + shift * t[0] for x, t in zip(inputs, directions, strict=True)]
+        found = function.adjoint(moved, [None] * len(inputs), None, u[None], active)
+        return torch.cat([g.double().flatten() for g in found if g is not None])
+
+    coarse, fine = ((pulled(h) - pulled(-h)) / (2 * h) for h in (step, step / 2))
+    exact = torch.cat([p[0].double().flatten() for p in products if p is not None])
+    gap = (fine - exact).norm()
+    return bool(gap > 0.01 * (fine.norm() + exact.norm()) and (coarse - fine).norm() < 0.01 * gap)
 
 
 def _asymmetry(directions: Sequence[Tensor | None], products: Sequence[Tensor | None], eps: float) -> str:
