@@ -190,9 +190,11 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
         if (fresh) buffer.zero_();
         return buffer;
     };
-    // The chunks take rows of x, which an image, kept channels last, has none of.
-    const bool x_apart = input(kX).channels_last && d.wants(kX);
-    const at::Tensor tdx = x_apart ? at::zeros({d.K(), rows_, width_}, state.options()) : zeroed(kX);
+    // The chunks take rows of x: where its adjoint has other strides (an image lies channels last), they are
+    // added to it after.
+    const at::Tensor x_buffer = zeroed(kX);
+    const bool x_apart = x_buffer.defined() && d.K() > 0 && !x_buffer.select(0, 0).is_contiguous();
+    const at::Tensor tdx = x_apart ? at::zeros({d.K(), rows_, width_}, state.options()) : x_buffer;
     const at::Tensor tdbias = zeroed(kBias);
     // The weight is large: its first product is written, not added to zeros.
     const auto [tdweight, weight_fresh] = d.wants(kWeight) ? d.accumulator(kWeight) : Accumulator{};
@@ -241,7 +243,7 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
             if (tdbias.defined()) tdbias.select(0, k).add_(tdz.sum(0));
         }
     });
-    if (x_apart) d.add(kX, tdx.view(with_directions(d.K(), input(kX).shape)), true);
+    if (x_apart) x_buffer.add_(tdx.view(x_buffer.sizes()));
 }
 
 double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
