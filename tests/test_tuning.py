@@ -98,17 +98,14 @@ def test_products_of_any_size(policy: str, size: tuple[int, int, int], batch: tu
     engine.set_gemm_policy(policy)
     m, n, k = size
     for layout in ("dense", "transposed"):
-        if policy != "blas" and m == 1 and layout == "transposed":
-            continue  # test_one_row_times_a_transposed_matrix
         a = LAYOUTS[layout](*batch, m, k, dtype=torch.float32)
         b = LAYOUTS[layout](*batch, k, n, dtype=torch.float32)
         for accumulate in (False, True):
             check(a, b, "dense", accumulate)
 
 
-@pytest.mark.xfail(strict=True, reason="oneDNN writes where it must not: multiply must leave these to BLAS")
 def test_one_row_times_a_transposed_matrix() -> None:
-    """Added to what is there. Apart, since it ends the process."""
+    """Added to what is there. torch 2.13's call of oneDNN writes past the end of c: a process of its own."""
     run = """
 import torch, flatcore
 from flatcore._C import engine

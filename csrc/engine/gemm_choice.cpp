@@ -28,6 +28,9 @@ namespace {
 
 // Below this many multiply-adds a call costs more than its arithmetic, and oneDNN's calls cost most.
 constexpr int64_t kSmallest = int64_t{1} << 20;
+// Vectors and narrow matrices are BLAS's: oneDNN is slow there, and torch 2.13's call of it writes past the
+// end of the result where one row is added to and b is transposed.
+constexpr int64_t kNarrowest = 16;
 // Sizes above behave like this one; it bounds what measuring costs.
 constexpr int64_t kLargest = 1024;
 constexpr int kRuns = 3;
@@ -99,6 +102,7 @@ bool onednn_chosen(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b
     if (policy == Policy::blas || c.scalar_type() != at::kFloat || !c.is_cpu() ||
         !at::globalContext().userEnabledMkldnn())
         return false;
+    if (std::min({c.size(-2), c.size(-1), a.size(-1)}) < kNarrowest) return false;
     if (c.numel() * a.size(-1) < kSmallest || !plain(a) || !plain(b) || c.stride(-1) != 1) return false;
     if (policy != Policy::measure) return policy == Policy::onednn;
     const GemmClass g = class_of(c, a, b);

@@ -161,6 +161,8 @@ class AveragePoolRule final : public Rule {
     AveragePoolRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool channels_last_output() const override { return true; }
+    // A tensor that tells torch's backward kernel the shape and layout of x.
+    int64_t workspace(int64_t K) const override { return K * input(0).numel; }
 
  private:
     Integers kernel_, stride_, padding_;
@@ -173,6 +175,8 @@ class AdaptiveAveragePoolRule final : public Rule {
     AdaptiveAveragePoolRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool channels_last_output() const override { return true; }
+    // A tensor that tells torch's backward kernel the shape and layout of x.
+    int64_t workspace(int64_t K) const override { return K * input(0).numel; }
 
  private:
     Integers output_size_;
