@@ -65,7 +65,8 @@ def noisy(seed: int | None) -> Callable[[Any], Any]:
     def one(value: Any) -> Any:
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
-        signs = torch.randint(2, value.shape, generator=generator) * 2 - 1
+        # In the value's own precision: in float32, the default, 1 + DELTA is 1.
+        signs = torch.randint(2, value.shape, generator=generator).to(value.dtype) * 2 - 1
         return value * (1 + DELTA * signs)
 
     return lambda value: pytree.tree_map(one, value)
@@ -138,7 +139,8 @@ def differentiated_rightly(graph: Graph, v: Tensor, expected: Results) -> bool:
 
     coarse, fine = slope(1e-4), slope(5e-5)
     size = max(abs(fine), expected.gradient.norm().item() * v.norm().item())
-    return abs(fine - (expected.gradient @ v).item()) <= abs(fine - coarse) + 1e-6 * size
+    half_the_digits = sqrt(torch.finfo(torch.float64).eps)
+    return abs(fine - (expected.gradient @ v).item()) <= abs(fine - coarse) + half_the_digits * size
 
 
 @contextmanager

@@ -17,8 +17,6 @@ expressions(
         "torch.linalg.vector_norm({vector} + 0.1, 1, {dim})": "linalg_vector_norm.default",
         "{x}.add(0.2).norm()": "linalg_vector_norm.default",
         "F.normalize({matrix} + 0.2, dim={dim}, eps=0.1)": "",
-        # With the default eps: where a norm is below eps, torch's gradient is not that of the function.
-        "F.cosine_similarity({matrix} + 0.3, {same}, dim={dim})": "",
         "{vector}.cumsum({dim})": "cumsum.default",
         "{x}.softmax(0) if {x}.dim() == 0 else {x}.softmax(-1)": "softmax.int",
         "torch.softmax({vector}, {dim})": "softmax.int",
@@ -259,6 +257,16 @@ def batch_norm(b: Builder) -> None:
     # torch 2.13 differentiates wrongly through a weight that is not contiguous (finite differences side with us).
     affine = b.choice(["", f", {b.weight((channels,))}.contiguous(), {b.weight((channels,))}"])
     b.let(f"F.batch_norm({x}, {mean}, {variance}{affine})")
+
+
+@op()
+def cosine_similarity(b: Builder) -> None:
+    """With the default eps: where a norm is below eps, torch's gradient is not that of the function."""
+    x = b.pick(min_rank=2)
+    axis = b.axis(x)
+    if b.size(x, axis) == 1:
+        raise Skip  # plus or minus one, and derivatives in which all cancels
+    b.let(f"F.cosine_similarity({x} + 0.3, {b.weight(b.shape(x))}, dim={axis})")
 
 
 @op("_weight_norm.default")
