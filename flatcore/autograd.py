@@ -6,16 +6,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, autograd
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from flatcore import checks
 from flatcore.capture.batch import flatten_batch
+from flatcore.capture.cost import Cost
 from flatcore.capture.external import refuse_dead_ends
 from flatcore.capture.trial import gradient_sizes
 from flatcore.data import Batch
@@ -98,37 +97,31 @@ class AutogradBackend:
 
     def _measure(self, mode: Mode, batch: WeightedBatch, directions: int) -> tuple[float, int]:
         """Floating-point operations of a product with so many directions, and bytes saved for backward."""
-        storages: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            if tensor.layout == torch.strided:
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
+        cost = Cost()
         try:
-            with saved_tensors_hooks(note, lambda t: t):
-                counter = self._counted(mode, batch, directions)
+            with saved_tensors_hooks(cost.note, lambda t: t):
+                self._run(mode, batch, directions, cost)
         except ValueError as error:
             if "saved tensor hooks" not in str(error):  # torch.func inside the model refuses them
                 raise
-            counter = self._counted(mode, batch, directions)
-            return counter.total, counter.bytes
-        return counter.total, sum(storages.values())
+            cost = Cost()
+            self._run(mode, batch, directions, cost)
+            return cost.flops, cost.made
+        return cost.flops, cost.saved
 
-    def _counted(self, mode: Mode, batch: WeightedBatch, directions: int) -> _Counter:
+    def _run(self, mode: Mode, batch: WeightedBatch, directions: int, cost: Cost) -> None:
+        """One product, counted."""
         layout, at = self.objective.layout, self.objective.snapshot()
         V = torch.ones((directions, layout.size), dtype=layout.dtype, device=layout.device)
-        counter = _Counter()
-        with plain_torch(), counter:
+        with plain_torch(), cost:
             evaluation, theta = self._evaluate(batch.batch, batch.index, at)
             if mode == "covariance" and self._one_by_one(evaluation, batch, at):
                 self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V), at)
-                return counter
+                return
             with _second_derivatives():
                 apply = self._map(mode, evaluation, theta, batch)
                 for v in V:
                     apply(list(layout.split(v).values()))
-        return counter
 
     def _evaluate(self, batch: Batch, index: int, at: Snapshot) -> tuple[Evaluation, list[Tensor]]:
         """The loss of a batch as a function of fresh leaves, and the leaves."""
@@ -209,24 +202,6 @@ class AutogradBackend:
                 f"{float(whole.loss.detach()):.6g} for batch {batch.index} and {total:.6g} as the mean "
                 "over its examples one by one"
             )
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up torch's own counts, and the bytes of all results, which is no less than what is held of them.
-    FlopCounterMode also hooks into modules, which fails with shared parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0.0
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        if isinstance(result, Tensor) and result.layout == torch.strided and not func.is_view:
-            self.bytes += result.nbytes
-        return result
 
 
 def hessian_map(loss: Tensor, theta: list[Tensor]) -> Callable[[Vectors], Vectors]:

@@ -60,8 +60,7 @@ class Backends:
             self._others[reason, by_example] = backend
             how = "example by example" if by_example else "one direction at a time"
             _warn(
-                f"{reason}; so products of the whole model run through torch autograd, {how}: as right, each several "
-                "times as slow"
+                f"{reason}; so products of the whole model run through torch autograd, {how}, which is slower"
             )
         return self._others[reason, by_example]
 

@@ -8,26 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Residual(nn.Module):
-    """Two convolutions with batch normalisation around a shortcut; the second block halves the image."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.shortcut = (
-            nn.Identity()
-            if inputs == outputs and stride == 1
-            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(y + self.shortcut(x))
+from flatcore.bench.workloads import ResidualBlock
 
 
 class Tied(nn.Module):
@@ -283,8 +264,8 @@ def resnet() -> nn.Module:
         nn.BatchNorm2d(3),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
-        Residual(3, 3, 1),
-        Residual(3, 4, 2),
+        ResidualBlock(3, 3, 1),
+        ResidualBlock(3, 4, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(4, 3),

@@ -100,7 +100,7 @@ GemmClass class_of(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b
 
 bool onednn_chosen(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b) {
     if (policy == Policy::blas || c.scalar_type() != at::kFloat || !c.is_cpu() ||
-        !at::globalContext().userEnabledMkldnn())
+        !at::globalContext().userEnabledMkldnn() || !at::globalContext().hasMKLDNN())
         return false;
     if (std::min({c.size(-2), c.size(-1), a.size(-1)}) < kNarrowest) return false;
     if (c.numel() * a.size(-1) < kSmallest || !plain(a) || !plain(b) || c.stride(-1) != 1) return false;

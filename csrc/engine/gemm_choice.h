@@ -1,5 +1,5 @@
 // Which library multiplies float32 matrices: BLAS (what torch uses) or oneDNN, measured once per class of
-// shapes. Neither is always ahead: on some processors oneDNN has twice the rate, on small matrices a third.
+// shapes. Neither is always ahead: see docs/performance.md.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ..errors import CaptureError, NotTwiceDifferentiableError
+from .cost import Cost
 from .external import External, OnceDifferentiableError
 from .interpreter import meaning
 from .program import Op, Program
@@ -82,7 +80,7 @@ def _differentiated(
         for x, a in zip(inputs, active, strict=True)
     ]
     first = [None if t is None else t[:1] for t in pairs]
-    with _Cost() as cost, saved_tensors_hooks(cost.note, lambda t: t):
+    with Cost() as cost, saved_tensors_hooks(cost.note, lambda t: t):
         function.tangent(inputs, first)
         function.adjoint(inputs, first, u, u[None], active)
     problem = _no_transpose(function, inputs, first, u, active)
@@ -91,7 +89,7 @@ def _differentiated(
     measured = dataclasses.replace(
         function,
         flops=cost.flops,
-        workspace=sum(cost.storages.values()) // y.element_size(),
+        workspace=cost.saved // y.element_size(),
         note=NOT_DERIVATIVE if differs else "",
     )
     return problem or _asymmetry(pairs, second, _eps(function)), measured
@@ -167,26 +165,3 @@ def _asymmetry(directions: Sequence[Tensor | None], products: Sequence[Tensor | 
     if math.isfinite(scale) and abs(crossed) > math.sqrt(eps) * scale:
         return "torch's second derivative of it is not symmetric, so it is wrong"
     return ""
-
-
-class _Cost(TorchDispatchMode):
-    """Adds up torch's own counts, one operation per element of any other result, and what is kept for backward."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0.0
-        self.storages: dict[int, int] = {}
-
-    def note(self, tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        elif isinstance(result, Tensor) and not func.is_view:
-            self.flops += result.numel()
-        return result

@@ -9,9 +9,7 @@
 // Where the model's output, the cut, is z, the cut lists y, the losses of the rows, in its place. A GGN keeps
 // the curvature of the softmax and leaves out the terms of the linear layer. A gradient covariance is the
 // same at y: dz_n <dz_n, tz_n> = (dy/dz)^T (dy_n <dy_n, ty_n>), summed over an example's rows.
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
