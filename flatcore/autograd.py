@@ -61,6 +61,12 @@ class AutogradBackend:
                         parts = apply(list(objective.layout.split(v).values()))
                         y.add_(torch.cat([part.reshape(-1) for part in parts]), alpha=batch.weight)
 
+    def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot) -> Tensor:
+        """<v, A v> for the rows of V (K, P), from the products: (K,) float64 on the CPU."""
+        Y = torch.empty_like(V, memory_format=torch.contiguous_format)
+        self.product(mode, V, Y, at)
+        return (V * Y).sum(dim=1, dtype=torch.float64).cpu()
+
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
         objective = self.objective

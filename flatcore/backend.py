@@ -20,6 +20,9 @@ class Backend(Protocol):
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
         """Y = A V for the rows of V and Y, both (K, P) with unit stride along P; Y is overwritten."""
 
+    def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot) -> Tensor:
+        """<v, A v> for the rows of V (K, P): (K,) float64 on the CPU."""
+
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
 

@@ -138,6 +138,15 @@ class NativeBackend:
                 state.product(V[piece], Y[piece], mode, accumulate, batch.examples, self.objective.examples)
             accumulate = True
 
+    def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot) -> Tensor:
+        """<v, A v> for the rows of V (K, P): (K,) float64 on the CPU. No A v is formed."""
+        q = torch.zeros(V.shape[0], dtype=torch.float64)
+        pieces = self._pieces(mode, V.shape[0])
+        for batch, state in self._linearizations(at):
+            for piece in pieces:
+                state.quadratic_form(V[piece], q[piece], mode, batch.examples, self.objective.examples)
+        return q
+
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
         layout = self.objective.layout

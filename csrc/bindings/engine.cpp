@@ -9,8 +9,10 @@
 #include <thread>
 
 #include "engine/gemm_choice.h"
+#include "engine/quadratic_form.h"
 #include "engine/rule.h"
 #include "engine/sweep.h"
+#include "engine/workspace.h"
 #include "external.h"
 #include "kernels/parallel.h"
 
@@ -100,19 +102,36 @@ std::unique_ptr<Linearization> make_linearization(std::shared_ptr<Program> progr
     return std::make_unique<Linearization>(Linearization{std::move(program), std::move(state), seed});
 }
 
+Mode checked_mode(const Linearization& self, const std::string& mode) {
+    const Mode parsed = mode_named(mode);
+    TORCH_CHECK_VALUE(parsed == Mode::hessian || !self.program->cut().empty(), "mode: ", mode,
+                      " needs a program with a cut, got one without");
+    return parsed;
+}
+
 void run_product(const Linearization& self, const at::Tensor& V, const at::Tensor& Y, const std::string& mode,
                  bool accumulate, int64_t batch_examples, double examples) {
     check_directions(*self.state, V, "V");
     check_directions(*self.state, Y, "Y");
     TORCH_CHECK_VALUE(V.size(0) == Y.size(0), "Y: expected ", V.size(0), " directions like V, got ",
                       Y.size(0));
-    const Mode parsed = mode_named(mode);
-    TORCH_CHECK_VALUE(parsed == Mode::hessian || !self.program->cut().empty(), "mode: ", mode,
-                      " needs a program with a cut, got one without");
+    const Mode parsed = checked_mode(self, mode);
     if (V.size(0) == 0) return;
     py::gil_scoped_release release;
     at::AutoDispatchBelowADInplaceOrView guard;
     product(*self.state, parsed, V, Y, accumulate, batch_examples, examples);
+}
+
+void run_quadratic_form(const Linearization& self, const at::Tensor& V, const at::Tensor& q,
+                        const std::string& mode, int64_t batch_examples, double examples) {
+    check_directions(*self.state, V, "V");
+    TORCH_CHECK_VALUE(q.dim() == 1 && q.size(0) == V.size(0) && q.scalar_type() == at::kDouble && q.is_cpu(),
+                      "q: expected one double per direction");
+    const Mode parsed = checked_mode(self, mode);
+    if (V.size(0) == 0) return;
+    py::gil_scoped_release release;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    quadratic_form(*self.state, parsed, V, q, batch_examples, examples);
 }
 
 void run_gradient(const Linearization& self, const at::Tensor& y, bool accumulate) {
@@ -138,6 +157,10 @@ void bind_engine(py::module_ m) {
             return ids.size();
         },
         "Number of threads that a large kernel loop really runs on.");
+    engine.def("workspace_bytes", &workspace_bytes,
+               "Bytes kept between products for the tensors of the next one, in all programs.");
+    engine.def("use_large_pages", &use_large_pages, py::arg("tensor"),
+               "Asks the system for large pages where a tensor's memory was not touched yet.");
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
     engine.def("set_gemm_policy", &set_gemm_policy, py::arg("policy"),
                "Which library multiplies float32 matrices: measure, blas or onednn.");
@@ -182,6 +205,8 @@ void bind_engine(py::module_ m) {
             "adjoint", [](const Linearization& self, int id) { return self.state->adjoint(id); },
             py::arg("id"))
         .def("product", &run_product, py::arg("V"), py::arg("Y"), py::arg("mode"), py::arg("accumulate"),
+             py::arg("batch_examples"), py::arg("examples"))
+        .def("quadratic_form", &run_quadratic_form, py::arg("V"), py::arg("q"), py::arg("mode"),
              py::arg("batch_examples"), py::arg("examples"))
         .def("gradient", &run_gradient, py::arg("y"), py::arg("accumulate"));
 }

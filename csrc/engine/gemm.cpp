@@ -1,3 +1,6 @@
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
 #include "gemm_choice.h"
 #include "tensor_ops.h"
 
@@ -17,20 +20,34 @@ void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, 
 
 namespace {
 
-// A batched GEMM needs contiguous results. A slice of the flat vector is not; where its matrices are small,
-// one more pass over them costs less than K calls.
-constexpr int64_t kSmall = 1 << 16;
+// Multiply-adds from which a product is worth a call of its own. Smaller ones share one batched call, which
+// wants contiguous results: one more pass over those of a slice of the flat vector costs less than K calls.
+constexpr int64_t kLarge = int64_t{1} << 20;
+
+// Whole directions to each thread, with no more than an eighth of the time lost to the last round.
+bool share_directions(int64_t K) {
+    const int64_t threads = at::get_num_threads(), rounds = (K + threads - 1) / threads;
+    return threads > 1 && !at::in_parallel_region() && 8 * rounds * threads <= 9 * K;
+}
 
 }  // namespace
 
-int64_t gemm_each_workspace(int64_t K, int64_t numel) { return K > 1 && numel <= kSmall ? K * numel : 0; }
+int64_t gemm_each_workspace(int64_t K, int64_t m, int64_t n, int64_t inner) {
+    return K > 1 && m * n * inner < kLarge ? K * m * n : 0;
+}
 
 void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
     const int64_t K = c.size(0);
     const auto matrix = [](const at::Tensor& t, int64_t k) { return t.dim() == 3 ? t.select(0, k) : t; };
-    const bool batched = K > 1 && (c.is_contiguous() || c.numel() / K <= kSmall);
-    if (!batched) {
-        for (int64_t k = 0; k < K; ++k) gemm(c.select(0, k), matrix(a, k), matrix(b, k), accumulate);
+    const auto one_by_one = [&](int64_t first, int64_t last) {
+        const at::AutoDispatchBelowADInplaceOrView guard;  // set for each thread
+        for (int64_t k = first; k < last; ++k) gemm(c.select(0, k), matrix(a, k), matrix(b, k), accumulate);
+    };
+    if (K == 1 || c.size(1) * c.size(2) * a.size(-1) >= kLarge) {
+        if (share_directions(K))
+            at::parallel_for(0, K, 1, one_by_one);
+        else
+            one_by_one(0, K);
         return;
     }
     const auto batch = [&](const at::Tensor& t) {

@@ -71,6 +71,8 @@ class Rule {
     virtual bool channels_last_output() const { return false; }
     // Has a second derivative at all. Linear rules do not and are skipped where the cotangent is zero.
     virtual bool has_second_order() const { return false; }
+    // Is that of f(a, b) alone, linear in each of its first two inputs, both active?
+    virtual bool bilinear() const { return false; }
     // The cut lies within the op: it is listed as the op's output, and a GGN asks for the second-derivative
     // terms behind it only.
     virtual bool holds_cut() const { return false; }

@@ -98,21 +98,24 @@ void ConvolutionRule::adjoint(Directions& d) const {
     const bool cross = d.second_order() && has_second_order();
     const at::Tensor tdy = d.cotangent().defined() ? dense_directions(d.cotangent(), output()) : at::Tensor();
     const at::Tensor dy = cross ? dense(state.adjoint(op_.output), output()) : at::Tensor();
-    // Stands in where an operand is asked for its shape alone.
-    const at::Tensor nothing = at::empty({1}, state.options());
+    // Stands in where an operand is asked for its shape alone. An expanded number would be copied.
+    const auto unread = [&](const Integers& shape) {
+        return at::empty(shape, state.options(), at::MemoryFormat::ChannelsLast);
+    };
     if (d.wants(0) && (tdy.defined() || cross)) {
         const Integers& shape = input(0).shape;
         at::Tensor tdx;
         if (tdy.defined()) {
-            const at::Tensor folded = nothing.expand({K * shape[0], shape[1], shape[2], shape[3]});
-            tdx = input_gradient(tdy.flatten(0, 1), folded, saved[kWeight]).unflatten(0, {K, shape[0]});
+            tdx = input_gradient(tdy.flatten(0, 1), unread({K * shape[0], shape[1], shape[2], shape[3]}),
+                                 saved[kWeight])
+                      .unflatten(0, {K, shape[0]});
         }
         if (cross) {
             const bool started = tdx.defined();
             if (!started) tdx = at::empty(with_directions(K, shape), state.options());
+            const at::Tensor x = unread(shape);
             for (int64_t k = 0; k < K; ++k) {
-                const at::Tensor term =
-                    input_gradient(dy, nothing.expand(shape), channels_last(d.tangent(1).select(0, k)));
+                const at::Tensor term = input_gradient(dy, x, channels_last(d.tangent(1).select(0, k)));
                 if (started)
                     tdx.select(0, k).add_(term);
                 else
@@ -122,14 +125,14 @@ void ConvolutionRule::adjoint(Directions& d) const {
         d.add(0, tdx, true);
     }
     if (d.wants(1) && (tdy.defined() || cross)) {
-        const at::Tensor weight_shape = nothing.expand(input(1).shape);
+        const at::Tensor weight = unread(input(1).shape);
         at::Tensor tdw = at::empty(with_directions(K, input(1).shape), state.options());
         const at::Tensor tx = cross ? d.tangent(0) : at::Tensor();
         for (int64_t k = 0; k < K; ++k) {
             at::Tensor target = tdw.select(0, k);
-            if (tdy.defined()) target.copy_(weight_gradient(tdy.select(0, k), saved[kX], weight_shape));
+            if (tdy.defined()) target.copy_(weight_gradient(tdy.select(0, k), saved[kX], weight));
             if (!cross) continue;
-            const at::Tensor term = weight_gradient(dy, channels_last(tx.select(0, k)), weight_shape);
+            const at::Tensor term = weight_gradient(dy, channels_last(tx.select(0, k)), weight);
             if (tdy.defined())
                 target.add_(term);
             else

@@ -110,7 +110,8 @@ int64_t LinearRule::workspace(int64_t K) const {
     // parameter brought together for one GEMM; the adjoint of an image before it is laid channels last.
     const bool apart = input(0).channels_last || (input(0).kind == ValueKind::parameter && K > 1);
     const int64_t gathered = apart ? K * input(0).numel : 0;
-    return gathered + std::max(active(1) ? gemm_each_workspace(K, in_ * out_) : 0, active(2) ? K * out_ : 0);
+    return gathered +
+           std::max(active(1) ? gemm_each_workspace(K, in_, out_, rows_) : 0, active(2) ? K * out_ : 0);
 }
 
 }  // namespace flatcore

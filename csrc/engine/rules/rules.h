@@ -19,6 +19,7 @@ class LinearRule final : public Rule {
     LinearRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return (i == 0 && active(1)) || (i == 1 && active(0)); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
@@ -37,6 +38,7 @@ class MatmulRule final : public Rule {
     using Rule::Rule;
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return active(1 - i); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
@@ -50,6 +52,7 @@ class ConvolutionRule final : public Rule {
     ConvolutionRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
     bool channels_last_output() const override { return true; }
@@ -71,6 +74,7 @@ class BatchNormRule final : public Rule {
     BatchNormRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return i == 0 && active(1); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
@@ -117,6 +121,7 @@ class MulRule final : public Rule {
     FLATCORE_RULE_METHODS
     bool channels_last_output() const override { return either_channels_last(); }
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return active(1 - i); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
