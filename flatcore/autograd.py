@@ -50,7 +50,7 @@ class AutogradBackend:
         if precision != "full" and not self._precision_told:
             self._precision_told = True
             message = f"precision={precision!r}: products through torch autograd are in full precision"
-            warnings.warn(message, FlatcoreWarning, stacklevel=5)
+            warnings.warn(message, FlatcoreWarning, stacklevel=4)
         objective = self.objective
         Y.zero_()
         with plain_torch():

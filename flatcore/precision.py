@@ -43,7 +43,7 @@ def usable(precision: Any, layout: Layout) -> Precision:
             'precision="bf16": this processor has no instructions for bfloat16 that torch uses, so the products are in '
             "full precision",
             FlatcoreWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
         return "full"
     return "bf16"

@@ -28,6 +28,9 @@ constexpr int64_t kRowPadding = 16;
 // Pairs of a batch's operands rounded before they are used: 4 MiB.
 constexpr int64_t kAtOnce = 1 << 20;
 
+// Pairs to round and products to add up, below which a second thread costs more than it saves.
+constexpr int64_t kRoundingGrain = 1 << 15, kProductGrain = 1 << 19;
+
 // Measured on a Zen 4, docs/performance.md.
 constexpr int64_t kNarrowest = 32;
 constexpr int64_t kSmallest = int64_t{1} << 18;
@@ -109,17 +112,20 @@ class Product {
         const int64_t pieces = ceil_div(ahead.length, kBlock);
         for (int64_t first = 0; first < batch; first += group) {
             const int64_t entries = std::min(group, batch - first);
-            parallel_for(0, (ahead.shared() ? 1 : entries) * pieces, 1, [&](int64_t begin, int64_t end) {
-                for (int64_t unit = begin; unit < end; ++unit) {
-                    const int64_t entry = unit / pieces, i = unit % pieces * kBlock;
-                    round_to_pairs(
-                        std::min(kBlock, ahead.length - i), depth, ahead.at(first + entry, i, 0),
-                        Layout::target(rounded + entry * size + Layout::offset(i, 0, depth), depth));
-                }
-            });
+            const int64_t piece_grain = ceil_div(kRoundingGrain, kBlock * ceil_div(depth, 2));
+            parallel_for(
+                0, (ahead.shared() ? 1 : entries) * pieces, piece_grain, [&](int64_t begin, int64_t end) {
+                    for (int64_t unit = begin; unit < end; ++unit) {
+                        const int64_t entry = unit / pieces, i = unit % pieces * kBlock;
+                        round_to_pairs(
+                            std::min(kBlock, ahead.length - i), depth, ahead.at(first + entry, i, 0),
+                            Layout::target(rounded + entry * size + Layout::offset(i, 0, depth), depth));
+                    }
+                });
             const int64_t length = block_length(other.length, entries),
                           blocks = ceil_div(other.length, length);
-            parallel_for(0, entries * blocks, 1, [&](int64_t begin, int64_t end) {
+            const int64_t block_grain = ceil_div(kProductGrain, ahead.length * depth * length);
+            parallel_for(0, entries * blocks, block_grain, [&](int64_t begin, int64_t end) {
                 const at::Tensor scratch = at::empty({scratch_size()}, at::kInt);
                 for (int64_t unit = begin; unit < end; ++unit) {
                     const int64_t entry = unit / blocks, i = unit % blocks * length;
