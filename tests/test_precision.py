@@ -97,8 +97,8 @@ def made(operator: type, objective: fc.Objective, **options: str) -> fc.Hessian:
 @available
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_operands_of_products_are_rounded_and_nothing_else(operator: type) -> None:
-    """The twin rounds in float64 what the engine rounds in float32. Errors of 2^-22 put about 2^-13 of the operands on the
-    other side of a tie, which moves a result by the square root of that times a unit.
+    """The twin rounds in float64 what the engine rounds in float32. Errors of 2^-22 put some 2^-13 of the operands on
+    the other side of a tie, which moves a result by the square root of that times a unit.
     """
     objective = problem()
     full, lower = made(operator, objective), made(operator, objective, precision="bf16")
