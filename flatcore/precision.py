@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,12 +57,11 @@ def measured(
     """Compares two products on ``vectors`` random signs like the rows (P,) of ``like``."""
     started = time.perf_counter()
     V = krylov.rademacher(seed, 0, vectors, like.numel(), like)
-    B, A = lower(V).double(), full(V).double()
-    difference, size = (B - A).norm(dim=1), A.norm(dim=1)
-    errors = torch.where(difference == 0, 0.0, difference / size)
+    B, A = lower(V), full(V)
+    difference, size = _norms(B - A), _norms(A)
     return MeasuredError(
-        errors=errors,
-        asymmetry=_asymmetry(V.double() @ B.T, B),
+        errors=torch.where(difference == 0, 0.0, difference / size),
+        asymmetry=_asymmetry(V, B),
         precision=precision,
         matvecs=2 * vectors,
         seed=seed,
@@ -68,14 +69,21 @@ def measured(
     )
 
 
-def _asymmetry(inner: Tensor, B: Tensor) -> float:
-    """sqrt of the mean over i < j of (<v_i, B v_j> - <v_j, B v_i>)^2 over that of |B v|^2; ``inner`` is <v_i, B v_j>.
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
+
+
+def _asymmetry(V: Tensor, B: Tensor) -> float:
+    """sqrt of the mean over i < j of (<v_i, B v_j> - <v_j, B v_i>)^2 over that of |B v|^2, from the rows of V and B V.
 
     For random signs the expectations are |B - B^T|_F^2 and |B|_F^2.
     """
-    count = len(inner)
-    if count == 1:
-        return float("nan")
-    i, j = torch.triu_indices(count, count, 1)
-    numerator, size = (inner - inner.T)[i, j].square().mean().sqrt(), B.square().sum(1).mean().sqrt()
-    return float(numerator / size) if size else 0.0
+
+    def inner(i: int, j: int) -> float:
+        return float((V[i] * B[j]).sum(dtype=torch.float64))
+
+    differences = [inner(i, j) - inner(j, i) for i, j in combinations(range(len(V)), 2)]
+    if not differences:
+        return math.nan
+    size = float(_norms(B).square().mean())
+    return math.sqrt(sum(d * d for d in differences) / len(differences) / size) if size else 0.0

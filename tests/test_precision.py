@@ -178,16 +178,34 @@ def test_large_vocabularies(operator: type) -> None:
     assert B.plan().bf16_fraction > 0.9
 
 
+class Images(nn.Sequential):
+    def __init__(self, channels: int) -> None:
+        torch.manual_seed(0)
+        conv = nn.Conv2d(channels, 2 * channels, 3, 2, padding=1)
+        super().__init__(
+            nn.Conv2d(3, channels, 3), nn.Tanh(), conv, nn.Tanh(), nn.Flatten(), nn.LazyLinear(4)
+        )
+        self(torch.zeros(1, 3, 18, 18))
+
+
 @available
-def test_what_is_no_matrix_product_is_left_alone() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 3, 2), nn.Flatten(), nn.Linear(2304, 4)
-    )
-    objective = fc.Objective(model, nn.CrossEntropyLoss(), (torch.randn(8, 3, 16, 16), torch.arange(8) % 4))
-    A, B = fc.Hessian(objective), fc.Hessian(objective, precision="bf16")
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("channels", [8, 24])
+def test_convolutions(operator: type, channels: int) -> None:
+    """The first has three channels and stays as it is. Results are rounded as well, a third factor."""
+    random = torch.Generator().manual_seed(0)
+    batch = (torch.randn(8, 3, 18, 18, generator=random), torch.arange(8) % 4)
+    objective = fc.Objective(Images(channels), nn.CrossEntropyLoss(), batch)
+    A, B = operator(objective), operator(objective, precision="bf16")
     V = directions(A)
-    assert torch.equal(A @ V, B @ V)
+    convolutions = sum(row.flops for row in A.plan().rows if row.path == "2")
+    if channels == 8:
+        assert torch.equal(A @ V, B @ V)
+        assert B.plan().bf16_fraction == 0
+    else:
+        assert UNIT / 8 < relative(B @ V, A @ V) < 6 * UNIT
+        assert B.plan().bf16_fraction == pytest.approx(convolutions / A.plan().flops(1))
+    assert torch.equal(B @ V, B @ V)
 
 
 @available
@@ -242,8 +260,8 @@ def test_the_measured_error_is_that_of_the_products(operator: type) -> None:
     error = B.precision_error(5, seed=7)
     V = krylov.rademacher(7, 0, 5, A.shape[0], torch.empty(0)).T
     direct = ((B @ V).double() - (A @ V).double()).norm(dim=0) / (A @ V).double().norm(dim=0)
-    torch.testing.assert_close(error.errors, direct, rtol=1e-12, atol=0)
-    assert (error.max, error.mean) == (float(direct.max()), float(direct.mean()))
+    torch.testing.assert_close(error.errors, direct, rtol=1e-6, atol=0)  # the difference is taken in float32
+    assert (error.max, error.mean) == (float(error.errors.max()), float(error.errors.mean()))
     assert (error.precision, error.matvecs, error.seed) == ("bf16", 10, 7)
     assert UNIT / 8 < error.mean <= error.max < FACTORS * UNIT
     # Of the same size as the error, of which it is a part: |B - B^T| <= |B - A| + |A^T - B^T|.

@@ -56,10 +56,12 @@ class ConvolutionRule final : public Rule {
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
     bool channels_last_output() const override { return true; }
     double flops(int64_t K, bool second_order) const override;
+    Rounding rounding(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
     int64_t saved() const override;
 
  private:
+    at::ScalarType operand_type(const Directions& d) const;
     at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
