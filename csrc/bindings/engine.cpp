@@ -170,6 +170,8 @@ void bind_engine(py::module_ m) {
         "multiply_bf16",
         [](const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
             TORCH_CHECK_VALUE(bf16_available(), "multiply_bf16: this processor does not multiply bfloat16");
+            TORCH_CHECK_VALUE(c.size(-1) && c.size(-2) && a.size(-1),
+                              "multiply_bf16: expected matrices with elements");
             py::gil_scoped_release release;
             multiply_bf16(c, a, b, accumulate);
         },

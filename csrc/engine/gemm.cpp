@@ -7,7 +7,8 @@ namespace flatcore {
 namespace {
 
 bool rounds(const at::Tensor& c, const at::Tensor& a, Precision precision) {
-    return precision == Precision::bf16 && bf16_pays(c.size(-2), c.size(-1), a.size(-1));
+    return precision == Precision::bf16 && c.stride(-1) == 1 &&
+           bf16_pays(c.size(-2), c.size(-1), a.size(-1));
 }
 
 // The same matrix for K directions.

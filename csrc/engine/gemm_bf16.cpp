@@ -88,6 +88,25 @@ struct Result {
     int64_t batch, row;
 };
 
+// Rounds `entries` operands from the entry `first` on, one after another, or the one that all share.
+template <class Layout>
+void round_ahead(const Operand& x, int64_t first, int64_t entries, uint32_t* rounded) {
+    const int64_t pieces = ceil_div(x.length, kBlock), size = Layout::size(x.length, x.depth);
+    const int64_t grain = ceil_div(kRoundingGrain, kBlock * ceil_div(x.depth, 2));
+    parallel_for(0, (x.shared() ? 1 : entries) * pieces, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t entry = piece / pieces, i = piece % pieces * kBlock;
+            uint32_t* out = rounded + entry * size + Layout::offset(i, 0, x.depth);
+            round_to_pairs(std::min(kBlock, x.length - i), x.depth, x.at(first + entry, i, 0),
+                           Layout::target(out, x.depth));
+        }
+    });
+}
+
+uint32_t* pairs(const at::Tensor& memory) {
+    return reinterpret_cast<uint32_t*>(memory.mutable_data_ptr<int32_t>());
+}
+
 class Product {
  public:
     Product(const Operand& a, const Operand& b, const Result& c, bool accumulate)
@@ -102,36 +121,27 @@ class Product {
             run<RoundedPanels>(batch, b_, a_, [this](auto... block) { multiply_rows(block...); });
     }
 
+    // Pairs that a thread rounds at once: one block of either kind.
+    static int64_t scratch_size() { return RoundedRows::size(kBlock, kDepth); }
+
  private:
     template <class Layout, class Multiply>
     void run(int64_t batch, const Operand& ahead, const Operand& other, const Multiply& multiply) const {
-        const int64_t depth = ahead.depth, size = Layout::size(ahead.length, depth);
+        const int64_t size = Layout::size(ahead.length, ahead.depth);
         const int64_t group = ahead.shared() ? batch : std::clamp<int64_t>(kAtOnce / size, 1, batch);
-        const at::Tensor memory = at::empty({(ahead.shared() ? 1 : group) * size}, at::kInt);
-        auto* rounded = reinterpret_cast<uint32_t*>(memory.mutable_data_ptr<int32_t>());
-        const int64_t pieces = ceil_div(ahead.length, kBlock);
+        const at::Tensor rounded = at::empty({(ahead.shared() ? 1 : group) * size}, at::kInt);
         for (int64_t first = 0; first < batch; first += group) {
             const int64_t entries = std::min(group, batch - first);
-            const int64_t piece_grain = ceil_div(kRoundingGrain, kBlock * ceil_div(depth, 2));
-            parallel_for(
-                0, (ahead.shared() ? 1 : entries) * pieces, piece_grain, [&](int64_t begin, int64_t end) {
-                    for (int64_t unit = begin; unit < end; ++unit) {
-                        const int64_t entry = unit / pieces, i = unit % pieces * kBlock;
-                        round_to_pairs(
-                            std::min(kBlock, ahead.length - i), depth, ahead.at(first + entry, i, 0),
-                            Layout::target(rounded + entry * size + Layout::offset(i, 0, depth), depth));
-                    }
-                });
+            round_ahead<Layout>(ahead, first, entries, pairs(rounded));
             const int64_t length = block_length(other.length, entries),
                           blocks = ceil_div(other.length, length);
-            const int64_t block_grain = ceil_div(kProductGrain, ahead.length * depth * length);
-            parallel_for(0, entries * blocks, block_grain, [&](int64_t begin, int64_t end) {
+            const int64_t grain = ceil_div(kProductGrain, ahead.length * ahead.depth * length);
+            parallel_for(0, entries * blocks, grain, [&](int64_t begin, int64_t end) {
                 const at::Tensor scratch = at::empty({scratch_size()}, at::kInt);
                 for (int64_t unit = begin; unit < end; ++unit) {
                     const int64_t entry = unit / blocks, i = unit % blocks * length;
-                    multiply(rounded + (ahead.shared() ? 0 : entry * size), first + entry, i,
-                             std::min(length, other.length - i),
-                             reinterpret_cast<uint32_t*>(scratch.mutable_data_ptr<int32_t>()));
+                    multiply(pairs(rounded) + (ahead.shared() ? 0 : entry * size), first + entry, i,
+                             std::min(length, other.length - i), pairs(scratch));
                 }
                 at::native::cpublas::brgemm_release();
             });
@@ -167,11 +177,6 @@ class Product {
         return c_.data + entry * c_.batch + i * c_.row + j;
     }
 
- public:
-    // Pairs that a thread rounds at once: one block of either kind.
-    static int64_t scratch_size() { return RoundedRows::size(kBlock, kDepth); }
-
- private:
     Operand a_, b_;
     Result c_;
     bool accumulate_;
@@ -231,9 +236,9 @@ void multiply_bf16(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b
     Product(left, right, result, accumulate).run(batch);
 }
 
-int64_t bf16_workspace(int64_t length, int64_t depth) {
-    const int64_t ahead = std::max(RoundedRows::size(length, depth), RoundedPanels::size(length, depth));
-    return std::max(kAtOnce, ahead) + at::get_num_threads() * Product::scratch_size();
+int64_t bf16_workspace(int64_t length, int64_t depth, int64_t matrices) {
+    const int64_t one = std::max(RoundedRows::size(length, depth), RoundedPanels::size(length, depth));
+    return std::max(one, std::min(matrices * one, kAtOnce)) + at::get_num_threads() * Product::scratch_size();
 }
 
 }  // namespace flatcore

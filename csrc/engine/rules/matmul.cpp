@@ -83,10 +83,13 @@ Rounding MatmulRule::rounding(int64_t K, bool second_order) const {
     const int64_t m = y[y.size() - 2], n = y.back(), k = a.back();
     if (!bf16_pays(m, n, k)) return {};
     const int64_t batches = output().numel / (m * n);
-    const int64_t ahead = std::max({bf16_workspace(m, k), bf16_workspace(k, m), bf16_workspace(n, k),
-                                    bf16_workspace(k, n), bf16_workspace(m, n), bf16_workspace(n, m)});
+    const auto ahead = [&](int64_t length, int64_t depth) {
+        return bf16_workspace(length, depth, K * batches);
+    };
+    const int64_t rounded =
+        std::max({ahead(m, k), ahead(k, m), ahead(n, k), ahead(k, n), ahead(m, n), ahead(n, m)});
     // Operands broadcast to one batch are copied.
-    return {flops(K, second_order), ahead + K * batches * (m * k + k * n + m * n)};
+    return {flops(K, second_order), rounded + K * batches * (m * k + k * n + m * n)};
 }
 
 int64_t MatmulRule::workspace(int64_t K) const {
