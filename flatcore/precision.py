@@ -70,7 +70,8 @@ def measured(
 
 
 def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.cpu()
 
 
 def _asymmetry(V: Tensor, B: Tensor) -> float:
