@@ -1,17 +1,38 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include "gemm_bf16.h"
 #include "gemm_choice.h"
 #include "tensor_ops.h"
 
 namespace flatcore {
 
-void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    multiply(c, a, b, accumulate);
+namespace {
+
+bool rounds(const at::Tensor& c, const at::Tensor& a, Precision precision) {
+    return precision == Precision::bf16 && c.stride(-1) == 1 && bf16_pays(c.size(-2), c.size(-1), a.size(-1));
 }
 
-void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    if (c.is_contiguous()) {
+// The same matrix for K directions.
+at::Tensor for_each_direction(const at::Tensor& t, int64_t K) {
+    return t.dim() == 3 ? t : t.unsqueeze(0).expand({K, t.size(0), t.size(1)});
+}
+
+}  // namespace
+
+void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+          Precision precision) {
+    if (rounds(c, a, precision))
+        multiply_bf16(c, a, b, accumulate);
+    else
+        multiply(c, a, b, accumulate);
+}
+
+void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+                 Precision precision) {
+    if (rounds(c, a, precision)) {
+        multiply_bf16(c, a, for_each_direction(b, c.size(0)), accumulate);
+    } else if (c.is_contiguous()) {
         gemm(c.flatten(0, 1), a.reshape({-1, a.size(2)}), b, accumulate);
     } else {  // a slice of the result: directions lie P apart
         for (int64_t k = 0; k < c.size(0); ++k) gemm(c.select(0, k), a.select(0, k), b, accumulate);
@@ -36,8 +57,13 @@ int64_t gemm_each_workspace(int64_t K, int64_t m, int64_t n, int64_t inner) {
     return K > 1 && m * n * inner < kLarge ? K * m * n : 0;
 }
 
-void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+               Precision precision) {
     const int64_t K = c.size(0);
+    if (rounds(c, a, precision)) {
+        multiply_bf16(c, for_each_direction(a, K), for_each_direction(b, K), accumulate);
+        return;
+    }
     const auto matrix = [](const at::Tensor& t, int64_t k) { return t.dim() == 3 ? t.select(0, k) : t; };
     const auto one_by_one = [&](int64_t first, int64_t last) {
         const at::AutoDispatchBelowADInplaceOrView guard;  // set for each thread
@@ -50,15 +76,12 @@ void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bo
             one_by_one(0, K);
         return;
     }
-    const auto batch = [&](const at::Tensor& t) {
-        return t.dim() == 3 ? t : t.unsqueeze(0).expand({K, t.size(0), t.size(1)});
-    };
     if (c.is_contiguous()) {
-        multiply(c, batch(a), batch(b), accumulate);
+        multiply(c, for_each_direction(a, K), for_each_direction(b, K), accumulate);
         return;
     }
     at::Tensor product = at::empty(c.sizes(), c.options());
-    multiply(product, batch(a), batch(b), false);
+    multiply(product, for_each_direction(a, K), for_each_direction(b, K), false);
     if (accumulate)
         c.add_(product);
     else

@@ -13,10 +13,12 @@ namespace flatcore {
 // Buffers of one pass over K directions, seen by one rule at a time.
 class Pass final : public Directions {
  public:
-    Pass(const State& state, Mode mode, int64_t K, at::Tensor V, at::Tensor Y, bool accumulate)
-        : state_(state), program_(state.program()), mode_(mode), K_(K), V_(std::move(V)), Y_(std::move(Y)),
-          tangents_(program_.values().size()), cotangents_(program_.values().size()),
-          owned_(program_.values().size(), false), written_(program_.values().size(), accumulate) {}
+    Pass(const State& state, Mode mode, int64_t K, at::Tensor V, at::Tensor Y, bool accumulate,
+         Precision precision = Precision::full)
+        : state_(state), program_(state.program()), mode_(mode), K_(K), precision_(precision),
+          V_(std::move(V)), Y_(std::move(Y)), tangents_(program_.values().size()),
+          cotangents_(program_.values().size()), owned_(program_.values().size(), false),
+          written_(program_.values().size(), accumulate) {}
 
     void tangent_sweep() {
         for (size_t i = 0; i < program_.ops().size(); ++i) {
@@ -57,6 +59,7 @@ class Pass final : public Directions {
 
     int64_t K() const override { return K_; }
     const State& state() const override { return state_; }
+    Precision precision() const override { return precision_; }
     bool second_order() const override {
         return program_.second_order(mode_, static_cast<size_t>(op_->index)) && adjoint_reached();
     }
@@ -141,6 +144,7 @@ class Pass final : public Directions {
     const Program& program_;
     const Mode mode_;
     const int64_t K_;
+    const Precision precision_;
     const at::Tensor V_, Y_;
     const Op* op_ = nullptr;
     std::vector<at::Tensor> tangents_, cotangents_;

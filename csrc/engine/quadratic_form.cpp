@@ -28,6 +28,7 @@ class OneOp final : public Directions {
 
     int64_t K() const override { return pass_.K(); }
     const State& state() const override { return pass_.state(); }
+    Precision precision() const override { return pass_.precision(); }
     bool second_order() const override { return pass_.second_order(); }
     bool curved() const override { return pass_.curved(); }
     at::Tensor tangent(int i) const override { return pass_.tangent(i); }
@@ -48,7 +49,7 @@ class OneOp final : public Directions {
         at::Tensor total = at::zeros({K()}, state().options().dtype(at::kDouble));
         for (auto& [i, value, owned] : terms_) {
             at::Tensor product = owned ? value.mul_(tangent(i)) : value * tangent(i);
-            total += product.flatten(1).sum(1, /*keepdim=*/false, at::kDouble);
+            total += product.reshape({K(), -1}).sum(1, /*keepdim=*/false, at::kDouble);
         }
         return bilinear_ ? total * 2 : total;
     }
@@ -69,10 +70,10 @@ class OneOp final : public Directions {
 }  // namespace
 
 void quadratic_form(const State& state, Mode mode, const at::Tensor& V, const at::Tensor& q,
-                    int64_t batch_examples, double examples) {
+                    int64_t batch_examples, double examples, Precision precision) {
     const Workspace workspace;
     const Program& program = state.program();
-    Pass pass(state, mode, V.size(0), V, V, false);  // results are asked for, and stay in OneOp
+    Pass pass(state, mode, V.size(0), V, V, false, precision);  // results are asked for, and stay in OneOp
     const auto curved = [&](size_t i) {
         pass.enter(program.ops()[i]);
         return pass.has_second_order_terms(program.rule(i));

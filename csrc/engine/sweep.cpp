@@ -51,9 +51,9 @@ static void seed_covariance(const State& state, Pass& pass, int64_t batch_exampl
 }
 
 void product(const State& state, Mode mode, const at::Tensor& V, const at::Tensor& Y, bool accumulate,
-             int64_t batch_examples, double examples) {
+             int64_t batch_examples, double examples, Precision precision) {
     const Workspace workspace;
-    Pass pass(state, mode, V.size(0), V, Y, accumulate);
+    Pass pass(state, mode, V.size(0), V, Y, accumulate, precision);
     pass.tangent_sweep();
     if (mode == Mode::covariance) seed_covariance(state, pass, batch_examples, examples);
     pass.adjoint_sweep(no_visit);
