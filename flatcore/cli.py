@@ -17,6 +17,7 @@ import flatcore as fc
 from flatcore import doctor as doctor_module
 from flatcore.bench.command import chosen
 from flatcore.bench.command import run as run_bench
+from flatcore.bench.setting import LARGEST_ERROR, Setting
 from flatcore.bench.workloads import WORKLOADS
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
@@ -243,6 +244,10 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
 @click.option(
     "--limit", default=60.0, show_default=True, help="Seconds after which a workload begins no new round."
 )
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where: cpu, cuda or cuda:N."
+)
+@click.option("--dtype", type=click.Choice(list(LARGEST_ERROR)), default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [as torch chooses]")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timings to FILE.")
 @json_option
@@ -253,6 +258,8 @@ def bench(
     vectors: tuple[int, ...],
     rounds: int,
     limit: float,
+    device: str,
+    dtype: str,
     threads: int | None,
     figure: Path | None,
     json_file: TextIO | None,
@@ -267,6 +274,7 @@ def bench(
     document = run_bench(
         chosen(names, quick),
         vectors or (1, 8),
+        setting=Setting(dtype, device),
         quick=quick,
         ways=ways,
         rounds=min(rounds, 3) if quick else rounds,

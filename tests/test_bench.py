@@ -6,7 +6,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from flatcore.bench import WORKLOADS, Ceilings, Comparison, Timing, Workload, compare, peers, show, workloads
+from flatcore.bench import (
+    WORKLOADS,
+    Ceilings,
+    Comparison,
+    Setting,
+    Timing,
+    Workload,
+    compare,
+    measure,
+    peers,
+    show,
+    workloads,
+)
 from flatcore.bench.bare_torch import joined, loss_of_parameters, split, ways
 from flatcore.bench.compare import math_attention
 from flatcore.bench.memory import peak_bytes
@@ -55,6 +67,53 @@ def test_comparison_is_complete(name):
     assert result.floor > result.flops / CEILINGS.gemm
 
 
+def test_float64_is_held_to_its_own_error():
+    workload = Workload("mlp", "MLP", SMALL["mlp"])
+    result = compare(workload, 2, CEILINGS, setting=Setting("float64"), rounds=3, limit=0.0, compiled=False)
+    assert result.setting == Setting("float64", "cpu")
+    assert len(result.timings) > 1 and all(t.error < 1e-12 for t in result.timings)
+    # Twice as wide: the same counts of flops and numbers.
+    assert result.floor == pytest.approx(
+        result.flops / CEILINGS.gemm + 8 * result.parameters * (2 + 1 / 2) / CEILINGS.bandwidth
+    )
+
+
+def test_workload_is_the_same_in_every_dtype():
+    narrow, wide = (
+        WORKLOADS["mlp-tiny"].at(dtype, torch.device("cpu"), 3) for dtype in (torch.float32, torch.float64)
+    )
+    for a, b in zip(narrow[0].parameters(), wide[0].parameters(), strict=True):
+        assert b.dtype == torch.float64 and torch.equal(a.double(), b)
+    assert torch.equal(narrow[2][0].double(), wide[2][0]) and torch.equal(narrow[2][1], wide[2][1])
+
+
+def test_ceilings_of_both_dtypes():
+    for dtype in (torch.float32, torch.float64):
+        found = measure(dtype, repeats=1)
+        assert found.gemm > 0 and found.bandwidth > 0
+    assert found.gemm_library == "BLAS"
+
+
+def test_device_that_is_not_there():
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(ValueError, match=rf"device: expected .* \(cpu.*\), got '{device}'"):
+            Setting(device=device)
+    with pytest.raises(ValueError, match="dtype: expected one of float32, float64, got 'int8'"):
+        Setting("int8")
+    ran = CliRunner().invoke(main, ["bench", "--device", "cuda:99"])
+    assert ran.exit_code == 2 and ran.output.count("\n") == 1 and "got 'cuda:99'" in ran.output
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_comparison_on_cuda():
+    workload = Workload("mlp", "MLP", SMALL["mlp"])
+    result = compare(
+        workload, 2, CEILINGS, setting=Setting(device="cuda"), rounds=3, limit=0.0, compiled=False
+    )
+    assert result.timing("flatcore").peak_bytes >= 4 * 2 * 2 * result.parameters / 2
+    assert measure(device=torch.device("cuda"), repeats=1).gemm_library == "cuBLAS"
+
+
 def test_peak_counts_what_is_held_at_once():
     def run():
         a = torch.empty(1000, dtype=torch.float64)
@@ -62,7 +121,7 @@ def test_peak_counts_what_is_held_at_once():
         del a
         return torch.empty(500, dtype=torch.float64), b
 
-    assert peak_bytes(run) == 8 * 3000
+    assert peak_bytes(run, torch.device("cpu")) == 8 * 3000
 
 
 def test_floor_counts_arithmetic_and_bytes():
@@ -105,11 +164,24 @@ def test_only_the_ways_asked_for():
 
 def test_command_writes_table_figure_and_json(tmp_path):
     picture, numbers = tmp_path / "b.png", tmp_path / "b.json"
-    arguments = ["bench", "--quick", "--workload", "mlp-tiny", "-k", "2", "--limit", "0"]
+    arguments = [
+        "bench",
+        "--quick",
+        "--workload",
+        "mlp-tiny",
+        "-k",
+        "2",
+        "--limit",
+        "0",
+        "--dtype",
+        "float64",
+    ]
     ran = CliRunner().invoke(main, [*arguments, "--figure", str(picture), "--json", str(numbers)])
     assert ran.exit_code == 0, ran.output
+    assert "cpu" in ran.output.splitlines()[0] and "float64" in ran.output.splitlines()[0]
     assert "MLP 64-32-10" in ran.output and "retained double backward" in ran.output and "floor" in ran.output
     document = json.loads(numbers.read_text())
     assert document["schema"] == "flatcore-bench/1"
+    assert document["setting"] == {"dtype": "float64", "device": "cpu"}
     assert document["comparisons"][0]["K"] == 2 and document["machine"]["torch"] == str(torch.__version__)
     assert picture.stat().st_size > 1000

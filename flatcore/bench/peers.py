@@ -50,7 +50,7 @@ def pyhessian(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
     from pyhessian import hessian
     from pyhessian.utils import hessian_vector_product
 
-    H = hessian(model, loss, data=batch, cuda=False)
+    H = hessian(model, loss, data=batch, cuda=batch[0].is_cuda)
     model.zero_grad()
 
     def product(V: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from flatcore.bench.candidates import FLATCORE
 from flatcore.bench.ceilings import Ceilings
-from flatcore.bench.compare import FLATCORE, Comparison
+from flatcore.bench.compare import Comparison
+from flatcore.bench.setting import Setting
 from flatcore.machine import describe
 
 SCHEMA = "flatcore-bench/1"
@@ -74,11 +76,12 @@ def summary(results: Iterable[Comparison]) -> list[str]:
     return lines
 
 
-def document(results: Iterable[Comparison], ceilings: Ceilings) -> dict[str, Any]:
-    """{"schema", "machine", "ceilings", "comparisons": [...]}, seconds and bytes."""
+def document(results: Iterable[Comparison], setting: Setting, ceilings: Ceilings) -> dict[str, Any]:
+    """{"schema", "machine", "setting", "ceilings", "comparisons": [...]}, seconds and bytes."""
     return {
         "schema": SCHEMA,
         "machine": dataclasses.asdict(describe()),
+        "setting": dataclasses.asdict(setting),
         "ceilings": dataclasses.asdict(ceilings),
         "comparisons": [dataclasses.asdict(r) for r in results],
     }
