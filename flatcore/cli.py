@@ -18,6 +18,7 @@ from flatcore import doctor as doctor_module
 from flatcore.bench.command import chosen
 from flatcore.bench.command import run as run_bench
 from flatcore.bench.setting import LARGEST_ERROR, Setting
+from flatcore.bench.setting import OPERATORS as BENCH_OPERATORS
 from flatcore.bench.workloads import WORKLOADS
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
@@ -248,6 +249,7 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where: cpu, cuda or cuda:N."
 )
 @click.option("--dtype", type=click.Choice(list(LARGEST_ERROR)), default="float32", show_default=True)
+@click.option("--operator", type=click.Choice(list(BENCH_OPERATORS)), default="hessian", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [as torch chooses]")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timings to FILE.")
 @json_option
@@ -260,11 +262,12 @@ def bench(
     limit: float,
     device: str,
     dtype: str,
+    operator: str,
     threads: int | None,
     figure: Path | None,
     json_file: TextIO | None,
 ) -> None:
-    """Hessian-vector products by flatcore, by every way of bare torch and by the other packages installed.
+    """Products by flatcore, by every way of bare torch and by the other packages installed.
 
     Every way is checked against float64 before it is timed, and all are timed in turn. Medians per vector; the
     floor is what the arithmetic alone would take at the measured rate of this machine.
@@ -274,7 +277,7 @@ def bench(
     document = run_bench(
         chosen(names, quick),
         vectors or (1, 8),
-        setting=Setting(dtype, device),
+        setting=Setting(dtype, device, operator),
         quick=quick,
         ways=ways,
         rounds=min(rounds, 3) if quick else rounds,

@@ -19,7 +19,8 @@ from flatcore.bench import (
     show,
     workloads,
 )
-from flatcore.bench.bare_torch import joined, loss_of_parameters, split, ways
+from flatcore.bench.bare_torch import joined, split
+from flatcore.bench.candidates import torch_ways
 from flatcore.bench.compare import math_attention
 from flatcore.bench.memory import peak_bytes
 from flatcore.cli import main
@@ -36,17 +37,16 @@ SMALL = {
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch.func.linearize
+@pytest.mark.parametrize("operator", ["hessian", "ggn"])
 @pytest.mark.parametrize("name", SMALL)
-def test_every_way_computes_the_hessian(name):
-    torch.manual_seed(0)
-    model, loss, batch = SMALL[name]()
-    model.double()
-    batch = tuple(t.double() if t.is_floating_point() else t for t in batch)
-    dense = Reference(model, loss, batch, "output_target").hessian()
-    evaluate, parameters = loss_of_parameters(model, loss, batch)
+def test_every_way_computes_the_operator(name, operator):
+    built = Workload(name, name, SMALL[name]).at(torch.float64, torch.device("cpu"), 0)
+    reference = Reference(*built, "output_target")
+    dense = reference.ggn() if operator == "ggn" else reference.hessian()
+    parameters = tuple(built[0].parameters())
     V = torch.randn(3, dense.shape[0], dtype=torch.float64)
     with math_attention():
-        for way, prepare in ways(evaluate, parameters, compiled=False).items():
+        for way, prepare in torch_ways(built, operator, compiled=False).items():
             error = (joined(prepare()(split(V, parameters))) - V @ dense).norm() / (V @ dense).norm()
             # torch 2.13: forward-mode differentiation of attention under vmap(grad(jvp)) is wrong.
             assert error < 1e-10 or way == "vmap(grad(jvp))", way
@@ -61,7 +61,7 @@ def test_comparison_is_complete(name):
     assert ours.kind == "flatcore" and ours.error < 1e-5 and len(ours.seconds) == 3
     known = {t.way for t in result.timings} | result.left_out.keys()
     assert {"retained double backward", "vmap(jvp(grad))", "linearize"} <= known
-    assert set(peers.installed()) <= known
+    assert set(peers.installed("hessian")) <= known
     # Directions and result are within the peak: 2 K P floats.
     assert ours.peak_bytes >= 4 * 2 * 2 * result.parameters / 2
     assert result.floor > result.flops / CEILINGS.gemm
@@ -112,6 +112,17 @@ def test_comparison_on_cuda():
     )
     assert result.timing("flatcore").peak_bytes >= 4 * 2 * 2 * result.parameters / 2
     assert measure(device=torch.device("cuda"), repeats=1).gemm_library == "cuBLAS"
+
+
+def test_gauss_newton_comparison():
+    workload = Workload("decoder", "decoder", SMALL["decoder"])
+    setting = Setting(operator="ggn")
+    result = compare(workload, 2, CEILINGS, setting=setting, rounds=3, limit=0.0, compiled=False)
+    known = {t.way for t in result.timings} | result.left_out.keys()
+    assert {"flatcore", "double backward", "jvp + vjp", "linearize + vjp"} <= known
+    assert set(peers.installed("ggn")) <= known and "pyhessian" not in known
+    hessian = compare(workload, 2, CEILINGS, rounds=3, limit=0.0, compiled=False, only=["linearize"])
+    assert 0 < result.flops < hessian.flops
 
 
 def test_peak_counts_what_is_held_at_once():
@@ -182,6 +193,6 @@ def test_command_writes_table_figure_and_json(tmp_path):
     assert "MLP 64-32-10" in ran.output and "retained double backward" in ran.output and "floor" in ran.output
     document = json.loads(numbers.read_text())
     assert document["schema"] == "flatcore-bench/1"
-    assert document["setting"] == {"dtype": "float64", "device": "cpu"}
+    assert document["setting"] == {"dtype": "float64", "device": "cpu", "operator": "hessian"}
     assert document["comparisons"][0]["K"] == 2 and document["machine"]["torch"] == str(torch.__version__)
     assert picture.stat().st_size > 1000

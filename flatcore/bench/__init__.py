@@ -1,4 +1,4 @@
-"""The microbenchmark: Hessian-vector products by flatcore, by bare torch and by the other packages installed."""
+"""The microbenchmark: curvature-vector products by flatcore, by bare torch and by the other packages installed."""
 
 from flatcore.bench.ceilings import Ceilings, measure
 from flatcore.bench.compare import Comparison, Timing, compare

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import flatcore as fc
-from flatcore.bench import peers
-from flatcore.bench.bare_torch import Directions, Way, joined, loss_of_parameters, split, ways
+from flatcore.bench import bare_torch, bare_torch_ggn, peers
+from flatcore.bench.bare_torch import Directions, Way, joined, split
+from flatcore.bench.setting import OPERATORS
 from flatcore.bench.workloads import Built
 
 FLATCORE = "flatcore"
@@ -24,18 +25,19 @@ class Candidate:
     prepare: Callable[[], Run]
 
 
-def candidates(built: Built, V: Tensor, *, compiled: bool, only: Collection[str]) -> dict[str, Candidate]:
-    """Every way to the products with V (K, P), flatcore first.
+def candidates(
+    built: Built, V: Tensor, operator: str, *, compiled: bool, only: Collection[str]
+) -> dict[str, Candidate]:
+    """Every way to the products of the operator with V (K, P), flatcore first.
 
     compiled: also the bare-torch ways through torch.compile. only: names of the ways beside flatcore; empty: all.
     """
-    evaluate, parameters = loss_of_parameters(*built)
-    directions = split(V, parameters)
-    found = {FLATCORE: Candidate(FLATCORE, lambda: _flatcore(built, V))}
-    for name, prepare in ways(evaluate, parameters, compiled).items():
+    directions = split(V, tuple(built[0].parameters()))
+    found = {FLATCORE: Candidate(FLATCORE, lambda: _flatcore(built, V, operator))}
+    for name, prepare in torch_ways(built, operator, compiled).items():
         found[name] = Candidate("torch", _bound(prepare, directions))
-    for name in peers.installed():
-        found[name] = Candidate("peer", _bound_peer(peers.PEERS[name], built, V))
+    for name in peers.installed(operator):
+        found[name] = Candidate("peer", _bound_peer(peers.PEERS[operator][name], built, V))
     if not only:
         return found
     unknown = set(only) - found.keys()
@@ -44,10 +46,17 @@ def candidates(built: Built, V: Tensor, *, compiled: bool, only: Collection[str]
     return {name: c for name, c in found.items() if name == FLATCORE or name in only}
 
 
-def _flatcore(built: Built, V: Tensor) -> Run:
-    H = fc.Hessian(fc.Objective(*built))
-    H.plan()  # captured, so that its memory is the product's
-    return lambda: (H @ V.T).T
+def torch_ways(built: Built, operator: str, compiled: bool) -> dict[str, Callable[[], Way]]:
+    """The first needs least of torch: it is the reference."""
+    if operator == "ggn":
+        return bare_torch_ggn.ways(*bare_torch_ggn.network_and_criterion(*built), compiled)
+    return bare_torch.ways(*bare_torch.loss_of_parameters(*built), compiled)
+
+
+def _flatcore(built: Built, V: Tensor, operator: str) -> Run:
+    A = OPERATORS[operator](fc.Objective(*built))
+    A.plan()  # captured, so that its memory is the product's
+    return lambda: (A @ V.T).T
 
 
 def _bound(prepare: Callable[[], Way], V: Directions) -> Callable[[], Run]:

@@ -1,4 +1,4 @@
-"""Times a Hessian-vector product by flatcore and by everything else in turn, after checking them all."""
+"""Times a product by flatcore and by everything else in turn, after checking them all."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flatcore as fc
-from flatcore.bench.bare_torch import gradient_of, joined, loss_of_parameters, split, ways
-from flatcore.bench.candidates import FLATCORE, Candidate, Run, candidates, flat
+from flatcore.bench.bare_torch import gradient_of, joined, loss_of_parameters, split
+from flatcore.bench.candidates import FLATCORE, Candidate, Run, candidates, flat, torch_ways
 from flatcore.bench.ceilings import Ceilings, seconds
 from flatcore.bench.memory import peak_bytes
-from flatcore.bench.setting import DEFAULT, LARGEST_ERROR, Setting
+from flatcore.bench.setting import DEFAULT, LARGEST_ERROR, OPERATORS, Setting
 from flatcore.bench.workloads import Workload
 
 _LEAST_ROUNDS = 3
@@ -100,9 +100,9 @@ def compare(
     built = workload.at(setting.torch_dtype, device, seed)
     evaluate, parameters = loss_of_parameters(*built)
     V = torch.randn(K, sum(p.numel() for p in parameters), dtype=setting.torch_dtype).to(device)
-    flops = fc.Hessian(fc.Objective(*built)).plan().flops(K) / K
-    exact = _reference(workload, device, seed, V[:1])
-    listed = candidates(built, V, compiled=compiled, only=only)
+    flops = OPERATORS[setting.operator](fc.Objective(*built)).plan().flops(K) / K
+    exact = _reference(workload, setting, seed, V[:1])
+    listed = candidates(built, V, setting.operator, compiled=compiled, only=only)
 
     runs: dict[str, Run] = {}
     errors, peaks, left_out = {}, {}, {}
@@ -162,12 +162,12 @@ def float32_convolutions() -> Iterator[None]:
         yield
 
 
-def _reference(workload: Workload, device: torch.device, seed: int, V: Tensor) -> Tensor:
-    """The products in float64 by double backward, from the same parameters and data."""
-    evaluate, parameters = loss_of_parameters(*workload.at(torch.float64, device, seed))
+def _reference(workload: Workload, setting: Setting, seed: int, V: Tensor) -> Tensor:
+    """The products in float64 by reverse mode alone, from the same parameters and data."""
+    built = workload.at(torch.float64, setting.torch_device, seed)
     with math_attention():
-        way = ways(evaluate, parameters, compiled=False)["retained double backward"]()
-        return joined(way(split(V.double(), parameters)))
+        way = next(iter(torch_ways(built, setting.operator, compiled=False).values()))()
+        return joined(way(split(V.double(), tuple(built[0].parameters()))))
 
 
 def _first(candidate: Candidate, device: torch.device) -> tuple[Run, Tensor, int]:
