@@ -1,5 +1,6 @@
 """The microbenchmark: what it counts and says, on workloads small enough for a test. No time is asserted."""
 
+import importlib.util
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from flatcore.bench import (
     Setting,
     Timing,
     Workload,
+    bare_jax,
     compare,
     measure,
     peers,
@@ -123,6 +125,25 @@ def test_gauss_newton_comparison():
     assert set(peers.installed("ggn")) <= known and "pyhessian" not in known
     hessian = compare(workload, 2, CEILINGS, rounds=3, limit=0.0, compiled=False, only=["linearize"])
     assert 0 < result.flops < hessian.flops
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("operator", ["hessian", "ggn"])
+def test_jax_computes_the_operator(operator, dtype):
+    workload = Workload("mlp", "MLP", SMALL["mlp"])
+    setting = Setting(dtype, operator=operator)
+    result = compare(workload, 3, CEILINGS, setting=setting, rounds=3, limit=0.0, compiled=False)
+    found = [t for t in result.timings if t.kind == "jax"]
+    assert len(found) == 2 and all(t.way.startswith("jax (jit) ") for t in found)
+    assert all(t.error < (1e-5 if dtype == "float32" else 1e-12) and t.peak_bytes is None for t in found)
+    assert all(t.error > 1e-9 for t in found) or dtype == "float64"
+    assert any("the best jax way" in line for line in show.summary([result]))
+
+
+def test_jax_is_for_fully_connected_nets():
+    built = Workload("resnet", "resnet", SMALL["resnet"]).at(torch.float32, torch.device("cpu"), 0)
+    assert not bare_jax.fits(built)
 
 
 def test_peak_counts_what_is_held_at_once():

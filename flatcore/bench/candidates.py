@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 import flatcore as fc
-from flatcore.bench import bare_torch, bare_torch_ggn, peers
+from flatcore.bench import bare_jax, bare_torch, bare_torch_ggn, peers
 from flatcore.bench.bare_torch import Directions, Way, joined, split
 from flatcore.bench.setting import OPERATORS
 from flatcore.bench.workloads import Built
 
 FLATCORE = "flatcore"
-Run = Callable[[], Tensor | Directions]  # computes the products, flat (K, P) or split
+Run = Callable[[], Any]  # computes the products, in the way's own form
+
+
+def flat(product: Tensor | Directions) -> Tensor:
+    """Products as flatcore (flat) and torch's ways (split) give them, as (K, P)."""
+    return product if isinstance(product, Tensor) else joined(product)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`prepare()` keeps what the way can keep between products and gives the run that is timed."""
+    """`prepare()` keeps what the way can keep between products and gives the run that is timed.
+
+    flat:    what the run gives, as (K, P).
+    counted: whether torch's allocator sees the memory of the way.
+    """
 
     kind: str
     prepare: Callable[[], Run]
+    flat: Callable[[Any], Tensor] = flat
+    counted: bool = True
 
 
 def candidates(
@@ -38,6 +50,9 @@ def candidates(
         found[name] = Candidate("torch", _bound(prepare, directions))
     for name in peers.installed(operator):
         found[name] = Candidate("peer", _bound_peer(peers.PEERS[operator][name], built, V))
+    if bare_jax.fits(built):
+        for name, prepare_bound in bare_jax.ways(built, directions, operator).items():
+            found[name] = Candidate("jax", prepare_bound, bare_jax.to_torch, counted=False)
     if not only:
         return found
     unknown = set(only) - found.keys()
@@ -73,7 +88,3 @@ def _bound_peer(prepare: Callable[..., peers.FlatWay], built: Built, V: Tensor) 
         return lambda: way(V)
 
     return bound
-
-
-def flat(product: Tensor | Directions) -> Tensor:
-    return product if isinstance(product, Tensor) else joined(product)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flatcore as fc
 from flatcore.bench.bare_torch import gradient_of, joined, loss_of_parameters, split
-from flatcore.bench.candidates import FLATCORE, Candidate, Run, candidates, flat, torch_ways
+from flatcore.bench.candidates import FLATCORE, Candidate, Run, candidates, torch_ways
 from flatcore.bench.ceilings import Ceilings, seconds
 from flatcore.bench.memory import peak_bytes
 from flatcore.bench.setting import DEFAULT, LARGEST_ERROR, OPERATORS, Setting
@@ -28,18 +28,19 @@ _LEAST_SECONDS = 0.02  # of one timing: what is faster is called several times
 
 @dataclass(frozen=True)
 class Timing:
-    """One way on one workload. `kind`: "flatcore", "torch" or "peer".
+    """One way on one workload. `kind`: "flatcore", "torch", "jax" or "peer".
 
     seconds:    per vector, one entry per round, each the mean of as many calls as fill 20 ms.
     error:      of the product, relative to float64.
-    peak_bytes: of one product together with what the way keeps for it, directions and result included.
+    peak_bytes: of one product together with what the way keeps for it, directions and result included; None where
+                another allocator than torch's holds it.
     """
 
     way: str
     kind: str
     seconds: tuple[float, ...]
     error: float
-    peak_bytes: int
+    peak_bytes: int | None
 
     @property
     def median(self) -> float:
@@ -105,7 +106,9 @@ def compare(
     listed = candidates(built, V, setting.operator, compiled=compiled, only=only)
 
     runs: dict[str, Run] = {}
-    errors, peaks, left_out = {}, {}, {}
+    errors: dict[str, float] = {}
+    peaks: dict[str, int | None] = {}
+    left_out: dict[str, str] = {}
     with math_attention(), float32_convolutions(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's transforms and compiler
         for name, candidate in listed.items():
@@ -170,7 +173,7 @@ def _reference(workload: Workload, setting: Setting, seed: int, V: Tensor) -> Te
         return joined(way(split(V.double(), tuple(built[0].parameters()))))
 
 
-def _first(candidate: Candidate, device: torch.device) -> tuple[Run, Tensor, int]:
+def _first(candidate: Candidate, device: torch.device) -> tuple[Run, Tensor, int | None]:
     """The prepared way, its product, and the peak memory of both."""
     prepared: list[Run] = []
     products: list[Tensor] = []
@@ -180,10 +183,10 @@ def _first(candidate: Candidate, device: torch.device) -> tuple[Run, Tensor, int
     def run_once() -> None:
         if not prepared:
             prepared.append(candidate.prepare())
-        products.append(flat(prepared[0]()))
+        products.append(candidate.flat(prepared[0]()))
 
     peak = peak_bytes(run_once, device)
-    return prepared[0], products[0], peak
+    return prepared[0], products[0], peak if candidate.counted else None
 
 
 def _interleaved(

@@ -21,14 +21,20 @@ from flatcore.machine import describe
 
 _NAMES = {"hessian": "Hessian", "ggn": "Gauss-Newton"}
 SCHEMA = "flatcore-bench/1"
-_COLOURS = {FLATCORE: "#c0392b", "torch": "#4c72b0", "peer": "#999999"}
+_COLOURS = {FLATCORE: "#c0392b", "torch": "#4c72b0", "jax": "#dd8452", "peer": "#999999"}
+_OPPONENTS = {
+    "torch": "the best bare-torch way",
+    "jax": "the best jax way",
+    "peer": "the best other package",
+}
 
 
 def table(result: Comparison, ceilings: Ceilings) -> Group:
     """One row per way, fastest first.
 
     ms/vector: the median; spread: half the range over the median; grads: in gradients by autograd; GEMM: share of the
-    measured matrix-product rate; MB: peak memory; error: relative, against float64; ratio: to flatcore's time.
+    measured matrix-product rate; MB: peak memory, - if not known; error: relative, against float64; ratio: to flatcore's
+    time.
     """
     shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("way", no_wrap=True)
@@ -43,7 +49,7 @@ def table(result: Comparison, ceilings: Ceilings) -> Group:
             f"{50 * (max(timing.seconds) - min(timing.seconds)) / timing.median:.0f} %",
             f"{timing.median / result.gradient:.2f}",
             f"{100 * result.flops / timing.median / ceilings.gemm:.0f} %",
-            _three(timing.peak_bytes / 1e6),
+            "-" if timing.peak_bytes is None else _three(timing.peak_bytes / 1e6),
             f"{timing.error:.0e}",
             "" if timing.kind == FLATCORE else f"{timing.median / ours:.2f}",
         )
@@ -60,7 +66,7 @@ def summary(results: Iterable[Comparison]) -> list[str]:
     listed = list(results)
     for K in sorted({r.K for r in listed}):
         of_K = [r for r in listed if r.K == K]
-        for kind, title in (("torch", "the best bare-torch way"), ("peer", "the best other package")):
+        for kind, title in _OPPONENTS.items():
             ratios = [
                 best.median / r.timing(FLATCORE).median for r in of_K if (best := r.best(kind)) is not None
             ]
