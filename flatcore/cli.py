@@ -246,6 +246,12 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
     "--limit", default=60.0, show_default=True, help="Seconds after which a workload begins no new round."
 )
 @click.option(
+    "--prepare-limit",
+    default=300.0,
+    show_default=True,
+    help="Seconds after which a way still being prepared or compiled is left out.",
+)
+@click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where: cpu, cuda or cuda:N."
 )
 @click.option("--dtype", type=click.Choice(list(LARGEST_ERROR)), default="float32", show_default=True)
@@ -260,6 +266,7 @@ def bench(
     vectors: tuple[int, ...],
     rounds: int,
     limit: float,
+    prepare_limit: float,
     device: str,
     dtype: str,
     operator: str,
@@ -267,7 +274,9 @@ def bench(
     figure: Path | None,
     json_file: TextIO | None,
 ) -> None:
-    """Products by flatcore, by every way of bare torch and by the other packages installed.
+    """Curvature-vector products by flatcore, bare torch and the other packages installed.
+
+    The fully connected nets also by jax, where it is installed, on the CPU; XLA gets as many threads as torch.
 
     Every way is checked against float64 before it is timed, and all are timed in turn. Medians per vector; the
     floor is what the arithmetic alone would take at the measured rate of this machine.
@@ -282,6 +291,7 @@ def bench(
         ways=ways,
         rounds=min(rounds, 3) if quick else rounds,
         limit=limit,
+        prepare_limit=prepare_limit,
         say=_text(json_file).print,
         picture=figure,
     )

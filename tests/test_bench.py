@@ -146,6 +146,21 @@ def test_jax_is_for_fully_connected_nets():
     assert not bare_jax.fits(built)
 
 
+def test_way_that_is_never_ready_is_left_out():
+    workload = Workload("mlp", "MLP", SMALL["mlp"])
+    result = compare(
+        workload,
+        1,
+        CEILINGS,
+        rounds=3,
+        limit=0.0,
+        compiled=False,
+        prepare_limit=1e-4,
+        only=["vmap(jvp(grad))"],
+    )
+    assert result.left_out == {"vmap(jvp(grad))": "TimeoutError: not ready after 0.0001 s"}
+
+
 def test_peak_counts_what_is_held_at_once():
     def run():
         a = torch.empty(1000, dtype=torch.float64)

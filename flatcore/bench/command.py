@@ -29,6 +29,7 @@ def run(
     ways: Collection[str],
     rounds: int,
     limit: float,
+    prepare_limit: float,
     say: Callable[[Any], None],
     picture: Path | None = None,
 ) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def run(
                 setting=setting,
                 rounds=rounds,
                 limit=limit,
+                prepare_limit=prepare_limit,
                 compiled=not quick,
                 only=ways,
             )

@@ -20,6 +20,7 @@ from flatcore.bench.candidates import FLATCORE, Candidate, Run, candidates, torc
 from flatcore.bench.ceilings import Ceilings, seconds
 from flatcore.bench.memory import peak_bytes
 from flatcore.bench.setting import DEFAULT, LARGEST_ERROR, OPERATORS, Setting
+from flatcore.bench.timeout import at_most
 from flatcore.bench.workloads import Workload
 
 _LEAST_ROUNDS = 3
@@ -86,6 +87,7 @@ def compare(
     rounds: int,
     limit: float,
     compiled: bool,
+    prepare_limit: float = 300.0,
     only: Collection[str] = (),
     seed: int = 0,
 ) -> Comparison:
@@ -93,6 +95,7 @@ def compare(
 
     rounds, limit: timings of each way; no new round begins after `limit` seconds, but three there are.
     compiled:      also the bare-torch ways through torch.compile.
+    prepare_limit: seconds after which a way that is still being prepared or compiled is left out.
     only:          names of the ways beside flatcore; empty: all.
 
     Raises AssertionError where flatcore's product is wrong; any other way that is wrong is left out with its error.
@@ -113,11 +116,15 @@ def compare(
         warnings.simplefilter("ignore")  # of torch's transforms and compiler
         for name, candidate in listed.items():
             try:
-                run, product, peaks[name] = _first(candidate, device)
+                if name == FLATCORE:
+                    run, product, peaks[name] = _first(candidate, device)
+                else:
+                    with at_most(prepare_limit):
+                        run, product, peaks[name] = _first(candidate, device)
             except Exception as failure:  # whatever another package or the compiler raises
                 if name == FLATCORE:
                     raise
-                left_out[name] = f"{type(failure).__name__}: {(str(failure).strip() or '-').splitlines()[0]}"
+                left_out[name] = _reason(failure)
                 continue
             errors[name] = ((product[:1].double() - exact).norm() / exact.norm()).item()
             if errors[name] < LARGEST_ERROR[setting.dtype]:
@@ -146,6 +153,12 @@ def compare(
         left_out,
         setting,
     )
+
+
+def _reason(failure: BaseException) -> str:
+    """The first line of what went wrong; the compiler wraps that once more."""
+    cause = getattr(failure, "inner_exception", failure)
+    return f"{type(cause).__name__}: {(str(cause).strip() or '-').splitlines()[0]}"
 
 
 @contextmanager

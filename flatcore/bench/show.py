@@ -22,6 +22,7 @@ from flatcore.machine import describe
 _NAMES = {"hessian": "Hessian", "ggn": "Gauss-Newton"}
 SCHEMA = "flatcore-bench/1"
 _COLOURS = {FLATCORE: "#c0392b", "torch": "#4c72b0", "jax": "#dd8452", "peer": "#999999"}
+_KINDS = {"torch": "bare torch", "jax": "jax", "peer": "other packages"}
 _OPPONENTS = {
     "torch": "the best bare-torch way",
     "jax": "the best jax way",
@@ -33,8 +34,8 @@ def table(result: Comparison, ceilings: Ceilings) -> Group:
     """One row per way, fastest first.
 
     ms/vector: the median; spread: half the range over the median; grads: in gradients by autograd; GEMM: share of the
-    measured matrix-product rate; MB: peak memory, - if not known; error: relative, against float64; ratio: to flatcore's
-    time.
+    measured matrix-product rate; MB: peak memory, - if not known; error: relative, against float64; ratio: to
+    flatcore's time.
     """
     shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("way", no_wrap=True)
@@ -94,6 +95,7 @@ def document(results: Iterable[Comparison], setting: Setting, ceilings: Ceilings
 def figure(results: Iterable[Comparison], path: Path) -> None:
     """Seconds per vector of every way, one panel per workload and K, on a logarithmic axis; the floor as a line."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     listed = list(results)
     columns = min(len(listed), 3)
@@ -112,6 +114,9 @@ def figure(results: Iterable[Comparison], path: Path) -> None:
         panel.set_title(_title(result), fontsize=9)
         panel.set_xlabel("ms per vector; dashed: floor", fontsize=8)
         panel.tick_params(labelsize=8)
+        shown = {t.kind: _KINDS[t.kind] for t in result.timings if t.kind != FLATCORE}
+        keys = [Patch(color=_COLOURS[kind], label=label) for kind, label in shown.items()]
+        panel.legend(handles=keys, fontsize=7, loc="upper right")
     for panel in list(panels)[len(listed) :]:
         panel.set_visible(False)
     drawing.savefig(path)
