@@ -254,8 +254,20 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
 @click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where: cpu, cuda or cuda:N."
 )
-@click.option("--dtype", type=click.Choice(list(LARGEST_ERROR)), default="float32", show_default=True)
-@click.option("--operator", type=click.Choice(list(BENCH_OPERATORS)), default="hessian", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(LARGEST_ERROR)),
+    default="float32",
+    show_default=True,
+    help="Of the weights, data and products.",
+)
+@click.option(
+    "--operator",
+    type=click.Choice(list(BENCH_OPERATORS)),
+    default="hessian",
+    show_default=True,
+    help="Whose products.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [as torch chooses]")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timings to FILE.")
 @json_option

@@ -36,7 +36,7 @@ def run(
     """Run the workloads, `say` each table as it is ready, and give the JSON document."""
     ceilings = measure(setting.torch_dtype, setting.torch_device)
     say(
-        f"{setting.operator}, {setting.dtype}, {_place(setting)}: matrix product {ceilings.gemm / 1e9:.0f} Gflop/s "
+        f"{setting.operator}, {setting.dtype}, {_place(setting)}: GEMM {ceilings.gemm / 1e9:.0f} Gflop/s "
         f"({ceilings.gemm_library}), copy {ceilings.bandwidth / 1e9:.0f} GB/s"
     )
     results: list[Comparison] = []
