@@ -61,12 +61,30 @@ at::Tensor EstimatorSpace::signs(int64_t first, int64_t n) const {
     return host.to(like.options());
 }
 
-void EstimatorSpace::put_moments(at::Tensor& mean, at::Tensor& squares, int64_t first, const at::Tensor& base,
-                                 const Block& S, const Block& U, const Block& V, const Block& R) const {
+double EstimatorSpace::put_moments(at::Tensor& mean, at::Tensor& squares, int64_t first,
+                                   const at::Tensor& base, const Block& S, const Block& U, const Block& V,
+                                   const Block& R) const {
     const at::Tensor estimates = S.to(at::kDouble) * U + V.to(at::kDouble) * R + base;
     const at::Tensor centre = estimates.mean(0);
+    const at::Tensor spread = (estimates - centre).square().sum(0);
     mean.narrow(0, first, base.size(0)).copy_(centre);
-    squares.narrow(0, first, base.size(0)).copy_((estimates - centre).square().sum(0));
+    squares.narrow(0, first, base.size(0)).copy_(spread);
+    return spread.sum().item<double>();
+}
+
+at::Tensor EstimatorSpace::differences(const Block& S, const Block& E, const Block& V,
+                                       const krylov::PairTerms& pairs) const {
+    const at::Tensor c = to_tensor(pairs.coefficients).to(at::kDouble);
+    const auto column = [&c](int64_t i) { return c.narrow(1, i, 1); };
+    const at::Tensor tau = column(0) * S.roll(-pairs.shift, 0) + column(1) * S;
+    const at::Tensor f = column(0) * E.roll(-pairs.shift, 0) + column(1) * E + column(2) * S;
+    return tau * (2 * f + column(3) * tau) - V * (column(4) * tau + column(5) * f);
+}
+
+double EstimatorSpace::common(const Block& S, const Block& E, const Block& V, const krylov::PairTerms& there,
+                              const krylov::PairTerms& back) const {
+    const at::Tensor d = differences(S, E, V, there), e = differences(S, E, V, back);
+    return (d * e.roll(-there.shift, 0)).sum().item<double>();
 }
 
 }  // namespace flatcore

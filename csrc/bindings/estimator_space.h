@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "../krylov/leave_one_out.h"
 #include "tensor_space.h"
 
 namespace flatcore {
@@ -20,10 +21,16 @@ class EstimatorSpace : public TensorSpace {
     Block columns(const Block& X, int64_t first, int64_t n) const { return X.narrow(1, first, n); }
     at::Tensor column_dots(const Block& X, const Block& Y) const;
     Block signs(int64_t first, int64_t n) const;
-    void put_moments(at::Tensor& mean, at::Tensor& squares, int64_t first, const at::Tensor& base,
-                     const Block& S, const Block& U, const Block& V, const Block& R) const;
+    // Returns the sum of the squares.
+    double put_moments(at::Tensor& mean, at::Tensor& squares, int64_t first, const at::Tensor& base,
+                       const Block& S, const Block& U, const Block& V, const Block& R) const;
+    double common(const Block& S, const Block& E, const Block& V, const krylov::PairTerms& there,
+                  const krylov::PairTerms& back) const;
 
  private:
+    at::Tensor differences(const Block& S, const Block& E, const Block& V,
+                           const krylov::PairTerms& pairs) const;
+
     uint64_t probe_seed_;
 };
 

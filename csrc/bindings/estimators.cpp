@@ -93,10 +93,12 @@ class LeaveOneOut {
         return TensorSpace({}, 0, at::TensorOptions(at::kDouble), 0).to_tensor(values);
     }
 
-    std::pair<at::Tensor, at::Tensor> diagonal_moments() {
+    // Mean and its variance, (P,) each.
+    std::pair<at::Tensor, at::Tensor> diagonal() {
         at::Tensor mean = float64_vector(space_), squares = float64_vector(space_);
-        estimator_.diagonal_moments(mean, squares);
-        return {mean, squares};
+        const double factor = estimator_.diagonal_moments(mean, squares);
+        const auto m = static_cast<double>(probes());
+        return {mean, squares.mul_(factor / (m * (m - 1.0)))};
     }
 
     at::Tensor remainder(const at::Tensor& V, const at::Tensor& Y) {
@@ -131,7 +133,7 @@ void bind_estimators(py::module_ module) {
         .def_property_readonly("probes", &LeaveOneOut::probes)
         .def("extend", &LeaveOneOut::extend, py::arg("Y"), Unlocked())
         .def("estimates", &LeaveOneOut::estimates, py::arg("of_slices"), Unlocked())
-        .def("diagonal_moments", &LeaveOneOut::diagonal_moments, Unlocked())
+        .def("diagonal", &LeaveOneOut::diagonal, Unlocked())
         .def("remainder", &LeaveOneOut::remainder, py::arg("V"), py::arg("Y"), Unlocked())
         .def("known_diagonal", &LeaveOneOut::known_diagonal, Unlocked());
 }
