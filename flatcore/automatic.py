@@ -99,9 +99,9 @@ def share_outside(images: torch.Tensor) -> tuple[float, float]:
         size = float(gram.diagonal().mean())
         if size == 0:
             return 0.0
-        rounding = torch.finfo(rows.dtype).eps * size
-        gram.diagonal().add_(rounding)
-        return min(1.0, math.sqrt(float((1 / torch.linalg.inv(gram).diagonal()).mean()) / size))
+        gram.diagonal().add_(len(rows) * torch.finfo(rows.dtype).eps * size)  # invertible after rounding
+        outside = float((1 / torch.linalg.inv(gram).diagonal()).mean())
+        return math.sqrt(min(1.0, max(0.0, outside) / size))
 
     early, late = share(images[: len(images) // 2]), share(images)
     return late, math.log2(early / late) if 0 < late < early else 0.0

@@ -47,7 +47,8 @@ class Eigenpairs:
 class Estimate:
     """A number, or a (P,) tensor for a diagonal, with its standard error.
 
-    ``stderr`` is 0 where the value is exact up to rounding, and nan where a single probe gives no spread.
+    ``stderr`` is 0 where the value is exact up to rounding, and nan where a single probe gives no spread. Of
+    few probes it is enlarged (Student), so that 2 stderr are an interval of 95 %.
     ``matvecs``: products with one vector. ``status``: "converged" or one sentence that says what was not
     reached.
     """

@@ -54,6 +54,8 @@ class TraceTally:
     def __init__(self, operator: LinearView, known: torch.Tensor | None = None) -> None:
         self.slices = {"": slice(None), **(operator.parameter_slices or {})}
         self.n = 0
+        self.independent: float = 0  # samples whose spread would tell as much as what squares holds
+        self.whole: list[float] = []  # the samples in all
         self.known = self.collect(torch.zeros(operator.P, dtype=torch.float64) if known is None else known)
         self.mean = torch.zeros_like(self.known)
         self.squares = torch.zeros_like(self.known)
@@ -70,9 +72,21 @@ class TraceTally:
         """``products`` (K, P): v * (A v) of K probes; by Welford's recurrence."""
         for sample in self.samples(products):
             self.n += 1
+            self.independent = self.n
+            self.note(sample)
             away = sample - self.mean
             self.mean += away / self.n
             self.squares += away * (sample - self.mean)
+
+    def note(self, sample: torch.Tensor) -> None:
+        self.whole.append(float(sample[0]))
+
+    def skewness(self) -> float:
+        """Of the samples in all; 0 where it is not known."""
+        away = torch.tensor(self.whole, dtype=torch.float64)
+        away -= away.mean()
+        squares = float((away**2).mean()) if self.whole else 0.0
+        return float((away**3).mean()) / squares**1.5 if squares > 0 else 0.0
 
     def take(self, estimator: _C.estimators.LeaveOneOut, final: bool) -> None:
         """The leave-one-out estimates so far, those per parameter only if ``final``."""
@@ -80,7 +94,13 @@ class TraceTally:
         self.n = estimator.probes
         self.mean, self.squares = torch.zeros_like(self.known), torch.zeros_like(self.known)
         self.mean[: len(found)] = found[:, 0]
-        self.squares[: len(found)] = found[:, 1] * (self.n * (self.n - 1))
+        self._take_variance(found[:, 1])
+
+    def _take_variance(self, variance: torch.Tensor) -> None:
+        """A variance that holds a covariance, itself estimated from the same probes, is about as uncertain as
+        that of half as many independent samples."""
+        self.independent = self.n / 2
+        self.squares[: len(variance)] = variance * (self.n * (self.n - 1))
 
     @property
     def value(self) -> torch.Tensor:
@@ -89,7 +109,7 @@ class TraceTally:
     def stderr(self) -> torch.Tensor:
         if self.n < 2:
             return torch.full_like(self.squares, math.nan)
-        return (self.squares / (self.n * (self.n - 1))).sqrt()
+        return student(self.independent) * (self.squares / (self.n * (self.n - 1))).sqrt()
 
     def error_and_size(self) -> tuple[float, float]:
         """What is compared: stderr <= rtol * size."""
@@ -116,10 +136,14 @@ class DiagonalTally(TraceTally):
     def samples(self, products: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from products.double()
 
+    def note(self, sample: torch.Tensor) -> None:
+        pass
+
     def take(self, estimator: _C.estimators.LeaveOneOut, final: bool) -> None:
         self.n = estimator.probes
+        self.squares = torch.zeros_like(self.known)
         self.mean, variance = estimator.diagonal()
-        self.squares = variance * (self.n * (self.n - 1))
+        self._take_variance(variance)
 
     def error_and_size(self) -> tuple[float, float]:
         return float(self.stderr().norm()), float(self.value.norm())
@@ -153,7 +177,9 @@ class Run:
         error, size = self.tally.error_and_size()
         text = f"{self.products.used} products, relative error {error / size if size else math.nan:.2g}"
         self.bar.update(self.products.used, text)
-        return self.tally.n >= LEAST_PROBES and error * caution(self.tally.n) <= self.rtol * size
+        if self.tally.n < LEAST_PROBES:
+            return False
+        return error * caution(self.tally.independent, self.tally.skewness()) <= self.rtol * size
 
     def samples_needed(self) -> float:
         """How many samples of the spread seen would reach rtol: the error falls as 1 / sqrt(n)."""
@@ -163,16 +189,26 @@ class Run:
         return self.tally.n * (error / (self.rtol * size)) ** 2 if size else math.inf
 
 
-def caution(n: int) -> float:
-    """How much larger than that of n >= 2 normal samples the true deviation may be, with 90 % confidence.
+def student(n: float) -> float:
+    """What makes 2 standard errors of n samples an interval of 95 % (the quantile of Student's t over the
+    normal one, to first order in 1 / n)."""
+    return 1 + 5 / (4 * max(n - 1, 1))
 
-    A rule that stops where the error bar is small enough stops first where it happens to be too small. The
-    quantile of chi-square is Wilson and Hilferty's (PNAS 17 (1931) 684-688). Samples by signs are quadratic
-    polynomials of them, whose fourth moments are bounded by their variance (Bonami's lemma), so that a few
-    of them cannot miss a rare large value.
+
+def caution(n: float, skewness: float) -> float:
+    """How much larger than that of n >= 2 samples the true deviation may be.
+
+    A rule that stops where the error bar is small enough stops first where it happens to be too small. Two
+    factors against it: the 90 % bound for normal samples (the quantile of chi-square is Wilson and
+    Hilferty's, PNAS 17 (1931) 684-688), and for skewed ones, as a single eigenvalue far above the others
+    makes them, whose mean and spread are too small together, the first term of the expansion by which
+    Johnson (J. Am. Stat. Assoc. 73 (1978) 536-544) corrects the interval, at 2 deviations. A few samples
+    cannot miss a rare large value altogether: they are quadratic polynomials of signs, whose fourth moments
+    their variance bounds (Bonami's lemma).
     """
     rest = 2 / (9 * (n - 1))
-    return float(max(1 - rest - 1.2816 * math.sqrt(rest), 0.1) ** -1.5)
+    spread = float(max(1 - rest - 1.2816 * math.sqrt(rest), 0.1) ** -1.5)
+    return spread * (1 + 0.75 * abs(skewness) / math.sqrt(n))
 
 
 def hutchinson(run: Run, may_change: bool) -> bool:
