@@ -97,3 +97,23 @@ class estimators:
         def diagonal(self) -> tuple[Tensor, Tensor]: ...
         def remainder(self, V: Tensor, Y: Tensor) -> Tensor: ...
         def known_diagonal(self) -> Tensor: ...
+
+class solvers:
+    @staticmethod
+    def conjugate_gradients(
+        product: Callable[[Tensor], Tensor], B: Tensor, damping: float, tol: float, max_products: int
+    ) -> dict[str, Any]: ...
+    @staticmethod
+    def slice_pairs(
+        product: Callable[[Tensor], Tensor],
+        like: Tensor,
+        P: int,
+        slices: Sequence[tuple[int, int]],
+        k: int,
+        which: str,
+        tol: float,
+        width: int,
+        steps: int,
+        seed: int,
+        on_step: Callable[[int, int], None],
+    ) -> list[dict[str, Any]]: ...

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Density", "Eigenpairs", "Estimate"]
+__all__ = ["BlockSpectra", "Density", "Eigenpairs", "Estimate", "Solution"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,48 @@ class Estimate:
     method: str
     seed: int
     seconds: float
+    status: str
+
+
+@dataclass(frozen=True)
+class BlockSpectra:
+    """Eigenpairs of the diagonal block of every parameter.
+
+    ``by_parameter``: name -> Eigenpairs of that block, whose ``vectors`` (n, k) have the parameter's n
+    entries. ``matvecs``: products of A with one vector, in all. ``status``: "converged", or one sentence that
+    says which blocks have not.
+    """
+
+    by_parameter: Mapping[str, Eigenpairs]
+    matvecs: int
+    seconds: float
+    seed: int
+    status: str
+
+    def __getitem__(self, name: str) -> Eigenpairs:
+        return self.by_parameter[name]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """x with (A + damping I) x = b.
+
+    ``value``: (P,) or (P, K) like b, in A's dtype on its device. ``residuals``: |b - (A + damping I) x| / |b|,
+    from products of their own, a float for (P,) and (K,) float64 on the CPU else; 0 where b is 0.
+    ``converged``: residual <= tol, a bool or (K,). ``matvecs``: products of A with one vector, all included.
+    ``curvature``: the least <v, (A + damping I) v> / <v, v> met, above the least eigenvalue. ``status``:
+    "converged", or one sentence that says why not.
+    """
+
+    value: torch.Tensor
+    residuals: Any
+    converged: Any
+    matvecs: int
+    iterations: int
+    seconds: float
+    damping: float
+    tol: float
+    curvature: float
     status: str
 
 

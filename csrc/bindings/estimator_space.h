@@ -20,6 +20,7 @@ class EstimatorSpace : public TensorSpace {
     std::vector<double> norms(const Block& X) const;
     Block columns(const Block& X, int64_t first, int64_t n) const { return X.narrow(1, first, n); }
     at::Tensor column_dots(const Block& X, const Block& Y) const;
+    Block zeros(int64_t p) const { return allocate(p).zero_(); }
     Block signs(int64_t first, int64_t n) const;
     // Returns the sum of the squares.
     double put_moments(at::Tensor& mean, at::Tensor& squares, int64_t first, const at::Tensor& base,

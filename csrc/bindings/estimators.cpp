@@ -5,21 +5,12 @@
 
 #include "../krylov/leave_one_out.h"
 #include "../krylov/range_basis.h"
-#include "estimator_space.h"
+#include "python_space.h"
 
 namespace py = pybind11;
 
 namespace flatcore {
 namespace {
-
-EstimatorSpace make_space(py::function product, const at::Tensor& like, int64_t P, uint64_t seed) {
-    auto held = std::make_shared<py::function>(std::move(product));
-    auto apply = [held](const at::Tensor& X) {
-        py::gil_scoped_acquire acquire;
-        return (*held)(X).cast<at::Tensor>();
-    };
-    return EstimatorSpace(std::move(apply), like, P, seed);
-}
 
 at::Tensor float64_vector(const EstimatorSpace& space) {
     return space.allocate(1).select(0, 0).to(at::kDouble);
@@ -52,7 +43,7 @@ at::Tensor known_diagonal_of(const EstimatorSpace& space, krylov::RangeBasis<Est
 class RangeBasis {
  public:
     RangeBasis(py::function product, const at::Tensor& like, int64_t P, uint64_t seed)
-        : space_(make_space(std::move(product), like, P, seed)), basis_(space_) {}
+        : space_(python_space(std::move(product), like, P, seed)), basis_(space_) {}
 
     int64_t rows() const { return basis_.rows(); }
     at::Tensor vectors() { return basis_.Q(); }
@@ -79,7 +70,7 @@ class LeaveOneOut {
  public:
     LeaveOneOut(py::function product, const at::Tensor& like, int64_t P, uint64_t seed,
                 std::vector<std::pair<int64_t, int64_t>> slices)
-        : space_(make_space(std::move(product), like, P, seed)), estimator_(space_, std::move(slices)) {}
+        : space_(python_space(std::move(product), like, P, seed)), estimator_(space_, std::move(slices)) {}
 
     int64_t probes() const { return estimator_.probes(); }
 
