@@ -152,7 +152,7 @@ class BlockCG {
                 "A + damping I is not positive definite, which conjugate gradients need: step " +
                 std::to_string(step) + " met a direction v with <v, (A + damping I) v> / <v, v> = " +
                 text(least) + "; raise damping from " + text(damping_) + " by more than " + text(-least) +
-                ", or take a positive semidefinite operator, e.g. fc.GGN.");
+                ", or take a positive semidefinite operator.");
         return least;
     }
 
