@@ -155,7 +155,7 @@ def covered(A: torch.Tensor, method: str, rtol: float, seeds: int) -> float:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("name", "rtol"), [("exponential", 0.03), ("slow", 0.04), ("outliers", 0.1)])
+@pytest.mark.parametrize(("name", "rtol"), [("exponential", 0.05), ("slow", 0.04), ("outliers", 0.1)])
 def test_coverage(name: str, rtol: float, method: str) -> None:
     """200 seeds with a stopping rule: at least 90 % within 2 stderr, less 2 deviations of such a count
     (2 sqrt(0.9 * 0.1 / 200) = 4.2 %)."""

@@ -100,9 +100,11 @@ class LeaveOneOut {
     Matrix estimates(bool of_slices) {
         const int64_t m = probes();
         Matrix result(of_slices ? 1 + static_cast<int64_t>(slices_.size()) : 1, 2);
-        const Sums whole{scaled_identity(m, 1.0), basis_.projected(), W_, T_};
+        std::vector<Sums> sums;
+        sums.push_back({scaled_identity(m, 1.0), basis_.projected(), W_, T_});
+        if (of_slices) add_sums_of_slices(sums);
         for (int64_t s = 0; s < result.rows; ++s) {
-            const Sums part = s == 0 ? whole : sums_of(slices_[static_cast<size_t>(s - 1)]);
+            const Sums& part = sums[static_cast<size_t>(s)];
             const std::vector<double> a = samples(part, s);
             double mean = 0.0, spread = 0.0, common = 0.0;
             for (const double x : a) mean += x / static_cast<double>(m);
@@ -121,8 +123,8 @@ class LeaveOneOut {
     // entry alone the covariance would be too uncertain.
     template <class Vector>
     double diagonal_moments(Vector& mean, Vector& squares) {
-        constexpr int64_t kPiece = int64_t{1} << 14;
-        const int64_t P = space_.dimension();
+        constexpr int64_t kPiece = int64_t{1} << 12;
+        const int64_t P = space_.dimension(), sampled = 1 + P / (kPiece * kSampledPieces);
         // a_i = base + s_i Q * u_i + w_i * r_i, with u and r combinations of the rows of Q and Z.
         Matrix along = transpose(S_), u_q(probes(), probes()), r_q = basis_.coefficients();
         for (int64_t i = 0; i < probes(); ++i)
@@ -147,7 +149,10 @@ class LeaveOneOut {
             space_.update(u, u_z, z);
             space_.update(r, r_z, z);
             const Block v = space_.columns(signs, first, n), tau = space_.combine(along, q);
-            spread += space_.put_moments(mean, squares, first, basis_.known_diagonal(first, n), tau, u, v, r);
+            const double squares_here =
+                space_.put_moments(mean, squares, first, basis_.known_diagonal(first, n), tau, u, v, r);
+            if (first / kPiece % sampled != 0) continue;
+            spread += squares_here;
             Block e = space_.combine(along, z);
             space_.update(e, transpose(HS_), q);
             for (size_t shift = 0; shift < there.size(); ++shift)
@@ -159,7 +164,8 @@ class LeaveOneOut {
 
  private:
     static constexpr double kParallel = 1e-10;  // squared sine, far above that of rounding
-    static constexpr int64_t kShifts = 4;       // pairs per probe that tell the covariance of the diagonal
+    static constexpr int64_t kShifts = 4;       // pairs per probe that tell the covariance of the diagonal,
+    static constexpr int64_t kSampledPieces = 32;  // and pieces of its entries
 
     // s_i and all that follows from it: x_i = (I - s_i s_iᵀ) Q w_i, H s_i, eta_i = s_iᵀ H s_i and
     // c_i = (I - s_i s_iᵀ) Q A (I - Pi_i) w_i, a column each.
@@ -192,17 +198,21 @@ class LeaveOneOut {
         Matrix QQ, QZ, QV, ZV;
     };
 
-    Sums sums_of(const std::pair<int64_t, int64_t>& slice) {
-        const auto [first, n] = slice;
-        const int64_t m = probes(), piece = 32;
-        const Block q = space_.columns(basis_.Q(), first, n), z = space_.columns(basis_.Z(), first, n);
-        Sums sums{space_.gram(q, q), space_.gram(q, z), Matrix(m, m), Matrix(m, m)};
-        for (int64_t at = 0; at < m; at += piece) {
-            const Block v = space_.columns(space_.signs(at, std::min(piece, m - at)), first, n);
-            put(sums.QV, space_.gram(q, v), 0, at);
-            put(sums.ZV, space_.gram(z, v), 0, at);
+    void add_sums_of_slices(std::vector<Sums>& sums) {
+        const int64_t m = probes(), piece = 16;
+        for (const auto& [first, n] : slices_) {
+            const Block q = space_.columns(basis_.Q(), first, n), z = space_.columns(basis_.Z(), first, n);
+            sums.push_back({space_.gram(q, q), space_.gram(q, z), Matrix(m, m), Matrix(m, m)});
         }
-        return sums;
+        for (int64_t at = 0; at < m; at += piece) {
+            const Block signs = space_.signs(at, std::min(piece, m - at));
+            for (size_t s = 0; s < slices_.size(); ++s) {
+                const auto [first, n] = slices_[s];
+                const Block v = space_.columns(signs, first, n);
+                put(sums[s + 1].QV, space_.gram(space_.columns(basis_.Q(), first, n), v), 0, at);
+                put(sums[s + 1].ZV, space_.gram(space_.columns(basis_.Z(), first, n), v), 0, at);
+            }
+        }
     }
 
     // a_i summed over slice s.
