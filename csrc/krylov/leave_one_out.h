@@ -163,9 +163,9 @@ class LeaveOneOut {
     }
 
  private:
-    static constexpr double kParallel = 1e-10;  // squared sine, far above that of rounding
-    static constexpr int64_t kShifts = 4;       // pairs per probe that tell the covariance of the diagonal,
-    static constexpr int64_t kSampledPieces = 32;  // and pieces of its entries
+    static constexpr double kParallel = 1e-10;     // squared sine, far above that of rounding
+    static constexpr int64_t kShifts = 4;          // of pairs, for the covariance of the diagonal
+    static constexpr int64_t kSampledPieces = 32;  // of its entries, at least, where there are so many
 
     // s_i and all that follows from it: x_i = (I - s_i s_iᵀ) Q w_i, H s_i, eta_i = s_iᵀ H s_i and
     // c_i = (I - s_i s_iᵀ) Q A (I - Pi_i) w_i, a column each.
