@@ -51,6 +51,7 @@ def automatic(run: Run, may_be_exact: bool) -> str:
     for part in images:
         estimator.extend(part)
     del images
+    first_error = math.nan
     while True:
         run.tally = plain
         others = min(run.samples_needed() - plain.n, all_columns())
@@ -59,7 +60,11 @@ def automatic(run: Run, may_be_exact: bool) -> str:
         if run.reached():
             run.tally.take(estimator, final=True)
             return "xtrace"
-        m, needed = run.tally.n, run.samples_needed()
+        m, needed, error = run.tally.n, run.samples_needed(), run.tally.error_and_size()[0]
+        if m == LEAST_PROBES:
+            first_error = error
+        elif error > 0:  # what growing has brought, where that is less than promised
+            slope = min(slope, max(0.0, math.log(first_error / error) / math.log(m / LEAST_PROBES) - 0.5))
         probing, growing = max(needed, LEAST_PROBES), growth_cost(m, needed, slope)
         may_grow = 2 * (m + BLOCK) <= P and run.left >= 2 * BLOCK
         if may_grow and growing <= min(probing, others):

@@ -274,6 +274,34 @@ def test_auto_costs_at_most_a_pilot_more(name: str, rtol: float) -> None:
     assert auto <= min(*costs, 300) + 32
 
 
+def test_auto_on_a_flat_spectrum_takes_no_second_products() -> None:
+    A = with_spectrum(spectra(300)["indefinite"])
+    found = trace(A, rtol=0.03)
+    assert found.method == "hutchinson"
+    assert found.matvecs == trace(A, method="hutchinson", rtol=0.03).matvecs
+
+
+def test_auto_probes_the_remainder_with_fresh_probes() -> None:
+    """Four outliers and a flat rest: a larger basis stops paying. The probes that follow must not be those
+    the basis was made of, which its remainder does not see."""
+    flat = np.random.default_rng(3).uniform(0.5, 1.5, 800) * np.where(np.arange(800) % 2, 1, -0.4)
+    A, seen = with_spectrum(np.concatenate([np.full(4, 300.0), flat])), []
+
+    class Recording(WithSlices):
+        def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
+            seen.extend(tuple(v.tolist()) for v in V.T if bool((v.abs() == 1).all()))
+            return super().__matmul__(V)
+
+    methods = []
+    for seed in range(6):
+        seen.clear()
+        found = trace(Recording(A, {}), rtol=0.0025, seed=seed)
+        methods.append(found.method)
+        assert len(set(seen)) == len(seen)
+        assert abs(found.value - float(A.trace())) <= 4 * found.stderr + 1e-9
+    assert "hutch++" in methods, methods
+
+
 def test_share_outside() -> None:
     """A flat spectrum leaves nearly all outside, a low rank nothing, and the power of a power law shows."""
     flat, _ = share_outside(signs(0, 0, 16, 300) @ with_spectrum(np.ones(300)))
