@@ -276,9 +276,9 @@ def test_auto_costs_at_most_a_pilot_more(name: str, rtol: float) -> None:
 
 def test_auto_on_a_flat_spectrum_takes_no_second_products() -> None:
     A = with_spectrum(spectra(300)["indefinite"])
-    found = trace(A, rtol=0.03)
+    found = trace(A, rtol=0.02)
     assert found.method == "hutchinson"
-    assert found.matvecs == trace(A, method="hutchinson", rtol=0.03).matvecs
+    assert 16 < found.matvecs == trace(A, method="hutchinson", rtol=0.02).matvecs
 
 
 def test_auto_probes_the_remainder_with_fresh_probes() -> None:
