@@ -37,7 +37,7 @@ PYTHON_LAYERS = {
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning precision autograd native backend operators",
-    "estimators": "eigsh trace density",
+    "estimators": "eigsh trace sampling projected automatic solve block_spectra density",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {
