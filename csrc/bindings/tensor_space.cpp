@@ -4,6 +4,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -11,19 +12,6 @@
 #include "../kernels/probes.h"
 
 namespace flatcore {
-
-at::Tensor TensorSpace::to_tensor(const Matrix& B) const {
-    at::Tensor host = at::empty({B.rows, B.cols}, at::kDouble);
-    std::copy(B.data.begin(), B.data.end(), host.mutable_data_ptr<double>());
-    return host.to(options_);
-}
-
-krylov::Matrix TensorSpace::to_matrix(const at::Tensor& B) {
-    const at::Tensor host = B.to(at::kCPU, at::kDouble).contiguous();
-    Matrix result(host.size(0), host.size(1));
-    std::copy_n(host.const_data_ptr<double>(), host.numel(), result.data.begin());
-    return result;
-}
 
 at::Tensor TensorSpace::allocate(int64_t p) const { return at::empty({p, P_}, options_); }
 
@@ -62,11 +50,13 @@ krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const {
     return X.size(0) <= Y.size(0) ? to_matrix(at::mm(X, Y.t())) : to_matrix(at::mm(Y, X.t()).t());
 }
 
+std::vector<double> TensorSpace::lengths(const Block& X) const {
+    return to_matrix(at::linalg_vector_norm(X, 2, {1}, true)).data;
+}
+
 void TensorSpace::update(Block& X, const Matrix& B, const Block& Y) const {
     if (B.rows > 0 && B.cols > 0) X.addmm_(to_tensor(B), Y, 1, -1);
 }
-
-at::Tensor TensorSpace::combine(const Matrix& B, const Block& Y) const { return at::mm(to_tensor(B), Y); }
 
 void TensorSpace::combine_into(Block X, const Matrix& B, const Block& Y) const {
     at::mm_out(X, to_tensor(B), Y);
