@@ -24,7 +24,6 @@ from flatcore.warm_start import draft_rows, start_rows
 __all__ = ["eigsh"]
 
 _WHICH = ("LM", "LA", "SA", "BE")
-_CHECKPOINT_SECONDS = 60.0
 
 
 def eigsh(
@@ -55,24 +54,25 @@ def eigsh(
     ``max_matvecs``: products of A with one vector, in all, by default max(1000, 50 k).
 
     ``v0``: where to start: (P,), (P, j) or earlier ``Eigenpairs``. One product for each, then the search goes on
-    from the residuals of those that have not converged, with two random vectors beside them that look for what is
-    missing: from its own answer that is 2 k products and 6 to 24 for the look. ``draft``: an operator of the same shape,
-    cheaper and less exact (other data, lower precision); it is searched first, to the same tol by its own measure, and
-    its pairs are where A starts. It decides how many products A needs, not what comes out.
+    from the residuals of those that have not converged, with two random vectors beside them to look for what the
+    start misses. From its own answer that is 2 k products and, where the wanted values stand apart, 6 to 24 for the
+    look. ``draft``: an operator of A's shape, cheaper and less exact (fewer data, lower precision). It is searched
+    first, for the same tol by its own measure, and its pairs are where A starts. It decides how many products of A
+    are needed, not what comes out.
 
-    ``memory``: bytes on A's device for the basis and what a step works on, a quarter of the machine's by default;
-    a product's own memory comes on top. ``storage`` of the basis: "full" (A's dtype), "float16" or "bf16" (the
-    wanted pairs in full precision nevertheless; where the rounding is in the way of tol, the search starts again
-    from its pairs), "host" (pinned memory, A on another device), "file" (in TMPDIR, gone with the process);
-    by default the first of full, host, float16 and file that has room. ``checkpoint``: a file that is written about every minute;
-    where it exists, the search goes on from it, to the same bits, and it is removed on convergence. It must be of the
-    same arguments, but for max_matvecs, and of the same operator.
+    ``memory``: bytes on A's device for the basis and for what a step works on, a quarter of the machine's by
+    default; a product's own memory comes on top. ``storage`` of the basis: "full" (A's dtype); "float16" or "bf16"
+    (the wanted pairs in full precision all the same; where the rounding hides a residual, the search starts again
+    from its pairs); "host" (pinned memory, for A on another device); "file" (in TMPDIR, gone with the process). By
+    default the first of full, host, float16 and file that has room. ``checkpoint``: a file that is written about
+    every minute. Where it exists, the search goes on from it, at the cost of one product, to the same bits; on
+    convergence it is removed. Arguments must be the same but for ``max_matvecs``, and so must A.
 
     Costs about block_size products a step, and k for the true residuals. Memory: max(64, 4 k + 6 block_size)
     vectors for the basis, 2 k + 4 block_size besides. Not converged in max_matvecs: ``status`` says so, a
-    FlatcoreWarning too, and the residuals tell how far it got. Ctrl-C: the pairs found so far, fewer than k where there
-    are none yet, with the recurrence's estimates for residuals, ``status`` "interrupted ..." and a FlatcoreWarning; with
-    none at all, KeyboardInterrupt. Raises ValueError or TypeError for bad arguments, for products that are not
+    FlatcoreWarning too, and the residuals tell how far it got. Ctrl-C: the pairs found so far with the recurrence's
+    estimates for residuals, fewer than k where fewer exist, ``status`` "interrupted ..." and a FlatcoreWarning;
+    with none at all, KeyboardInterrupt. Raises ValueError or TypeError for bad arguments, for products that are not
     finite and for an A that is not symmetric. Source: thick restart after Wu and Simon, SIAM J. Matrix Anal. Appl.
     22 (2000) 602-616, for blocks.
     """
@@ -91,7 +91,7 @@ def eigsh(
     block = min(k + 2, 8) if block_size is None else check_count("block_size", block_size, 1)
     block = min(block, operator.P)
     memory = None if memory is None else check_count("memory", memory, 1)
-    storage = checked_storage(storage, operator)
+    storage = checked_storage(storage, operator, tol)
     start = start_rows(v0, operator)
     given = len(start) if draft is None else k
     most = _most_products(max_matvecs, k, block, given)
@@ -99,7 +99,7 @@ def eigsh(
     saved = None
     if checkpoint is not None:
         identity = search.identity(operator, start, draft is not None)
-        saved = Checkpoint(checkpoint, identity, _CHECKPOINT_SECONDS)
+        saved = Checkpoint(checkpoint, identity)
 
     with full_precision(), progress_bar("eigsh", total=most, enabled=progress) as bar:
         drafted = 0
@@ -107,7 +107,9 @@ def eigsh(
             start, drafted = draft_rows(
                 draft, operator, lambda view: search.draft(view, start, memory, storage, bar)
             )
-        basis = allocate_basis(operator, k, block, given, memory, storage)
+        basis = allocate_basis(operator, k, block, given, tol, memory, storage)
+        if saved:
+            saved.identity.update(storage=basis.storage, basis_rows=basis.rows)
         found = search.run(operator, basis, start, saved, drafted, bar)
     status = _status(found, k, tol, operator.dtype)
     if status != "converged":
@@ -223,7 +225,7 @@ class _Search:
         self, operator: LinearView, start: torch.Tensor, memory: int | None, storage: str | None, bar: Bar
     ) -> dict[str, Any]:
         """The draft's pairs as its recurrence has them: they need not be exact, nor the draft quite symmetric."""
-        basis = allocate_basis(operator, self.k, self.block, len(start), memory, storage)
+        basis = allocate_basis(operator, self.k, self.block, len(start), self.tol, memory, storage)
         solver = self.solver(operator, basis, asymmetry=0.1, verify=False)
         solver.start(start.to(dtype=operator.dtype, device=operator.device))
         while solver.step():

@@ -18,6 +18,9 @@ STORAGES = ("full", "float16", "bf16", "host", "file")
 # Of the machine's memory, for the Krylov basis; not of what is free now, so that a run can be repeated exactly.
 _MEMORY_SHARE = 0.25
 _SHORT = {"float16": torch.float16, "bf16": torch.bfloat16}
+# Stored in 16 bits a row is rounded by u in random directions, so that its product with another is off by about
+# u / sqrt(P): eigenpairs cannot be told apart more finely. With some room:
+_ROOM = 4.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,12 @@ class _Need:
         )
 
 
-def checked_storage(storage: str | None, operator: LinearView) -> str | None:
+def _finest(storage: str, P: int) -> float:
+    """The least tol that a storage can serve."""
+    return _ROOM * torch.finfo(_SHORT[storage]).eps / 2 / math.sqrt(P) if storage in _SHORT else 0.0
+
+
+def checked_storage(storage: str | None, operator: LinearView, tol: float) -> str | None:
     if storage is None:
         return None
     if storage not in STORAGES:
@@ -75,7 +83,13 @@ def checked_storage(storage: str | None, operator: LinearView) -> str | None:
 
 
 def allocate_basis(
-    operator: LinearView, k: int, block: int, given: int, memory: int | None, storage: str | None
+    operator: LinearView,
+    k: int,
+    block: int,
+    given: int,
+    tol: float,
+    memory: int | None,
+    storage: str | None,
 ) -> Basis:
     """A basis for k pairs in blocks, from ``given`` start rows, within ``memory`` bytes on A's device.
 

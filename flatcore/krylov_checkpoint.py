@@ -16,6 +16,8 @@ from flatcore.krylov_basis import Basis
 
 __all__ = ["Checkpoint"]
 
+SECONDS = 60.0
+SHARE = 0.1
 _MAGIC = b"flatcore eigsh checkpoint 1\n"
 
 
@@ -23,11 +25,11 @@ class Checkpoint:
     """The state of a search at ``path``: a line that says what it is, its small part as a line of JSON, the rows of
     the basis as they are stored.
 
-    ``identity``: what a search must have in common with the one that is taken up. It is written not more often than
-    every ``seconds``, and seldom enough to cost a tenth of the time.
+    ``identity``: what a search must have in common with the one that is taken up. It is written every SECONDS,
+    or less often where that would cost more than a SHARE of the time.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], seconds: float) -> None:
+    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
         try:
             self.path = Path(path)
         except TypeError:
@@ -36,11 +38,11 @@ class Checkpoint:
             raise ValueError(
                 f"checkpoint: expected a file in a folder that exists, got {str(self.path)!r}; make the folder"
             )
-        self.identity, self.seconds = identity, seconds
+        self.identity = identity
         self._written, self._cost = time.monotonic(), 0.0
 
     def due(self) -> bool:
-        return time.monotonic() - self._written >= max(self.seconds, 10.0 * self._cost)
+        return time.monotonic() - self._written >= max(SECONDS, self._cost / SHARE)
 
     def write(self, state: dict[str, Any], basis: Basis, rows: int, draft_products: int) -> None:
         began = time.monotonic()
@@ -71,11 +73,9 @@ class Checkpoint:
 
         Raises ValueError where it is none, is cut off, or is another search's.
         """
-        try:
-            file = open(self.path, "rb")
-        except FileNotFoundError:
+        if not self.path.exists():
             return None
-        with file:
+        with open(self.path, "rb") as file:
             if file.readline() != _MAGIC:
                 raise ValueError(
                     f"checkpoint: expected {str(self.path)!r} to be one of this version's eigsh, found another file; "
@@ -107,8 +107,8 @@ class Checkpoint:
             self.path.unlink()
 
 
-def _bytes_of(row: torch.Tensor) -> memoryview:
-    return memoryview(row.cpu().contiguous().view(torch.uint8).numpy())
+def _bytes_of(row: torch.Tensor) -> bytes:
+    return bytes(row.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def draft_rows(
     view = as_operator(draft)
     if operator.P != view.P:
         raise ValueError(
-            f"draft: expected an operator of shape ({operator.P}, {operator.P}) like A, got ({view.P}, {view.P}); give one "
-            "of the same parameters"
+            f"draft: expected an operator of shape ({operator.P}, {operator.P}) like A, got ({view.P}, {view.P}); "
+            "give one of the same parameters"
         )
     nothing = torch.empty(0, operator.P, dtype=operator.dtype, device=operator.device)
     try:

@@ -11,39 +11,9 @@
 #include <vector>
 
 #include "block_lanczos.h"
-#include "wanted.h"
+#include "search.h"
 
 namespace flatcore::krylov {
-
-struct EigenOptions {
-    int64_t k = 1;
-    Which which = Which::LM;
-    double tol = 1e-3;  // residuals, relative to the largest |theta| seen
-    int64_t block = 1;
-    int64_t max_products = 0;  // in all, the true residuals' included
-    double asymmetry = 0.0;    // how far <u, A v> and <A u, v> may be apart, relative to the same
-    bool verify = true;        // by products of their own; else the recurrence is believed
-};
-
-enum class EigenStatus { running, converged, out_of_products, copies_not_checked, stagnated };
-
-// What a search remembers besides the factorisation.
-struct Search {
-    bool warm = false;   // started from given rows
-    double scale = 0.0;  // largest |theta| seen
-    int64_t restarts = 0;
-    double worst = std::numeric_limits<double>::infinity();  // residual when last verified
-    int64_t verified = 0;                                    // pairs converged then
-    bool copies_not_checked = false;
-};
-
-template <class Block>
-struct EigenResult {
-    std::vector<double> values;     // (k,), the most wanted first; fewer where the basis has not as many rows
-    Block vectors;                  // (k, P)
-    std::vector<double> residuals;  // (k,), from products of their own where verified
-    EigenStatus status = EigenStatus::running;
-};
 
 template <class Space>
 class EigenSolver {
@@ -160,7 +130,7 @@ class EigenSolver {
         int64_t explored = 0, all = 0;
         for (const Injection& injection : s.injections) {
             all += injection.rows;
-            if (s.steps - injection.step >= least_age(injection)) explored += injection.rows;
+            if (has_shown(injection)) explored += injection.rows;
         }
         if (copies < explored) return true;
         if (copies < all) return false;
@@ -175,17 +145,20 @@ class EigenSolver {
         return false;
     }
 
-    // Steps after which random rows are believed to have shown what they can. In a cold search all that has
-    // converged came from the first of them; rows that joined at step s count after s / 2 further steps (3 at
-    // least): by then a missing copy stands out as a Ritz value that is not converged. In a warm search they
-    // alone can tell that a better value was missed: after 3 steps if the best value not wanted is known to
-    // within half of its distance from the wanted ones, after 12 in any case.
-    int64_t least_age(const Injection& injection) const {
-        if (!search_.warm) return injection.step == 0 ? 0 : std::max<int64_t>(3, injection.step / 2);
-        const auto k = static_cast<size_t>(options_.k);
-        if (order_.size() <= k) return 12;
-        const double gap = distance(ritz_.values, order_, options_.k, options_.which);
-        return 2.0 * ritz_.residual(order_[k]) <= gap ? 3 : 12;
+    // Random rows are believed to have shown what they can: in a cold search, where all that has converged
+    // came from the first of them, those; rows that joined at step s after s / 2 further steps (3 at least),
+    // when a missing copy stands out as a Ritz value that is not converged. In a warm search they alone can
+    // tell that a better value was missed: after 3 steps, if the best value that has not converged is known
+    // to within half of its distance from the wanted ones.
+    bool has_shown(const Injection& injection) const {
+        const int64_t age = lanczos_.state().steps - injection.step;
+        if (!search_.warm) return injection.step == 0 || age >= std::max<int64_t>(3, injection.step / 2);
+        auto unknown = std::find_if(order_.begin() + options_.k, order_.end(),
+                                    [this](int64_t i) { return !converged(ritz_.residual(i)); });
+        if (age < 3 || unknown == order_.end()) return age >= 3;
+        const std::vector<double> wanted = picked(ritz_.values, order_, options_.k);
+        return 2.0 * ritz_.residual(*unknown) <=
+               distance(ritz_.values[static_cast<size_t>(*unknown)], wanted, options_.which);
     }
 
     // Values that agree to the tolerance asked for count as copies.

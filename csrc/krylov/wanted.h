@@ -49,14 +49,11 @@ inline int64_t most_copies(const std::vector<double>& values, const std::vector<
     return most;
 }
 
-// From the best value that is not wanted to the nearest of the k wanted ones.
-inline double distance(const std::vector<double>& values, const std::vector<int64_t>& order, int64_t k,
-                       Which which) {
-    auto measure = [which](double value) { return which == Which::LM ? std::abs(value) : value; };
-    const std::vector<double> best = picked(values, order, k + 1);
+// From a value to the nearest of the wanted ones, as far as the preference goes.
+inline double distance(double value, const std::vector<double>& wanted, Which which) {
+    auto measure = [which](double x) { return which == Which::LM ? std::abs(x) : x; };
     double least = std::numeric_limits<double>::infinity();
-    for (int64_t i = 0; i < k; ++i)
-        least = std::min(least, std::abs(measure(best[static_cast<size_t>(i)]) - measure(best.back())));
+    for (const double x : wanted) least = std::min(least, std::abs(measure(x) - measure(value)));
     return least;
 }
 
