@@ -54,7 +54,7 @@ class _Need:
     @staticmethod
     def of(P: int, k: int, block: int, given: int) -> _Need:
         kept = max(k, given)
-        least = min(P, kept + 4 * max(block, 2))
+        least = min(P, kept + 6 * max(block, 2))
         return _Need(
             comfortable=min(P, max(64, 4 * k + 6 * block, least)),
             enough=min(P, max(k + 8 * block, least)),
@@ -78,6 +78,11 @@ def checked_storage(storage: str | None, operator: LinearView, tol: float) -> st
     if storage == "host" and operator.device.type == "cpu":
         raise ValueError(
             "storage: expected an operator on another device for 'host', got one on the CPU; give 'full'"
+        )
+    if tol < _finest(storage, operator.P):
+        raise ValueError(
+            f"storage: expected tol of {_finest(storage, operator.P):.1e} or more for {storage!r} with "
+            f"P = {operator.P}, whose rounding hides smaller residuals, got tol = {tol:g}; give 'full' or 'file'"
         )
     return storage
 
@@ -112,10 +117,8 @@ def allocate_basis(
         return min(need.comfortable, max(left // itemsize, 0))
 
     if storage is None:
-        large = [
-            kind for kind in ("full", "host", "float16") if kind != "host" or operator.device.type == "cuda"
-        ]
-        choice = next((kind for kind in large if rows(kind) >= need.enough), None)
+        able = {"full": True, "host": operator.device.type == "cuda", "float16": tol >= _finest("float16", P)}
+        choice = next((kind for kind in able if able[kind] and rows(kind) >= need.enough), None)
         storage = choice or ("full" if rows("full") >= need.least else "file")
     if rows(storage) < need.least:
         if memory is not None:

@@ -94,8 +94,9 @@ class Solver {
         out["slack"] = s.slack;
         out["scale"] = s.scale;
         out["injections"] = injections;
-        out["search"] = py::make_tuple(search.warm, search.scale, search.restarts, search.worst,
-                                       search.verified, search.copies_not_checked);
+        out["search"] =
+            py::make_tuple(search.warm, search.scale, search.restarts, search.worst, search.verified,
+                           search.copies_not_checked, search.tight, search.looked);
         out["random_rows"] = space_.random_rows();
         return out;
     }
@@ -116,8 +117,8 @@ class Solver {
         for (const auto& [step, rows] : in["injections"].cast<std::vector<std::pair<int64_t, int64_t>>>())
             s.injections.push_back({step, rows});
         std::tie(search.warm, search.scale, search.restarts, search.worst, search.verified,
-                 search.copies_not_checked) =
-            in["search"].cast<std::tuple<bool, double, int64_t, double, int64_t, bool>>();
+                 search.copies_not_checked, search.tight, search.looked) =
+            in["search"].cast<std::tuple<bool, double, int64_t, double, int64_t, bool, bool, bool>>();
         space_.set_random_rows(in["random_rows"].cast<int64_t>());
         solver_.restore(std::move(s), search);
     }

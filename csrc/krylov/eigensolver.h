@@ -43,7 +43,7 @@ class EigenSolver {
             lanczos_.step();
             look();
         }
-        if (lanczos_.complete() || (settled() && copies_complete()))
+        if (lanczos_.complete() || (settled() && (search_.looked || !may_miss()) && copies_complete()))
             verify(true);
         else if (s.m >= options_.k && s.applications + s.q + options_.k > options_.max_products)
             verify(false);
@@ -116,6 +116,7 @@ class EigenSolver {
         }
         const auto locked = static_cast<int64_t>(chosen.size());
         chosen.insert(chosen.end(), others.begin(), others.end());
+        search_.tight = search_.tight || std::min(m, most) < std::min(m, k + 2 * options_.block);
         lanczos_.restart(ritz_, chosen, locked);
         ++search_.restarts;
         look();
@@ -129,12 +130,14 @@ class EigenSolver {
         const int64_t copies = most_copies(ritz_.values, order_, options_.k, near());
         int64_t explored = 0, all = 0;
         for (const Injection& injection : s.injections) {
+            // Restarts that keep little forget what the first rows had to say.
+            if (search_.tight && injection.step == 0) continue;
             all += injection.rows;
             if (has_shown(injection)) explored += injection.rows;
         }
         if (copies < explored) return true;
         if (copies < all) return false;
-        int64_t block = s.q + std::max(options_.block, copies + 1 - all);
+        int64_t block = s.q + std::max(search_.tight ? 2 : options_.block, copies + 1 - all);
         if (capacity() < space_.dimension()) {
             block = std::min(block, (capacity() - options_.k) / 3);
             search_.copies_not_checked = block <= s.q;
@@ -142,22 +145,29 @@ class EigenSolver {
             if (s.m + 2 * block > capacity()) restart(block);
         }
         lanczos_.fill(block);
+        search_.looked = false;
         return false;
     }
 
-    // Random rows are believed to have shown what they can: in a cold search, where all that has converged
-    // came from the first of them, those; rows that joined at step s after s / 2 further steps (3 at least),
-    // when a missing copy stands out as a Ritz value that is not converged. In a warm search they alone can
-    // tell that a better value was missed: after 3 steps, if the best value that has not converged is known
-    // to within half of its distance from the wanted ones.
+    // Random rows are believed to have shown what they can: those of the beginning at once, since all that
+    // has converged came from them; others that joined at step s after s / 2 further steps (3 at least), when
+    // a missing copy stands out as a Ritz value that is not converged.
     bool has_shown(const Injection& injection) const {
         const int64_t age = lanczos_.state().steps - injection.step;
-        if (!search_.warm) return injection.step == 0 || age >= std::max<int64_t>(3, injection.step / 2);
-        auto unknown = std::find_if(order_.begin() + options_.k, order_.end(),
-                                    [this](int64_t i) { return !converged(ritz_.residual(i)); });
-        if (age < 3 || unknown == order_.end()) return age >= 3;
+        if (search_.warm || search_.tight) return age >= 3;
+        return injection.step == 0 || age >= std::max<int64_t>(3, injection.step / 2);
+    }
+
+    // Whether a better value may be missing although all wanted ones have converged: a warm start can bring
+    // them without the others, a restart drop the others before they show. The best value that has not
+    // converged must be known to within half of its distance from the wanted ones.
+    bool may_miss() const {
+        if (!search_.warm && search_.restarts == 0) return false;
+        const auto unknown = std::find_if(order_.begin() + options_.k, order_.end(),
+                                          [this](int64_t i) { return !converged(ritz_.residual(i)); });
+        if (unknown == order_.end()) return false;
         const std::vector<double> wanted = picked(ritz_.values, order_, options_.k);
-        return 2.0 * ritz_.residual(*unknown) <=
+        return 2.0 * ritz_.residual(*unknown) >
                distance(ritz_.values[static_cast<size_t>(*unknown)], wanted, options_.which);
     }
 
@@ -200,6 +210,7 @@ class EigenSolver {
         // Of a shorter residual no direction is left, only rounding.
         const bool rounding = exact || worst <= 8.0 * space_.epsilon() * search_.scale;
         if (good < options_.k && may_go_on && !rounding && improved && affordable) {
+            search_.looked = true;
             search_.worst = worst;
             search_.verified = good;
             return begin(std::move(pairs));

@@ -29,6 +29,8 @@ struct Search {
     double worst = std::numeric_limits<double>::infinity();  // residual when last verified
     int64_t verified = 0;                                    // pairs converged then
     bool copies_not_checked = false;
+    bool tight = false;   // a restart kept hardly more than the wanted pairs
+    bool looked = false;  // for what the wanted pairs may miss
 };
 
 template <class Block>
