@@ -96,7 +96,7 @@ class Solver {
         out["injections"] = injections;
         out["search"] =
             py::make_tuple(search.warm, search.scale, search.restarts, search.worst, search.verified,
-                           search.copies_not_checked, search.tight, search.looked);
+                           search.copies_not_checked, search.tight, search.looked, search.settled);
         out["random_rows"] = space_.random_rows();
         return out;
     }
@@ -117,8 +117,9 @@ class Solver {
         for (const auto& [step, rows] : in["injections"].cast<std::vector<std::pair<int64_t, int64_t>>>())
             s.injections.push_back({step, rows});
         std::tie(search.warm, search.scale, search.restarts, search.worst, search.verified,
-                 search.copies_not_checked, search.tight, search.looked) =
-            in["search"].cast<std::tuple<bool, double, int64_t, double, int64_t, bool, bool, bool>>();
+                 search.copies_not_checked, search.tight, search.looked, search.settled) =
+            in["search"]
+                .cast<std::tuple<bool, double, int64_t, double, int64_t, bool, bool, bool, int64_t>>();
         space_.set_random_rows(in["random_rows"].cast<int64_t>());
         solver_.restore(std::move(s), search);
     }

@@ -124,6 +124,8 @@ class BlockLanczos {
         if (s_.q > before) s_.injections.push_back({s_.steps, s_.q - before});
     }
 
+    void unlock() { s_.locked = 0; }
+
     Ritz ritz() const { return ritz_pairs(space_, s_); }
 
     // Thick restart: the basis becomes the locked rows and the chosen Ritz vectors, of which the first
@@ -215,11 +217,13 @@ class BlockLanczos {
     // residual's coefficients C of the rows before, and across the diagonal, is the only view the method has
     // of A's symmetry.
     void grow_projected(const Matrix& H, int64_t old) {
-        const double allowed = asymmetry_ * s_.scale;
+        double left_out = 0.0;
+        for (const double length : s_.slack) left_out += length * length;
+        const double allowed = asymmetry_ * s_.scale + 4.0 * std::sqrt(left_out);
         s_.T = padded(s_.T, s_.m, s_.m);
         for (int64_t j = 0; j < s_.m - old; ++j) {
             for (int64_t i = 0; i < old; ++i) {
-                check_symmetric(H(i, j), s_.C(i, j), allowed + s_.slack[static_cast<size_t>(i)]);
+                check_symmetric(H(i, j), s_.C(i, j), allowed);
                 s_.T(i, old + j) = s_.T(old + j, i) = H(i, j);
             }
             for (int64_t i = 0; i < s_.m - old; ++i) {

@@ -43,7 +43,8 @@ class EigenSolver {
             lanczos_.step();
             look();
         }
-        if (lanczos_.complete() || (settled() && (search_.looked || !may_miss()) && copies_complete()))
+        if (!settled()) search_.settled = -1;
+        if (lanczos_.complete() || (settled() && !may_miss() && copies_complete()))
             verify(true);
         else if (s.m >= options_.k && s.applications + s.q + options_.k > options_.max_products)
             verify(false);
@@ -80,6 +81,8 @@ class EigenSolver {
     }
 
  private:
+    static constexpr int64_t kLongLook = 40, kShortLook = 6;  // steps
+
     int64_t capacity() { return lanczos_.storage().capacity(); }
 
     void look() {
@@ -89,6 +92,7 @@ class EigenSolver {
         order_ = by_preference(ritz_.values, options_.which);
     }
 
+    bool is_locked(int64_t i) const { return ritz_.locked[static_cast<size_t>(i)] >= 0; }
     bool converged(double residual) const { return residual <= options_.tol * search_.scale; }
 
     // Further steps would not help: each wanted pair has converged, or is as good as what was left out lets
@@ -106,17 +110,21 @@ class EigenSolver {
     // others what is left out then is rounding, next to the tolerance.
     void restart(int64_t block) {
         const int64_t m = lanczos_.state().m, k = options_.k;
-        const int64_t most = std::max(k, std::min(k + (m - k) / 2, capacity() - 3 * block));
+        const int64_t most = std::min(m, std::max(k, std::min(k + (m - k) / 2, capacity() - 3 * block)));
+        if (std::any_of(order_.begin() + most, order_.end(), [this](int64_t i) { return is_locked(i); })) {
+            lanczos_.unlock();  // better values have come up since
+            look();
+        }
         std::vector<int64_t> chosen, others;
-        for (int64_t i = 0; i < std::min(m, most); ++i) {
+        for (int64_t i = 0; i < most; ++i) {
             const int64_t at = order_[static_cast<size_t>(i)];
-            if (ritz_.locked[static_cast<size_t>(at)] >= 0) continue;
+            if (is_locked(at)) continue;
             const bool lock = i < k && 10.0 * ritz_.residual(at) <= options_.tol * search_.scale;
             (lock ? chosen : others).push_back(at);
         }
         const auto locked = static_cast<int64_t>(chosen.size());
         chosen.insert(chosen.end(), others.begin(), others.end());
-        search_.tight = search_.tight || std::min(m, most) < std::min(m, k + 2 * options_.block);
+        search_.tight = search_.tight || most < std::min(m, k + 2 * options_.block);
         lanczos_.restart(ritz_, chosen, locked);
         ++search_.restarts;
         look();
@@ -159,10 +167,15 @@ class EigenSolver {
     }
 
     // Whether a better value may be missing although all wanted ones have converged: a warm start can bring
-    // them without the others, a restart drop the others before they show. The best value that has not
-    // converged must be known to within half of its distance from the wanted ones.
-    bool may_miss() const {
-        if (!search_.warm && search_.restarts == 0) return false;
+    // them without the others, restarts drop the others before they show. The best value that has not
+    // converged must be known to within half of its distance from the wanted ones. Inside of a dense part of
+    // the spectrum that may take as long as the search itself, so that the look has an end: early where a
+    // full basis has been searched before.
+    bool may_miss() {
+        if (search_.looked || (!search_.warm && search_.restarts == 0)) return false;
+        const int64_t steps = lanczos_.state().steps;
+        if (search_.settled < 0) search_.settled = steps;
+        if (steps - search_.settled >= (search_.warm || search_.tight ? kLongLook : kShortLook)) return false;
         const auto unknown = std::find_if(order_.begin() + options_.k, order_.end(),
                                           [this](int64_t i) { return !converged(ritz_.residual(i)); });
         if (unknown == order_.end()) return false;

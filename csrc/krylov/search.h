@@ -29,8 +29,9 @@ struct Search {
     double worst = std::numeric_limits<double>::infinity();  // residual when last verified
     int64_t verified = 0;                                    // pairs converged then
     bool copies_not_checked = false;
-    bool tight = false;   // a restart kept hardly more than the wanted pairs
-    bool looked = false;  // for what the wanted pairs may miss
+    bool tight = false;    // a restart kept hardly more than the wanted pairs
+    bool looked = false;   // for what the wanted pairs may miss
+    int64_t settled = -1;  // since which step all wanted pairs are
 };
 
 template <class Block>
