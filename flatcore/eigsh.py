@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flatcore import _C
+from flatcore.block_choice import default_block, measured_block
 from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
 from flatcore.krylov_basis import Basis, allocate_basis, checked_storage
@@ -32,7 +33,7 @@ def eigsh(
     *,
     which: str = "LM",
     tol: float = 1e-3,
-    block_size: int | None = None,
+    block_size: int | str | None = None,
     max_matvecs: int | None = None,
     v0: torch.Tensor | Eigenpairs | None = None,
     draft: Any = None,
@@ -49,8 +50,10 @@ def eigsh(
     smallest, increasing; "BE" from both ends, increasing, the odd one from the upper end. ``tol``: a pair has
     converged when |A v - value v| <= tol times the largest |eigenvalue| found. Eigenvalues far smaller than
     that need a smaller tol; float32 products end near 1e-6. ``block_size``: vectors per product, by default
-    min(k + 2, 8). Copies of a multiple eigenvalue beyond the block size are looked for with further random
-    vectors, which costs additional products when all copies a block can see are wanted.
+    min(k + 2, 8); "measured": the quickest by a few timed products, which another run may choose differently, with
+    other last digits (the result's ``block_size`` repeats it). Copies of a multiple eigenvalue beyond the block size
+    are looked for with further random vectors, which costs additional products when all copies a block can see are
+    wanted.
     ``max_matvecs``: products of A with one vector, in all, by default max(1000, 50 k).
 
     ``v0``: where to start: (P,), (P, j) or earlier ``Eigenpairs``. One product for each, then the search goes on
@@ -88,14 +91,13 @@ def eigsh(
         raise ValueError(f"which: expected one of {', '.join(_WHICH)}, got {which!r}")
     tol = check_positive("tol", tol, 1e-3)
     seed = check_seed(seed)
-    block = min(k + 2, 8) if block_size is None else check_count("block_size", block_size, 1)
-    block = min(block, operator.P)
+    block, timed = _block(block_size, operator, k, seed)
     memory = None if memory is None else check_count("memory", memory, 1)
     storage = checked_storage(storage, operator, tol)
     start = start_rows(v0, operator)
     given = len(start) if draft is None else k
-    most = _most_products(max_matvecs, k, block, given)
-    search = _Search(k, which, tol, block, most, seed)
+    most, least = _most_products(max_matvecs, k, block, given)
+    search = _Search(k, which, tol, block, max(most - timed, least), seed)
     saved = None
     if checkpoint is not None:
         identity = search.identity(operator, start, draft is not None)
@@ -122,7 +124,7 @@ def eigsh(
         vectors=found["vectors"][order.to(operator.device)].T if return_eigenvectors else None,
         residuals=residuals[order],
         converged=(residuals <= tol * found["scale"])[order],
-        matvecs=found["products"],
+        matvecs=found["products"] + timed,
         seconds=time.perf_counter() - began,
         seed=seed,
         status=status,
@@ -242,7 +244,18 @@ class _Search:
         )
 
 
-def _most_products(max_matvecs: int | None, k: int, block: int, given: int) -> int:
+def _block(block_size: int | str | None, operator: LinearView, k: int, seed: int) -> tuple[int, int]:
+    """Vectors per product, and the products that choosing it took."""
+    if isinstance(block_size, str):
+        if block_size != "measured":
+            raise ValueError(f"block_size: expected a number, None or 'measured', got {block_size!r}")
+        return measured_block(operator, k, seed)
+    block = default_block(k) if block_size is None else check_count("block_size", block_size, 1)
+    return min(block, operator.P), 0
+
+
+def _most_products(max_matvecs: int | None, k: int, block: int, given: int) -> tuple[int, int]:
+    """The products a search may use, and those it needs at least."""
     least = given + max(block, k + 2) + k if given else math.ceil(k / block) * block + k
     most = max(1000, 50 * k, least) if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
     if most < least:
@@ -251,7 +264,7 @@ def _most_products(max_matvecs: int | None, k: int, block: int, given: int) -> i
             f"max_matvecs: expected at least {least} for k = {k}{start} in blocks of {block} and their residuals, "
             f"got {most}; allow more products or take a smaller block_size"
         )
-    return most
+    return most, least
 
 
 def _status(found: dict[str, Any], k: int, tol: float, dtype: torch.dtype) -> str:

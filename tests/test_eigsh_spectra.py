@@ -20,7 +20,9 @@ LONG = int(os.environ.get("FLATCORE_LONG", "0"))
 SPECTRA = {
     "indefinite": spread(150),
     "positive, condition 1e12": 10.0 ** np.linspace(-12, 0, 60),
-    "graded, both signs": np.concatenate([10.0 ** np.linspace(3, -9, 100), -(10.0 ** np.linspace(2, -6, 50))]),
+    "graded, both signs": np.concatenate(
+        [10.0 ** np.linspace(3, -9, 100), -(10.0 ** np.linspace(2, -6, 50))]
+    ),
     "clusters": np.concatenate([5 + 1e-7 * np.arange(4), -5 - 1e-10 * np.arange(4), spread(142)]),
     "copies": np.concatenate([np.full(9, 4.0), np.full(11, -4.5), np.full(3, 5.0), spread(127)]),
     "two values": np.concatenate([np.full(75, 1.0), np.full(75, -1.0)]),
@@ -43,7 +45,8 @@ def check(
         return  # it says so
     assert found.status == "converged"
     norm, rounding = float(np.abs(values).max()), 32 * eps(dtype) * len(values) ** 0.5
-    allowed = (tol + rounding) * norm + 1e-300
+    # Values closer than tol are not told apart, and neither is one that hides behind them.
+    allowed = (3 * tol + rounding) * norm + 1e-300
     # Weyl: a Ritz value is within its residual of an eigenvalue; with orthonormal vectors, k of k different ones.
     got, true = found.values.numpy(), wanted(values, k, which)
     if which == "LM":  # equal sizes of both signs tie
@@ -104,7 +107,9 @@ def test_random_spectra(data: st.DataObject) -> None:
     block = data.draw(st.none() | st.integers(1, 9))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
     tol = data.draw(st.sampled_from([1e-4, 2e-5, 1e-8] if dtype == torch.float64 else [1e-3, 2e-5]))
-    storage = data.draw(st.sampled_from(["full", "full", "file"] + (["float16"] if tol > 2e-3 / P**0.5 else [])))
+    storage = data.draw(
+        st.sampled_from(["full", "full", "file"] + (["float16"] if tol > 2e-3 / P**0.5 else []))
+    )
     width = min(k + 2, 8) if block is None else block
     rows = data.draw(st.none() | st.integers(0, 40))
     least = min(P, k + 6 * max(min(width, P), 2)) + 2 * k + 4 * min(width, P)

@@ -37,7 +37,7 @@ PYTHON_LAYERS = {
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning autograd native backend operators",
-    "estimators": "eigsh krylov_basis krylov_checkpoint warm_start trace density",
+    "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace density",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {
