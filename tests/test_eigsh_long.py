@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,6 +206,19 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: 
         eigsh(with_spectrum(VALUES), checkpoint=path, **ARGUMENTS)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_progress_shows_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr("flatcore.progress.Bar.update", lambda self, n, text="": texts.append(f"{n}: {text}"))
+    found = eigsh(with_spectrum(VALUES), draft=with_spectrum(VALUES), **ARGUMENTS)
+    drafted = [text for text in texts if ": draft: " in text]
+    assert 0 < len(drafted) < len(texts)
+    pattern = (
+        r"(\d+): (draft: )?\1 products, ([0-5]) of 5 converged, residuals up to \d\.\de[+-]\d\d, wanted 1e-07"
+    )
+    assert all(re.fullmatch(pattern, text) for text in texts)
+    assert int(texts[-1].split(":")[0]) < found.matvecs
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])

@@ -120,3 +120,28 @@ def test_random_spectra(data: st.DataObject) -> None:
             values, dtype, k, data.draw(st.sampled_from(WHICH)), tol, data.draw(st.integers(0, 9)),
             block_size=block, storage=storage, memory=memory,
         )  # fmt: skip
+
+
+def test_long_float32_vectors() -> None:
+    """Sums of 400 000 terms of one sign: in float32, in the order of a BLAS, they would leave values 1e-5 off."""
+    P = 400_000
+    generator = torch.Generator().manual_seed(0)
+    U = torch.stack([torch.ones(P), torch.arange(P) % 2 * 2.0 - 1], dim=1) / P**0.5
+    d = 0.1 * torch.rand(P, 1, generator=generator)
+
+    class Sum:
+        shape, dtype, device = (P, P), torch.float32, torch.device("cpu")
+
+        def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
+            coefficients = (U.double().T @ V.double()) * torch.tensor([[5.0], [3.0]])
+            return (U.double() @ coefficients + d * V.double()).float()
+
+    found = eigsh(Sum(), 2, tol=2e-6, block_size=2)
+    assert found.status == "converged"
+    V = found.vectors.double()
+    assert (V.norm(dim=0) - 1).abs().max() <= 2e-6
+    # Rayleigh's quotient in float64: second order in the residual.
+    quotient = (V * (U.double() @ ((U.double().T @ V) * torch.tensor([[5.0], [3.0]])) + d * V)).sum(0) / (
+        V * V
+    ).sum(0)
+    assert (found.values - quotient).abs().max() <= 2e-6 * 5

@@ -35,6 +35,21 @@ Matrix to_matrix(const at::Tensor& B) {
     return result;
 }
 
+// A float32 sum of P terms of one sign, in the order of a BLAS, is off by far more than sqrt(P) roundings; so
+// the sums of pieces are added up in float64. The BLAS is twice as fast with the narrow factor on the left.
+Matrix gram_of(const at::Tensor& X, const at::Tensor& Y) {
+    constexpr int64_t kPiece = int64_t{1} << 14;
+    const bool swap = X.size(0) > Y.size(0);
+    const at::Tensor &left = swap ? Y : X, &right = swap ? X : Y;
+    const int64_t P = X.size(1);
+    at::Tensor sum = at::zeros({left.size(0), right.size(0)}, X.options().dtype(at::kDouble));
+    for (int64_t first = 0; first < P; first += kPiece) {
+        const int64_t n = std::min(kPiece, P - first);
+        sum.add_(at::mm(narrow_columns(left, first, n), narrow_columns(right, first, n).t()));
+    }
+    return to_matrix(swap ? sum.t() : sum);
+}
+
 double TensorBasis::rounding() const {
     if (tail_.scalar_type() == at::kHalf) return 0x1.0p-11;
     if (tail_.scalar_type() == at::kBFloat16) return 0x1.0p-8;
@@ -86,10 +101,9 @@ void TensorBasis::for_each_panel(int64_t first, int64_t m,
 krylov::Matrix TensorBasis::gram(int64_t m, const Block& W) const {
     Matrix result(m, W.size(0));
     for_each_panel(0, m, [&](const at::Tensor& V, int64_t row, int64_t column) {
-        // The BLAS is twice as fast with the narrow factor on the left.
-        const Matrix part = to_matrix(at::mm(narrow_columns(W, column, V.size(1)), V.t()));
-        for (int64_t i = 0; i < part.cols; ++i)
-            for (int64_t j = 0; j < part.rows; ++j) result(row + i, j) += part(j, i);
+        const Matrix part = gram_of(V, narrow_columns(W, column, V.size(1)));
+        for (int64_t i = 0; i < part.rows; ++i)
+            for (int64_t j = 0; j < part.cols; ++j) result(row + i, j) += part(i, j);
     });
     return result;
 }

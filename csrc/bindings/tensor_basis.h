@@ -42,6 +42,9 @@ class TensorBasis {
     double scale_;
 };
 
+// X Yᵀ for (p, P) and (m, P) rows.
+krylov::Matrix gram_of(const at::Tensor& X, const at::Tensor& Y);
+
 // Host matrix to a tensor, and back.
 at::Tensor to_tensor(const krylov::Matrix& B, const at::TensorOptions& options);
 krylov::Matrix to_matrix(const at::Tensor& B);

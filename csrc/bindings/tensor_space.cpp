@@ -4,10 +4,10 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_eigh.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "../kernels/probes.h"
 
@@ -45,13 +45,15 @@ at::Tensor TensorSpace::apply(const Block& X) const {
     return own && Y.is_contiguous() ? Y : Y.clone(at::MemoryFormat::Contiguous);
 }
 
-krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const {
-    // The BLAS is twice as fast with the narrow factor on the left.
-    return X.size(0) <= Y.size(0) ? to_matrix(at::mm(X, Y.t())) : to_matrix(at::mm(Y, X.t()).t());
-}
+krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const { return gram_of(X, Y); }
 
 std::vector<double> TensorSpace::lengths(const Block& X) const {
-    return to_matrix(at::linalg_vector_norm(X, 2, {1}, true)).data;
+    std::vector<double> result;
+    for (int64_t i = 0; i < X.size(0); ++i) {
+        const Block row = X.narrow(0, i, 1);
+        result.push_back(std::sqrt(gram_of(row, row)(0, 0)));
+    }
+    return result;
 }
 
 void TensorSpace::update(Block& X, const Matrix& B, const Block& Y) const {
