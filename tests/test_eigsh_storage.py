@@ -76,13 +76,12 @@ def test_rounded_rows_leave_what_slack_says(storage: str) -> None:
         )
         V, Q = V.double(), Q.double()
         left_out = (V * d - T @ V - C @ Q).norm(dim=1)
-        # The basis is orthogonal to u / sqrt(P) only, which T does not know.
-        rest = (
-            torch.tensor(slack)
-            + 16 * eps(torch.float16 if storage == "float16" else torch.bfloat16) * 4 / P**0.5
-        )
-        assert (left_out <= 2 * rest).all()
-        assert (left_out[-2 * block : -block] >= 0.3 * torch.tensor(slack)[-2 * block : -block]).all()
+        # The rows are orthogonal to about u / sqrt(P) only, which T does not know.
+        u = 2.0**-11 if storage == "float16" else 2.0**-8
+        unknown = float(d.abs().max()) * (len(V) / P) ** 0.5 * u
+        stated = torch.tensor(slack)
+        assert (left_out <= 2.5 * stated + unknown).all()
+        assert (left_out >= 0.5 * stated).all()
 
 
 def test_locked_rows() -> None:
