@@ -59,7 +59,7 @@ class _Need:
             comfortable=min(P, max(64, 4 * k + 6 * block, least)),
             enough=min(P, max(k + 8 * block, least)),
             least=least,
-            work=2 * kept + 4 * block,
+            work=2 * kept + given + 4 * block,
         )
 
 

@@ -5,13 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "block_lanczos.h"
-#include "search.h"
+#include "completeness.h"
 
 namespace flatcore::krylov {
 
@@ -81,8 +79,6 @@ class EigenSolver {
     }
 
  private:
-    static constexpr int64_t kLongLook = 40, kShortLook = 6;  // steps
-
     int64_t capacity() { return lanczos_.storage().capacity(); }
 
     void look() {
@@ -95,15 +91,7 @@ class EigenSolver {
     bool is_locked(int64_t i) const { return ritz_.locked[static_cast<size_t>(i)] >= 0; }
     bool converged(double residual) const { return residual <= options_.tol * search_.scale; }
 
-    // Further steps would not help: each wanted pair has converged, or is as good as what was left out lets
-    // it be.
-    bool settled() const {
-        if (static_cast<int64_t>(order_.size()) < options_.k) return false;
-        return std::all_of(order_.begin(), order_.begin() + options_.k, [this](int64_t i) {
-            const auto at = static_cast<size_t>(i);
-            return converged(ritz_.residual(i)) || ritz_.bounds[at] <= ritz_.slack[at];
-        });
-    }
+    bool settled() const { return all_settled(ritz_, order_, options_.k, options_.tol * search_.scale); }
 
     // Keeps half of the unwanted Ritz vectors as well, lest the search rediscovers the edge of the wanted
     // part each time; leaves room for three blocks. What has converged ten times over is locked: to the
@@ -130,22 +118,15 @@ class EigenSolver {
         look();
     }
 
-    // The Krylov space of p rows meets an eigenspace in at most p dimensions, so p copies of a wanted value
-    // leave it open whether there are more. They are believed when they are fewer than the random rows that
-    // have been explored; else fresh random rows join the block.
+    // As many copies of a wanted value as random rows have been explored leave it open whether there are more
+    // (see completeness.h): then fresh rows join the block.
     bool copies_complete() {
         const Factorisation& s = lanczos_.state();
         const int64_t copies = most_copies(ritz_.values, order_, options_.k, near());
-        int64_t explored = 0, all = 0;
-        for (const Injection& injection : s.injections) {
-            // Restarts that keep little forget what the first rows had to say.
-            if (search_.tight && injection.step == 0) continue;
-            all += injection.rows;
-            if (has_shown(injection)) explored += injection.rows;
-        }
-        if (copies < explored) return true;
-        if (copies < all) return false;
-        int64_t block = s.q + std::max(search_.tight ? 2 : options_.block, copies + 1 - all);
+        const Exploration rows = exploration(s, search_);
+        if (copies < rows.explored) return true;
+        if (copies < rows.all) return false;
+        int64_t block = s.q + std::max(search_.tight ? 2 : options_.block, copies + 1 - rows.all);
         if (capacity() < space_.dimension()) {
             block = std::min(block, (capacity() - options_.k) / 3);
             search_.copies_not_checked = block <= s.q;
@@ -157,31 +138,13 @@ class EigenSolver {
         return false;
     }
 
-    // Random rows are believed to have shown what they can: those of the beginning at once, since all that
-    // has converged came from them; others that joined at step s after s / 2 further steps (3 at least), when
-    // a missing copy stands out as a Ritz value that is not converged.
-    bool has_shown(const Injection& injection) const {
-        const int64_t age = lanczos_.state().steps - injection.step;
-        if (search_.warm || search_.tight) return age >= 3;
-        return injection.step == 0 || age >= std::max<int64_t>(3, injection.step / 2);
-    }
-
-    // Whether a better value may be missing although all wanted ones have converged: a warm start can bring
-    // them without the others, restarts drop the others before they show. The best value that has not
-    // converged must be known to within half of its distance from the wanted ones. Inside of a dense part of
-    // the spectrum that may take as long as the search itself, so that the look has an end: early where a
-    // full basis has been searched before.
+    // Whether to look on for a better value although all wanted pairs have converged.
     bool may_miss() {
         if (search_.looked || (!search_.warm && search_.restarts == 0)) return false;
         const int64_t steps = lanczos_.state().steps;
         if (search_.settled < 0) search_.settled = steps;
-        if (steps - search_.settled >= (search_.warm || search_.tight ? kLongLook : kShortLook)) return false;
-        const auto unknown = std::find_if(order_.begin() + options_.k, order_.end(),
-                                          [this](int64_t i) { return !converged(ritz_.residual(i)); });
-        if (unknown == order_.end()) return false;
-        const std::vector<double> wanted = picked(ritz_.values, order_, options_.k);
-        return 2.0 * ritz_.residual(*unknown) >
-               distance(ritz_.values[static_cast<size_t>(*unknown)], wanted, options_.which);
+        if (steps - search_.settled >= longest_look(search_)) return false;
+        return unknown_is_near(ritz_, order_, options_.k, options_.which, options_.tol * search_.scale);
     }
 
     // Values that agree to the tolerance asked for count as copies.
