@@ -189,7 +189,7 @@ class _Search:
         # Rounding of products and of the stored basis leaves differences far below these.
         rounding = torch.finfo(operator.dtype).eps ** 0.5
         short = basis.tail.dtype if len(basis.tail) else operator.dtype
-        asymmetry = max(rounding, 16 * torch.finfo(short).eps)
+        asymmetry = min(max(rounding, 64 * torch.finfo(short).eps), 0.25)
         solver = self.solver(operator, basis, asymmetry, verify=True)
         interrupted = False
         try:

@@ -29,7 +29,7 @@ def start_rows(v0: torch.Tensor | Eigenpairs | None, operator: LinearView) -> to
     try:
         rows = torch.as_tensor(v0).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"v0: expected a torch.Tensor or Eigenpairs, got {type(v0).__name__}") from error
+        raise TypeError(f"v0: expected a torch.Tensor, got {type(v0).__name__}") from error
     shape = tuple(rows.shape)
     rows = rows[None] if rows.ndim == 1 else rows.T
     if rows.ndim != 2 or rows.shape[1] != operator.P or not 1 <= rows.shape[0] < operator.P:

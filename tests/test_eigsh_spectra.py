@@ -41,8 +41,8 @@ def check(
 ) -> None:
     A = with_spectrum(values, dtype, seed)
     found = eigsh(A, k, which=which, tol=tol, seed=seed, max_matvecs=100 * len(values), **arguments)
-    if found.status != "converged" and arguments.get("memory"):
-        return  # it says so
+    if found.status != "converged" and "memory" in arguments:
+        return  # drawn at random, some are too hard, or have too little memory: it says so
     assert found.status == "converged"
     norm, rounding = float(np.abs(values).max()), 32 * eps(dtype) * len(values) ** 0.5
     # Values closer than tol are not told apart, and neither is one that hides behind them.
@@ -84,7 +84,7 @@ def spectra(draw: st.DrawFn) -> np.ndarray:
     parts = []
     for _ in range(draw(st.integers(1, 4))):
         n = draw(st.integers(1, 80))
-        centre, size = draw(st.floats(-10, 10)), 10.0 ** draw(st.integers(-9, 1))
+        centre, size = draw(st.integers(-100, 100)) / 10, 10.0 ** draw(st.integers(-9, 1))
         law = draw(st.sampled_from(["copies", "normal", "even", "decay"]))
         offsets = {
             "copies": np.zeros(n),

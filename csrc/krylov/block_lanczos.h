@@ -126,6 +126,12 @@ class BlockLanczos {
 
     void unlock() { s_.locked = 0; }
 
+    // For rows that are all locked: what they couple to in the next block counts to E already.
+    void drop_next() {
+        s_.q = 0;
+        s_.C = Matrix(s_.m, 0);
+    }
+
     Ritz ritz() const { return ritz_pairs(space_, s_); }
 
     // Thick restart: the basis becomes the locked rows and the chosen Ritz vectors, of which the first

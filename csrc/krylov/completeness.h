@@ -1,4 +1,4 @@
-// When the wanted pairs of a search are believed to be all there is to find.
+// When the wanted pairs of a search are believed to be all there is to find, and what to keep until then.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,26 @@ inline bool all_settled(const Ritz& ritz, const std::vector<int64_t>& order, int
         const auto at = static_cast<size_t>(i);
         return ritz.residual(i) <= allowed || ritz.bounds[at] <= ritz.slack[at];
     });
+}
+
+// For a restart: the first `most` of the order that are not locked yet, ahead those of the k wanted ones that
+// are to be, with a residual of at most `allowed`.
+struct Kept {
+    std::vector<int64_t> chosen;
+    int64_t locked = 0;
+};
+
+inline Kept rows_to_keep(const Ritz& ritz, const std::vector<int64_t>& order, int64_t most, int64_t k,
+                         double allowed) {
+    Kept rows;
+    std::vector<int64_t> others;
+    for (int64_t i = 0; i < most; ++i) {
+        const int64_t at = order[static_cast<size_t>(i)];
+        if (!ritz.is_locked(at)) (i < k && ritz.residual(at) <= allowed ? rows.chosen : others).push_back(at);
+    }
+    rows.locked = static_cast<int64_t>(rows.chosen.size());
+    rows.chosen.insert(rows.chosen.end(), others.begin(), others.end());
+    return rows;
 }
 
 // The Krylov space of p rows meets an eigenspace in at most p dimensions, so p copies of a wanted value leave

@@ -1,10 +1,10 @@
-// A few eigenpairs of a symmetric operator by thick-restart block Lanczos: which ones, when to stop, when to
-// restart.
+// A few eigenpairs of a symmetric operator by thick-restart block Lanczos: when to restart, when to stop.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -88,7 +88,6 @@ class EigenSolver {
         order_ = by_preference(ritz_.values, options_.which);
     }
 
-    bool is_locked(int64_t i) const { return ritz_.locked[static_cast<size_t>(i)] >= 0; }
     bool converged(double residual) const { return residual <= options_.tol * search_.scale; }
 
     bool settled() const { return all_settled(ritz_, order_, options_.k, options_.tol * search_.scale); }
@@ -99,21 +98,14 @@ class EigenSolver {
     void restart(int64_t block) {
         const int64_t m = lanczos_.state().m, k = options_.k;
         const int64_t most = std::min(m, std::max(k, std::min(k + (m - k) / 2, capacity() - 3 * block)));
-        if (std::any_of(order_.begin() + most, order_.end(), [this](int64_t i) { return is_locked(i); })) {
+        if (std::any_of(order_.begin() + most, order_.end(),
+                        [this](int64_t i) { return ritz_.is_locked(i); })) {
             lanczos_.unlock();  // better values have come up since
             look();
         }
-        std::vector<int64_t> chosen, others;
-        for (int64_t i = 0; i < most; ++i) {
-            const int64_t at = order_[static_cast<size_t>(i)];
-            if (is_locked(at)) continue;
-            const bool lock = i < k && 10.0 * ritz_.residual(at) <= options_.tol * search_.scale;
-            (lock ? chosen : others).push_back(at);
-        }
-        const auto locked = static_cast<int64_t>(chosen.size());
-        chosen.insert(chosen.end(), others.begin(), others.end());
+        const Kept rows = rows_to_keep(ritz_, order_, most, options_.k, 0.1 * options_.tol * search_.scale);
         search_.tight = search_.tight || most < std::min(m, k + 2 * options_.block);
-        lanczos_.restart(ritz_, chosen, locked);
+        lanczos_.restart(ritz_, rows.chosen, rows.locked);
         ++search_.restarts;
         look();
     }
@@ -122,20 +114,43 @@ class EigenSolver {
     // (see completeness.h): then fresh rows join the block.
     bool copies_complete() {
         const Factorisation& s = lanczos_.state();
-        const int64_t copies = most_copies(ritz_.values, order_, options_.k, near());
+        // Values that agree to the tolerance asked for count as copies.
+        const double near = std::max(options_.tol, 16.0 * space_.epsilon()) * search_.scale;
+        const int64_t copies = most_copies(ritz_.values, order_, options_.k, near);
         const Exploration rows = exploration(s, search_);
         if (copies < rows.explored) return true;
         if (copies < rows.all) return false;
         int64_t block = s.q + std::max(search_.tight ? 2 : options_.block, copies + 1 - rows.all);
         if (capacity() < space_.dimension()) {
             block = std::min(block, (capacity() - options_.k) / 3);
+            if (block <= s.q && copies + 1 < s.q) {
+                narrow(copies + 1);
+                return false;
+            }
             search_.copies_not_checked = block <= s.q;
             if (search_.copies_not_checked) return true;
             if (s.m + 2 * block > capacity()) restart(block);
         }
         lanczos_.fill(block);
-        search_.looked = false;
+        look_anew();
         return false;
+    }
+
+    // No room for fresh rows beside the next block, whose directions the converged pairs no longer need.
+    void narrow(int64_t width) {
+        const double all = std::numeric_limits<double>::infinity();
+        const Kept rows = rows_to_keep(ritz_, order_, options_.k, options_.k, all);
+        lanczos_.restart(ritz_, rows.chosen, rows.locked);
+        lanczos_.drop_next();
+        lanczos_.set_width(width);
+        lanczos_.fill(width);
+        look_anew();
+        look();
+    }
+
+    void look_anew() {
+        search_.looked = false;
+        search_.settled = -1;
     }
 
     // Whether to look on for a better value although all wanted pairs have converged.
@@ -147,11 +162,8 @@ class EigenSolver {
         return unknown_is_near(ritz_, order_, options_.k, options_.which, options_.tol * search_.scale);
     }
 
-    // Values that agree to the tolerance asked for count as copies.
-    double near() const { return std::max(options_.tol, 16.0 * space_.epsilon()) * search_.scale; }
-
     Block wanted_rows() {
-        const auto n = std::min<int64_t>(options_.k, static_cast<int64_t>(order_.size()));
+        const int64_t n = std::min<int64_t>(options_.k, static_cast<int64_t>(order_.size()));
         const Matrix S = columns(ritz_.vectors, {order_.begin(), order_.begin() + n});
         Block X = lanczos_.storage().combine(transpose(S), lanczos_.state().m);
         return lanczos_.storage().rounding() > 0.0 ? orthonormal_rows(space_, std::move(X)) : X;
@@ -192,11 +204,10 @@ class EigenSolver {
             return begin(std::move(pairs));
         }
         EigenStatus status = EigenStatus::converged;
-        if (good < options_.k)
-            status =
-                may_go_on && (rounding || !improved) ? EigenStatus::stagnated : EigenStatus::out_of_products;
-        else if (!may_go_on)
-            status = EigenStatus::out_of_products;  // some copies may be missing
+        if (!may_go_on)
+            status = EigenStatus::out_of_products;  // where all have converged, some copies may be missing
+        else if (good < options_.k)
+            status = rounding || !improved ? EigenStatus::stagnated : EigenStatus::out_of_products;
         else if (search_.copies_not_checked && !exact)
             status = EigenStatus::copies_not_checked;
         result_ = {std::move(pairs.values), std::move(pairs.rows), std::move(pairs.norms), status};

@@ -21,6 +21,7 @@ struct Ritz {
     std::vector<double> slack;    // the rest of the residual, estimated
     std::vector<int64_t> locked;  // the row, or -1
 
+    bool is_locked(int64_t i) const { return locked[static_cast<size_t>(i)] >= 0; }
     double residual(int64_t i) const {
         return std::hypot(bounds[static_cast<size_t>(i)], slack[static_cast<size_t>(i)]);
     }

@@ -18,7 +18,9 @@ inline constexpr const char* kNotFinite = "A @ V has entries that are not finite
 // The test of symmetry costs nothing: the recurrence has both products of two vectors anyway. For v and A v
 // it compares tr(A²) with tr(A Aᵀ), so that it notices a missing symmetry whatever the number of rows.
 inline void check_symmetric(double uAv, double Auv, double allowed) {
-    if (std::abs(uAv - Auv) > allowed)
+    constexpr double kUnderflow =
+        1e-150;  // squares of less have no place in the scale that `allowed` is relative to
+    if (std::abs(uAv - Auv) > allowed + kUnderflow)
         throw OperatorError("A is not symmetric, or two products with it differ: <u, A v> = " +
                             std::to_string(uAv) + " but <A u, v> = " + std::to_string(Auv) +
                             " for two unit vectors; give a symmetric operator, e.g. (A + A.T) / 2.");
