@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Density", "Eigenpairs", "Estimate"]
+__all__ = ["Density", "Eigenpairs", "Estimate", "MeasuredError"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,34 @@ class Estimate:
     seed: int
     seconds: float
     status: str
+
+
+@dataclass(frozen=True)
+class MeasuredError:
+    """How far products with rounded operands, those of B, are from the same operator's in full precision, A.
+
+    ``errors`` (vectors,) float64: |B v - A v| / |A v| for random signs v. ``asymmetry``: an estimate of |B - B^T| / |B|
+    in the Frobenius norm from the same products, nan for one vector; in full precision a little is left too.
+    ``precision``: what B's operands are rounded to; "full" where B is A. ``matvecs``: products with one vector, half of
+    them by A.
+    """
+
+    errors: torch.Tensor
+    asymmetry: float
+    precision: str
+    matvecs: int
+    seed: int
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean of the errors over the vectors."""
+        return float(self.errors.mean())
+
+    @property
+    def max(self) -> float:
+        """Largest of the errors."""
+        return float(self.errors.max())
 
 
 @dataclass(frozen=True)

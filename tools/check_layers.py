@@ -36,7 +36,7 @@ PYTHON_LAYERS = {
     "foundation": "errors results progress memory environment parameters vectors plan linear",
     "capture": "capture",
     "objective": "data evaluate checks objective",
-    "operators": "tuning autograd native backend operators",
+    "operators": "tuning precision autograd native backend operators",
     "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace density",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
