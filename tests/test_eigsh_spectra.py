@@ -110,10 +110,9 @@ def test_random_spectra(data: st.DataObject) -> None:
     block = data.draw(st.none() | st.integers(1, 9))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
     tol = data.draw(st.sampled_from([1e-4, 2e-5, 1e-8] if dtype == torch.float64 else [1e-3, 2e-5]))
-    storage = data.draw(
-        st.sampled_from(["full", "full", "file"] + (["float16"] if tol > 2e-3 / P**0.5 else []))
-    )
     width = min(k + 2, 8) if block is None else block
+    short = tol > 2e-3 / P**0.5 and 4 * max(64, 4 * k + 6 * max(width, 2)) <= P
+    storage = data.draw(st.sampled_from(["full", "full", "file"] + ["float16"] * short))
     rows = data.draw(st.none() | st.integers(0, 40))
     least = min(P, k + 6 * max(min(width, P), 2)) + 2 * k + 4 * min(width, P)
     memory = None if rows is None else (least + rows) * P * dtype.itemsize
