@@ -116,8 +116,19 @@ def allocate_basis(
             return min(need.comfortable, max(head + (left - head * itemsize) // 2, 0))
         return min(need.comfortable, max(left // itemsize, 0))
 
+    # Rows in 16 bits that nearly fill the space are no longer independent.
+    roomy = 4 * need.comfortable <= P
+    if storage in _SHORT and not roomy:
+        raise ValueError(
+            f"storage: expected P >= {4 * need.comfortable}, four times the basis, for {storage!r}, got P = {P}; "
+            "give 'full'"
+        )
     if storage is None:
-        able = {"full": True, "host": operator.device.type == "cuda", "float16": tol >= _finest("float16", P)}
+        able = {
+            "full": True,
+            "host": operator.device.type == "cuda",
+            "float16": roomy and tol >= _finest("float16", P),
+        }
         choice = next((kind for kind in able if able[kind] and rows(kind) >= need.enough), None)
         storage = choice or ("full" if rows("full") >= need.least else "file")
     if rows(storage) < need.least:

@@ -80,7 +80,6 @@ class EigenSolver {
 
  private:
     int64_t capacity() { return lanczos_.storage().capacity(); }
-
     void look() {
         if (lanczos_.state().m == 0) return;
         ritz_ = lanczos_.ritz();
@@ -89,7 +88,6 @@ class EigenSolver {
     }
 
     bool converged(double residual) const { return residual <= options_.tol * search_.scale; }
-
     bool settled() const { return all_settled(ritz_, order_, options_.k, options_.tol * search_.scale); }
 
     // Keeps half of the unwanted Ritz vectors as well, lest the search rediscovers the edge of the wanted
