@@ -118,3 +118,49 @@ class krylov:
     ) -> tuple[Tensor, Tensor, list[int], int]: ...
     @staticmethod
     def rademacher(seed: int, first: int, K: int, P: int, like: Tensor) -> Tensor: ...
+
+class estimators:
+    class RangeBasis:
+        rows: int
+        vectors: Tensor
+        def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor, P: int, seed: int) -> None: ...
+        def sketch(self, b: int) -> None: ...
+        def extend(self, X: Tensor) -> None: ...
+        def remainder(self, V: Tensor, Y: Tensor) -> Tensor: ...
+        def known_diagonal(self) -> Tensor: ...
+
+    class LeaveOneOut:
+        probes: int
+        def __init__(
+            self,
+            product: Callable[[Tensor], Tensor],
+            like: Tensor,
+            P: int,
+            seed: int,
+            slices: Sequence[tuple[int, int]],
+        ) -> None: ...
+        def extend(self, Y: Tensor) -> None: ...
+        def estimates(self, of_slices: bool) -> Tensor: ...
+        def diagonal(self) -> tuple[Tensor, Tensor]: ...
+        def remainder(self, V: Tensor, Y: Tensor) -> Tensor: ...
+        def known_diagonal(self) -> Tensor: ...
+
+class solvers:
+    @staticmethod
+    def conjugate_gradients(
+        product: Callable[[Tensor], Tensor], B: Tensor, damping: float, tol: float, max_products: int
+    ) -> dict[str, Any]: ...
+    @staticmethod
+    def slice_pairs(
+        product: Callable[[Tensor], Tensor],
+        like: Tensor,
+        P: int,
+        slices: Sequence[tuple[int, int]],
+        k: int,
+        which: str,
+        tol: float,
+        width: int,
+        steps: int,
+        seed: int,
+        on_step: Callable[[int, int], None],
+    ) -> list[dict[str, Any]]: ...

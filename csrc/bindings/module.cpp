@@ -7,6 +7,8 @@ namespace flatcore {
 void bind_engine(py::module_ m);
 void bind_krylov(py::module_ m);
 void bind_eigensolver(py::module_ m);
+void bind_estimators(py::module_ m);
+void bind_solvers(py::module_ m);
 
 }  // namespace flatcore
 
@@ -14,4 +16,6 @@ PYBIND11_MODULE(_C, m) {
     flatcore::bind_engine(m);
     flatcore::bind_krylov(m);
     flatcore::bind_eigensolver(m);
+    flatcore::bind_estimators(m);
+    flatcore::bind_solvers(m);
 }

@@ -60,6 +60,8 @@ void TensorSpace::update(Block& X, const Matrix& B, const Block& Y) const {
     if (B.rows > 0 && B.cols > 0) X.addmm_(to_tensor(B), Y, 1, -1);
 }
 
+at::Tensor TensorSpace::combine(const Matrix& B, const Block& Y) const { return at::mm(to_tensor(B), Y); }
+
 void TensorSpace::combine_into(Block X, const Matrix& B, const Block& Y) const {
     at::mm_out(X, to_tensor(B), Y);
 }

@@ -36,6 +36,7 @@ class TensorSpace {
     Matrix gram(const Block& X, const Block& Y) const;
     std::vector<double> lengths(const Block& X) const;
     void update(Block& X, const Matrix& B, const Block& Y) const;
+    Block combine(const Matrix& B, const Block& Y) const;
     void combine_into(Block X, const Matrix& B, const Block& Y) const;
     void rotate(Block X, const Matrix& B) const;
     krylov::Spectral eigh(const Matrix& T) const;
