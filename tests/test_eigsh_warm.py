@@ -89,8 +89,8 @@ def test_what_the_start_misses_is_found(name: str, which: str, missing: int) -> 
 
 def test_follows_a_changing_operator() -> None:
     """Pairs of a nearby matrix: the new answer, with fewer products unless k is far above the block: each residual is a
-    direction of its own then, where a search from nothing has one Krylov space for all. So in narrow blocks a search from
-    nothing is hard to beat."""
+    direction of its own then, where a search from nothing has one Krylov space for all. So in narrow
+    blocks a search from nothing is hard to beat."""
     A = with_spectrum(OUTLIERS)
     change = with_spectrum(0.02 * spread(400), seed=3)
     for k, block, tol in [(6, 8, 1e-5), (16, 4, 1e-6)]:
@@ -101,8 +101,8 @@ def test_follows_a_changing_operator() -> None:
 
 
 def test_draft() -> None:
-    """The matrix in bfloat16 first: its products are counted apart, A in blocks of eight needs fewer, and finishes at its
-    own tol."""
+    """The matrix in bfloat16 first: its products are counted apart, A in blocks of eight needs fewer, and finishes
+    at its own tol."""
     A = with_spectrum(OUTLIERS, torch.float32)
     exact, draft = Counting(A), Counting(A.bfloat16().float())
     cold = eigsh(A, 6, tol=1e-5, block_size=8)
