@@ -73,26 +73,94 @@ class engine:
         def gradient(self, y: Tensor, accumulate: bool) -> None: ...
 
 class krylov:
-    @staticmethod
-    def solve(
-        product: Callable[[Tensor], Tensor],
-        start: Tensor,
-        k: int,
-        which: str,
-        tol: float,
-        block: int,
-        capacity: int,
-        max_products: int,
-        seed: int,
-        on_step: Callable[[int, int], None] | None,
-    ) -> dict[str, Any]: ...
+    class OperatorError(ValueError): ...
+
+    class EigenSolver:
+        def __init__(
+            self,
+            *,
+            product: Callable[[Tensor], Tensor],
+            head: Tensor,
+            tail: Tensor,
+            scale: float,
+            k: int,
+            which: str,
+            tol: float,
+            block: int,
+            max_products: int,
+            asymmetry: float,
+            verify: bool,
+            seed: int,
+        ) -> None: ...
+        def start(self, rows: Tensor) -> None: ...
+        def step(self) -> bool: ...
+        def look(self) -> dict[str, Any]: ...
+        def result(self) -> dict[str, Any]: ...
+        def state(self) -> dict[str, Any]: ...
+        def restore(self, state: dict[str, Any]) -> None: ...
+        def defect(self) -> tuple[float, float]: ...
+
     @staticmethod
     def factorise(
-        product: Callable[[Tensor], Tensor], start: Tensor, block: int, steps: int, keep: int, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        product: Callable[[Tensor], Tensor],
+        head: Tensor,
+        tail: Tensor,
+        scale: float,
+        block: int,
+        steps: int,
+        keep: int,
+        lock: int,
+        seed: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[float]]: ...
     @staticmethod
     def tridiagonalise(
         product: Callable[[Tensor], Tensor], start: Tensor, steps: int, on_step: Callable[[int], None] | None
     ) -> tuple[Tensor, Tensor, list[int], int]: ...
     @staticmethod
     def rademacher(seed: int, first: int, K: int, P: int, like: Tensor) -> Tensor: ...
+
+class estimators:
+    class RangeBasis:
+        rows: int
+        vectors: Tensor
+        def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor, P: int, seed: int) -> None: ...
+        def sketch(self, b: int) -> None: ...
+        def extend(self, X: Tensor) -> None: ...
+        def remainder(self, V: Tensor, Y: Tensor) -> Tensor: ...
+        def known_diagonal(self) -> Tensor: ...
+
+    class LeaveOneOut:
+        probes: int
+        def __init__(
+            self,
+            product: Callable[[Tensor], Tensor],
+            like: Tensor,
+            P: int,
+            seed: int,
+            slices: Sequence[tuple[int, int]],
+        ) -> None: ...
+        def extend(self, Y: Tensor) -> None: ...
+        def estimates(self, of_slices: bool) -> Tensor: ...
+        def diagonal(self) -> tuple[Tensor, Tensor]: ...
+        def remainder(self, V: Tensor, Y: Tensor) -> Tensor: ...
+        def known_diagonal(self) -> Tensor: ...
+
+class solvers:
+    @staticmethod
+    def conjugate_gradients(
+        product: Callable[[Tensor], Tensor], B: Tensor, damping: float, tol: float, max_products: int
+    ) -> dict[str, Any]: ...
+    @staticmethod
+    def slice_pairs(
+        product: Callable[[Tensor], Tensor],
+        like: Tensor,
+        P: int,
+        slices: Sequence[tuple[int, int]],
+        k: int,
+        which: str,
+        tol: float,
+        width: int,
+        steps: int,
+        seed: int,
+        on_step: Callable[[int, int], None],
+    ) -> list[dict[str, Any]]: ...

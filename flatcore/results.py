@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Density", "Eigenpairs", "Estimate", "MeasuredError"]
+__all__ = ["BlockSpectra", "Density", "Eigenpairs", "Estimate", "MeasuredError", "Solution"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Eigenpairs:
     ``vectors`` (P, k), unit columns in A's dtype on its device, or None if they were not asked for.
     ``residuals`` (k,) = |A v - value v|, from products of their own, not from a bound.
     ``converged`` (k,): residual <= tol * scale, with ``scale`` the largest absolute eigenvalue estimate seen.
-    ``matvecs``: products of A with one vector, all included. ``status``: "converged", or one sentence that
-    says why not.
+    ``matvecs``: products of A with one vector, all included; ``draft_matvecs``: those of the draft. ``storage``,
+    ``basis_rows``: where the Krylov basis was kept, and how many vectors. ``status``: "converged", or one sentence that
+    says why not. "interrupted ...": residuals are the recurrence's estimates, and there may be fewer than k pairs.
     """
 
     values: torch.Tensor
@@ -41,13 +42,17 @@ class Eigenpairs:
     scale: float
     block_size: int
     restarts: int
+    storage: str = "full"
+    basis_rows: int = 0
+    draft_matvecs: int = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A number, or a (P,) tensor for a diagonal, with its standard error.
 
-    ``stderr`` is 0 where the value is exact up to rounding, and nan where a single probe gives no spread.
+    ``stderr`` is 0 where the value is exact up to rounding, and nan where a single probe gives no spread. Of
+    few probes it is enlarged (Student), so that 2 stderr are an interval of 95 %.
     ``matvecs``: products with one vector. ``status``: "converged" or one sentence that says what was not
     reached.
     """
@@ -59,6 +64,48 @@ class Estimate:
     method: str
     seed: int
     seconds: float
+    status: str
+
+
+@dataclass(frozen=True)
+class BlockSpectra:
+    """Eigenpairs of the diagonal block of every parameter.
+
+    ``by_parameter``: name -> Eigenpairs of that block, whose ``vectors`` (n, k) have the parameter's n
+    entries. ``matvecs``: products of A with one vector, in all. ``status``: "converged", or one sentence that
+    says which blocks have not.
+    """
+
+    by_parameter: Mapping[str, Eigenpairs]
+    matvecs: int
+    seconds: float
+    seed: int
+    status: str
+
+    def __getitem__(self, name: str) -> Eigenpairs:
+        return self.by_parameter[name]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """x with (A + damping I) x = b.
+
+    ``value``: (P,) or (P, K) like b, in A's dtype on its device. ``residuals``: |b - (A + damping I) x| / |b|,
+    from products of their own, a float for (P,) and (K,) float64 on the CPU else; 0 where b is 0.
+    ``converged``: residual <= tol, a bool or (K,). ``matvecs``: products of A with one vector, all included.
+    ``curvature``: the least <v, (A + damping I) v> / <v, v> met, above the least eigenvalue. ``status``:
+    "converged", or one sentence that says why not.
+    """
+
+    value: torch.Tensor
+    residuals: Any
+    converged: Any
+    matvecs: int
+    iterations: int
+    seconds: float
+    damping: float
+    tol: float
+    curvature: float
     status: str
 
 

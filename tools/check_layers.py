@@ -37,7 +37,8 @@ PYTHON_LAYERS = {
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning precision autograd native backend operators",
-    "estimators": "eigsh trace density",
+    "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace sampling projected automatic "
+    "solve block_spectra density",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {

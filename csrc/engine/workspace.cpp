@@ -47,7 +47,7 @@ class Pool final : public c10::Allocator {
     // Never destroyed: tensors may outlive any static.
     static Pool& instance() {
         static Pool& pool = *new Pool(c10::GetCPUAllocator());
-        static const bool installed = (c10::SetCPUAllocator(&pool), true);
+        static const bool installed = pool.install();
         (void)installed;
         return pool;
     }
@@ -80,6 +80,13 @@ class Pool final : public c10::Allocator {
 
  private:
     explicit Pool(c10::Allocator* others) : others_(others) {}
+
+    // An allocator whose memory cannot be freed by address stays alone, and products go without chunks.
+    bool install() {
+        if (!others_->raw_deleter()) return false;
+        c10::SetCPUAllocator(this);
+        return true;
+    }
 
     static void release(void* data) {
         Pool& pool = instance();
