@@ -86,6 +86,7 @@ def test_workload_is_the_same_in_every_dtype():
     )
     for a, b in zip(narrow[0].parameters(), wide[0].parameters(), strict=True):
         assert b.dtype == torch.float64 and torch.equal(a.double(), b)
+    assert wide[2][0].dtype == torch.float64
     assert torch.equal(narrow[2][0].double(), wide[2][0]) and torch.equal(narrow[2][1], wide[2][1])
 
 

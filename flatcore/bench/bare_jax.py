@@ -7,6 +7,7 @@ made when jax computes for the first time in a process, and stays as it is after
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def _cross_entropy(jax: Any, logits: Any, target: Any) -> Any:
 
 def _started() -> Any:
     os.environ["PJRT_NPROC"] = str(torch.get_num_threads())
-    import jax
+    jax: Any = importlib.import_module("jax")
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)  # allows float64; what is float32 stays so
