@@ -57,7 +57,7 @@ def _quadratures(
     """Nodes and weights of probes first to first + count - 1, padded to ``steps``, and the products used."""
     like = torch.empty(0, dtype=operator.dtype, device=operator.device)
     start = _C.krylov.rademacher(seed, first, count, operator.P, like)
-    alpha, beta, lengths, products = _C.krylov.tridiagonalise(operator.apply, start, steps, None)
+    alpha, beta, lengths, products = _C.krylov.tridiagonalise(operator.apply, start, steps)
     nodes, weights = [], []
     for diagonal, coupling, length in zip(alpha.numpy(), beta.numpy(), lengths, strict=True):
         off = np.diag(coupling[: length - 1], 1)

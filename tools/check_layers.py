@@ -33,11 +33,11 @@ CPP_FORBIDDEN = {
 PYTHON_LAYERS = {
     "extension": "_C _build",
     "start": "_load",
-    "foundation": "errors results progress memory environment parameters vectors plan linear",
+    "foundation": "errors results progress memory environment parameters vectors plan linear quadrature sampling spectral",
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning autograd native backend operators",
-    "estimators": "eigsh trace density",
+    "estimators": "eigsh trace density adaptive functionals",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {

@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+
 #include "../kernels/probes.h"
 #include "../krylov/eigensolver.h"
 #include "../krylov/probe_lanczos.h"
@@ -111,18 +113,30 @@ py::tuple factorise(const py::function& product, const at::Tensor& start, int64_
     return py::make_tuple(V, exact.to_tensor(T), exact.to_tensor(C), Q);
 }
 
+py::tuple to_tuple(const krylov::Tridiagonals& found) {
+    const TensorSpace exact({}, 0, at::TensorOptions(at::kDouble), 0);
+    return py::make_tuple(exact.to_tensor(found.alpha), exact.to_tensor(found.beta), found.lengths,
+                          found.applications);
+}
+
+// enough: None, or called as (alpha, beta, lengths, products) after the steps listed in `looks`; true ends
+// the recurrence. Only the first so many columns of alpha and beta are filled by then.
 py::tuple tridiagonalise(const py::function& product, const at::Tensor& start, int64_t steps,
-                         const py::object& on_step) {
+                         const py::object& enough, const std::vector<int64_t>& looks) {
     check_rows("start", start);
     krylov::Tridiagonals result;
     {
         py::gil_scoped_release release;
         TensorSpace space = make_space(product, start, 0);
-        result = krylov::probe_lanczos(space, start.clone(), steps, step_callback<int64_t>(on_step));
+        const auto look = [&](const krylov::Tridiagonals& found, int64_t done) {
+            py::gil_scoped_acquire acquire;
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+            if (enough.is_none() || std::find(looks.begin(), looks.end(), done) == looks.end()) return false;
+            return enough(*to_tuple(found)).cast<bool>();
+        };
+        result = krylov::probe_lanczos(space, start.clone(), steps, look);
     }
-    const TensorSpace exact({}, 0, at::TensorOptions(at::kDouble), 0);
-    return py::make_tuple(exact.to_tensor(result.alpha), exact.to_tensor(result.beta), result.lengths,
-                          result.applications);
+    return to_tuple(result);
 }
 
 at::Tensor rademacher(uint64_t seed, int64_t first, int64_t K, int64_t P, const at::Tensor& like) {
@@ -149,7 +163,7 @@ void bind_krylov(py::module_ module) {
     m.def("factorise", &factorise, py::arg("product"), py::arg("start"), py::arg("block"), py::arg("steps"),
           py::arg("keep"), py::arg("seed"));
     m.def("tridiagonalise", &tridiagonalise, py::arg("product"), py::arg("start"), py::arg("steps"),
-          py::arg("on_step"));
+          py::arg("enough") = py::none(), py::arg("looks") = std::vector<int64_t>());
     m.def("rademacher", &rademacher, py::arg("seed"), py::arg("first"), py::arg("K"), py::arg("P"),
           py::arg("like"));
 }
