@@ -93,7 +93,10 @@ def test_sums_against_the_truth() -> None:
     V = _C.krylov.rademacher(1, 0, 32, 150, torch.empty(0, dtype=torch.float64))
     hutchinson = ((V @ A) * V).sum(dim=1)
     assert abs(density.sum(lambda x: x).value - float(hutchinson.mean())) <= 1e-10
-    assert abs(density.sum(lambda x: x).stderr - float(hutchinson.std()) / 32**0.5) <= 1e-10
+    # 31 degrees of freedom of the sample and 16 of the bound 2 (tr A² - (tr A)² / P), both from the same products.
+    bound = 2 * (float(((V @ A) ** 2).sum(dim=1).mean()) - float(hutchinson.mean()) ** 2 / 150)
+    moderated = (31 * float(hutchinson.var()) + 16 * bound) / 47
+    assert abs(density.sum(lambda x: x).stderr - (moderated / 32) ** 0.5) <= 1e-10
     assert density.sum(np.ones_like).value == pytest.approx(150, abs=1e-10)
 
 
@@ -164,8 +167,7 @@ def test_plot(probes: int) -> None:
     density = spectral_density(with_spectrum(SPECTRUM), probes=probes, steps=20)
     axes = density.plot()
     assert axes.get_yscale() == "log"
-    assert len(axes.lines) == 1
-    assert len(axes.collections) == (probes > 1)
+    assert len(axes.collections) == 1  # a band even for one probe
     assert density.plot(axes) is axes
     matplotlib.pyplot.close("all")
     spectral_density(torch.eye(5)).plot()
