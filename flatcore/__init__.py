@@ -3,10 +3,12 @@
 from flatcore import _load as _load  # isort: skip  # first: explains a torch that does not fit the build
 
 from flatcore import tuning
+from flatcore.block_spectra import block_spectra
 from flatcore.density import spectral_density
 from flatcore.eigsh import eigsh
 from flatcore.objective import ModelLoss, Objective, hf_loss
 from flatcore.operators import GGN, GradientCovariance, Hessian
+from flatcore.solve import solve
 from flatcore.trace import diagonal, trace
 
 __version__ = "0.1.0"
@@ -20,11 +22,13 @@ __all__ = [
     "Hessian",
     "ModelLoss",
     "Objective",
+    "block_spectra",
     "compare",
     "diagonal",
     "eigsh",
     "hf_loss",
     "report",
+    "solve",
     "spectral_density",
     "trace",
 ]

@@ -15,10 +15,10 @@ import torch
 from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import LinearView, check_count, check_positive, check_seed
+from flatcore.means import Samples, Smooth
 from flatcore.memory import free_bytes
 from flatcore.progress import Bar, progress_bar
 from flatcore.results import Estimate
-from flatcore.sampling import Samples, Smooth
 
 __all__ = ["Block", "Exact", "Options", "Source", "dense", "finite", "run"]
 
@@ -74,12 +74,20 @@ class Options:
 
     @staticmethod
     def checked(
-        what: str, method: str, methods: tuple[str, ...], rtol: float, max_matvecs: int | None, seed: int, progress: bool
+        what: str,
+        method: str,
+        methods: tuple[str, ...],
+        rtol: float,
+        max_matvecs: int | None,
+        seed: int,
+        progress: bool,
     ) -> Options:
         if method not in methods:
             raise ValueError(f"method: {what} offers {', '.join(methods)}, got {method!r}")
         limit = None if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
-        return Options(what, method, check_positive("rtol", rtol, 0.01), limit, check_seed(seed), bool(progress))
+        return Options(
+            what, method, check_positive("rtol", rtol, 0.01), limit, check_seed(seed), bool(progress)
+        )
 
 
 def run(source: Source, smooth: Smooth, exact: Exact, options: Options, began: float) -> Estimate:
@@ -93,7 +101,10 @@ def run(source: Source, smooth: Smooth, exact: Exact, options: Options, began: f
     small = exact.products <= min(EXACT_AT_ONCE, budget)
     use_exact = options.method == "exact" or (options.method == "auto" and small)
     value, error, status, matvecs = 0.0, 0.0, "converged", 0
-    with full_precision(), progress_bar(what, exact.products if use_exact else budget, options.progress) as bar:
+    with (
+        full_precision(),
+        progress_bar(what, exact.products if use_exact else budget, options.progress) as bar,
+    ):
         if not use_exact:
             value, error, status, matvecs, use_exact = _sample(source, smooth, exact, options, budget, bar)
         if use_exact:

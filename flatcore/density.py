@@ -15,9 +15,9 @@ import torch
 from flatcore import _C
 from flatcore.environment import full_precision
 from flatcore.linear import as_operator, check_count, check_seed
+from flatcore.means import BOUND_WEIGHT, gamma_band, moderated, student
 from flatcore.quadrature import Jacobi, joined
 from flatcore.results import Estimate
-from flatcore.sampling import BOUND_WEIGHT, gamma_band, moderated, student
 from flatcore.spectral import rounding
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Density:
         each.
 
         The Chebyshev-Markov-Stieltjes bounds of the quadrature, widened by Student's t times the standard error over
-        the probes, moderated as in ``flatcore/sampling.py``. Costs an eigenvalue problem per point and probe.
+        the probes, moderated as in ``flatcore/means.py``. Costs an eigenvalue problem per point and probe.
         """
         points = np.asarray(grid, dtype=np.float64)
         wide = self._student(level)
@@ -183,7 +183,7 @@ class Density:
         """Lower and upper end for the smoothed density, with the probability ``level`` at each point.
 
         Intervals of a Gamma law, positive and wider above, from the standard error over the probes, moderated as in
-        ``flatcore/sampling.py``, with Student's t for its degrees of freedom; then by what the rules of three quarters
+        ``flatcore/means.py``, with Student's t for its degrees of freedom; then by what the rules of three quarters
         of the steps differ within a width. Where that decides, more steps or a larger width are needed.
         """
         quantile = self._student(level)

@@ -14,11 +14,11 @@ from flatcore import _C
 from flatcore.adaptive import Block, Exact, Options, dense, eigenvalues, finite, run
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import LinearView, as_operator, check_count, check_positive
+from flatcore.means import Smooth, power, quotient, total
 from flatcore.memory import free_bytes
 from flatcore.progress import Bar
 from flatcore.quadrature import Jacobi
 from flatcore.results import Estimate
-from flatcore.sampling import Smooth, power, quotient, total
 from flatcore.spectral import Function, rounding
 
 __all__ = [
@@ -60,7 +60,7 @@ def functional(
     over to exact where the probes seen show that P products (P <= 2048) are the cheaper way to rtol.
 
     ``stderr`` holds two things, added in squares: the standard error over the probes, moderated by a bound on their
-    variance so that it holds with few of them (``flatcore/sampling.py``), and the error of the quadrature, estimated
+    variance so that it holds with few of them (``flatcore/means.py``), and the error of the quadrature, estimated
     from the rules of half as many steps. A function with steep places between the quadrature's nodes needs more steps
     than that shows. ``max_matvecs``: products with one vector, by default 2000. rtol not reached by then: ``status``
     says so, and a FlatcoreWarning. Memory: min(8, probes) * steps vectors. Raises ValueError or TypeError for bad
@@ -278,7 +278,9 @@ class _QuadratureSource:
             sure = bounded or (jacobi.steps >= _FEWEST_STEPS and previous <= self.tolerance)
             return bool(relative <= self.tolerance and sure)
 
-        alpha, beta, lengths, products = _C.krylov.tridiagonalise(operator.apply, start, steps, enough, _LOOKS)
+        alpha, beta, lengths, products = _C.krylov.tridiagonalise(
+            operator.apply, start, steps, enough, _LOOKS
+        )
         jacobi = Jacobi.of(alpha, beta, lengths, min(products // count, steps))
         values, bias, _ = self._quadrature(jacobi)
         nodes, weights = jacobi.gauss()

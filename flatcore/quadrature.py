@@ -43,9 +43,7 @@ class Jacobi:
 
     def after(self, steps: int) -> Jacobi:
         """What was known after fewer steps."""
-        return Jacobi(
-            self.diagonal[:, :steps], self.coupling[:, :steps], np.minimum(self.lengths, steps)
-        )
+        return Jacobi(self.diagonal[:, :steps], self.coupling[:, :steps], np.minimum(self.lengths, steps))
 
     def gauss(self) -> tuple[np.ndarray, np.ndarray]:
         """Gauss rules: the nodes are eigenvalues, the weights squared first entries of eigenvectors (Golub and
@@ -66,7 +64,7 @@ class Jacobi:
 
         Exact for polynomials of degree 2 steps. Exhausted probes keep their Gauss rule, which is exact already.
         """
-        probes, steps = self.diagonal.shape
+        steps = self.steps
         going = np.flatnonzero(self.lengths == steps)
         diagonal = np.column_stack([self.diagonal, self.diagonal[:, 0]])
         lengths = self.lengths.copy()

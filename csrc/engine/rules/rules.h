@@ -19,10 +19,12 @@ class LinearRule final : public Rule {
     LinearRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return (i == 0 && active(1)) || (i == 1 && active(0)); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
     double flops(int64_t K, bool second_order) const override;
+    Rounding rounding(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
 
  private:
@@ -37,10 +39,12 @@ class MatmulRule final : public Rule {
     using Rule::Rule;
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return active(1 - i); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
     double flops(int64_t K, bool second_order) const override;
+    Rounding rounding(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
 };
 
@@ -50,14 +54,17 @@ class ConvolutionRule final : public Rule {
     ConvolutionRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
     bool channels_last_output() const override { return true; }
     double flops(int64_t K, bool second_order) const override;
+    Rounding rounding(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
     int64_t saved() const override;
 
  private:
+    at::ScalarType operand_type(const Directions& d) const;
     at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
@@ -71,6 +78,7 @@ class BatchNormRule final : public Rule {
     BatchNormRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return i == 0 && active(1); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
@@ -117,6 +125,7 @@ class MulRule final : public Rule {
     FLATCORE_RULE_METHODS
     bool channels_last_output() const override { return either_channels_last(); }
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return active(1 - i); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
@@ -236,6 +245,7 @@ class LinearCrossEntropyRule final : public Rule {
     bool reads_tangent_in_adjoint(int i) const override { return i < 3; }
     double flops(int64_t K, bool second_order) const override;
     int64_t saved() const override { return keeps_probabilities() ? rows_ * classes_ : 0; }
+    Rounding rounding(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
     int64_t second_order_workspace() const override;
 
@@ -253,8 +263,8 @@ class LinearCrossEntropyRule final : public Rule {
     void logits(const Operands& v, int64_t first, const at::Tensor& z) const;
     at::Tensor probabilities(const State& state, const Operands& v, int64_t first, int64_t rows,
                              const at::Tensor& buffer) const;
-    void logit_tangent(const Operands& v, const Operands& t, int64_t k, int64_t first,
-                       const at::Tensor& tz) const;
+    void logit_tangent(const Operands& v, const Operands& t, int64_t k, int64_t first, const at::Tensor& tz,
+                       Precision precision) const;
     int64_t rows_, width_, classes_, chunk_rows_;
     bool transposed_, rounds_, holds_cut_;
 };
