@@ -15,7 +15,7 @@ import torch
 from flatcore import _C
 from flatcore.environment import full_precision
 from flatcore.linear import as_operator, check_count, check_seed
-from flatcore.means import BOUND_WEIGHT, gamma_band, moderated, student
+from flatcore.means import BOUND_WEIGHT, gamma_band, moderated, score_interval, student
 from flatcore.quadrature import Jacobi, joined
 from flatcore.results import Estimate
 from flatcore.spectral import rounding
@@ -147,18 +147,16 @@ class Density:
         """Lower and upper end for the share of eigenvalues up to each grid point, with the probability ``level`` at
         each.
 
-        The Chebyshev-Markov-Stieltjes bounds of the quadrature, widened by Student's t times the standard error over
-        the probes, moderated as in ``flatcore/means.py``. Costs an eigenvalue problem per point and probe.
+        The Chebyshev-Markov-Stieltjes bounds of the quadrature, widened by the score interval (Wilson, J. Am. Stat.
+        Assoc. 22 (1927) 209-212): a probe's share has at most the variance 2 F (1 - F) / P, that of a binomial one of
+        P / 2 trials, because the projector onto the eigenvalues below is idempotent. Costs an eigenvalue problem per
+        point and probe.
         """
         points = np.asarray(grid, dtype=np.float64)
-        wide = self._student(level)
         ends = np.array([[end.mean() for end in self.jacobi.share_bounds(float(x))] for x in points.ravel()])
         ends = ends.reshape(*points.shape, 2)
-        step = 0.5 + 0.5 * np.sign(points[..., None, None] - self.nodes)
-        shares = (step * self.weights).sum(axis=-1)
-        # An indicator is its own square.
-        away = wide * self._moderated(shares, shares.mean(axis=-1))
-        return np.clip(ends[..., 0] - away, 0, 1), np.clip(ends[..., 1] + away, 0, 1)
+        trials = self.jacobi.probes * self.dimension / 2
+        return score_interval(ends[..., 0], trials, level)[0], score_interval(ends[..., 1], trials, level)[1]
 
     def pdf(
         self, grid: Any, width: float | None = None, *, atom: bool = True, log: bool = False
@@ -184,7 +182,8 @@ class Density:
 
         Intervals of a Gamma law, positive and wider above, from the standard error over the probes, moderated as in
         ``flatcore/means.py``, with Student's t for its degrees of freedom; then by what the rules of three quarters
-        of the steps differ within a width. Where that decides, more steps or a larger width are needed.
+        of the steps differ within a width, and where nodes are more than two widths apart, by what lies open between
+        them. Where that decides, more steps or a larger width are needed.
         """
         quantile = self._student(level)
         samples, squares = self._smoothed(grid, width, atom, log, self._gauss)
@@ -193,7 +192,7 @@ class Density:
         if self.jacobi.steps < self.dimension and (self.jacobi.lengths == self.jacobi.steps).any():
             shorter = self.jacobi.after(max(1, 3 * self.jacobi.steps // 4)).gauss()
             points = np.asarray(grid, dtype=np.float64)
-            size = (0.1 if log else self._width()) if width is None else float(width)
+            size = self._size(width, log)
             around = [points * 10.0**s if log else points + s for s in (-size, 0.0, size)]
             differences = [
                 np.abs(
@@ -203,19 +202,23 @@ class Density:
                 for at in around
             ]
             off = np.max(differences, axis=0)
-            lower, upper = np.maximum(lower - off, 0.0), upper + off
+            less, more = self._between(grid, width, atom, log)
+            lower, upper = np.maximum(lower - np.maximum(off, less), 0.0), upper + np.maximum(off, more)
         return lower, upper
 
     def isolated(self, width: float | None = None) -> np.ndarray:
-        """Eigenvalues that stand alone: every probe has found one there, and nothing else within two widths of it."""
+        """Eigenvalues that stand alone: three quarters of the probes have found one there, and none has anything else
+        within two widths of it."""
         width = self._width() if width is None else float(width)
         nodes, weights, errors = self.jacobi.ritz()
         # What a rule gives less weight than a thousandth of one eigenvalue is a copy or a trace of rounding.
         real = weights > 1e-3 / self.dimension
-        found = []
-        for value in np.unique(nodes[0][real[0] & (errors[0] <= width / 4) & (np.abs(nodes[0]) > self.zero)]):
+        found: list[float] = []
+        for value in np.unique(nodes[real & (errors <= width / 4) & (np.abs(nodes) > self.zero)]):
             near = real & (np.abs(nodes - value) <= 2 * width)
-            if (near.sum(axis=1) == 1).all() and (errors[near] <= width / 4).all():
+            once = (near.sum(axis=1) <= 1).all() and near.sum() >= 0.75 * self.jacobi.probes
+            new = not found or value - found[-1] > 2 * width
+            if once and new and (errors[near] <= width / 4).all():
                 found.append(float(np.median(nodes[near])))
         return np.array(found)
 
@@ -243,22 +246,37 @@ class Density:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Per grid point and probe the mean over the eigenvalues of a Gaussian there, and of its square."""
         points = np.asarray(grid, dtype=np.float64)[..., None, None]
-        width = (0.1 if log else self._width()) if width is None else float(width)
-        if not width > 0:
-            raise ValueError(f"width: expected a positive number, got {width}")
+        if log and (points == 0).any():
+            raise ValueError("grid: expected eigenvalues other than zero for log=True, got zero")
         nodes, weights = rule
         if not atom or log:
             weights = np.where(np.abs(nodes) > self.zero, weights, 0.0)
-        if log:
-            if (points == 0).any():
-                raise ValueError("grid: expected eigenvalues other than zero for log=True, got zero")
-            same = np.sign(points) == np.sign(nodes)
-            ratio = np.where(same, nodes / points, 1.0)
-            bells = np.where(same, np.exp(-0.5 * (np.log10(ratio) / width) ** 2), 0.0)
-        else:
-            bells = np.exp(-0.5 * ((points - nodes) / width) ** 2)
-        bells /= width * math.sqrt(2 * math.pi)
+        bells = _bells(points, nodes, self._size(width, log), log)
         return (bells * weights).sum(axis=-1), (bells**2 * weights).sum(axis=-1)
+
+    def _between(
+        self, grid: Any, width: float | None, atom: bool, log: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How much less, or more, the smoothed density may be where the nodes are too far apart to tell.
+
+        By the inequalities of Chebyshev, Markov and Stieltjes the true measure comes from the rule's by moving each
+        weight no further than to the neighbouring nodes. A node that is an eigenvalue stays where it is.
+        """
+        points = np.asarray(grid, dtype=np.float64)[..., None, None]
+        size = self._size(width, log)
+        nodes, weights, errors = self.jacobi.ritz()
+        if not atom or log:
+            weights = np.where(np.abs(nodes) > self.zero, weights, 0.0)
+        left = np.column_stack([nodes[:, 0] - errors[:, 0], nodes[:, :-1]])
+        right = np.column_stack([nodes[:, 1:], nodes[:, -1] + errors[:, -1]])
+        scale = np.abs(points) * math.log(10) * size if log else size
+        coarse = (right - left > 4 * scale) & (errors > scale / 4)
+        own = _bells(points, nodes, size, log)
+        ends = np.minimum(_bells(points, left, size, log), _bells(points, right, size, log))
+        nearest = _bells(points, np.clip(points, left, right), size, log)
+        less = (np.where(coarse, own - np.minimum(own, ends), 0.0) * weights).sum(axis=-1)
+        more = (np.where(coarse, nearest - own, 0.0) * weights).sum(axis=-1)
+        return less.mean(axis=-1), more.mean(axis=-1)
 
     def _moderated(self, samples: np.ndarray, squares: np.ndarray) -> np.ndarray:
         """Standard error of the mean over the last axis, given the mean over the eigenvalues of the function's
@@ -269,9 +287,14 @@ class Density:
         return np.sqrt(moderated(own, bound, n) / n)
 
     def _student(self, level: float) -> float:
-        if not 0 < level < 1:
-            raise ValueError(f"level: expected a probability between 0 and 1, got {level}; give e.g. 0.95")
         return student(level, self.jacobi.probes - 1 + BOUND_WEIGHT)
+
+    def _size(self, width: float | None, log: bool) -> float:
+        """The width asked for, in eigenvalues or decades."""
+        size = (0.1 if log else self._width()) if width is None else float(width)
+        if not size > 0:
+            raise ValueError(f"width: expected a positive number, got {width}")
+        return size
 
     def _width(self) -> float:
         low, high = self.range
@@ -312,6 +335,17 @@ def spectral_density(
         seconds=time.perf_counter() - began,
         seed=seed,
     )
+
+
+def _bells(points: np.ndarray, nodes: np.ndarray, width: float, log: bool) -> np.ndarray:
+    """Gaussians around the points at the nodes; ``log``: in decades, and zero for nodes of the other sign."""
+    if log:
+        same = np.sign(points) == np.sign(nodes)
+        ratio = np.where(same, nodes / points, 1.0)
+        bells = np.where(same, np.exp(-0.5 * (np.log10(ratio) / width) ** 2), 0.0)
+    else:
+        bells = np.exp(-0.5 * ((points - nodes) / width) ** 2)
+    return np.asarray(bells / (width * math.sqrt(2 * math.pi)))
 
 
 def _mean_and_stderr(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ def student(level: float, degrees: float) -> float:
 
     Fisher and Cornish, Technometrics 2 (1960) 209-225; to 1e-3 there.
     """
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = _normal(level)
     terms = (
         z,
         (z**3 + z) / 4,
@@ -67,6 +67,22 @@ def gamma_band(mean: np.ndarray, stderr: np.ndarray, quantile: float) -> tuple[n
         lower = mean / (1 - ninth + spread) ** 3
         upper = np.where(1 - ninth - spread > 0, mean / (1 - ninth - spread) ** 3, np.inf)
     return np.where(mean > 0, lower, 0.0), np.where(mean > 0, upper, 0.0)
+
+
+def score_interval(share: np.ndarray, trials: float, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """The shares whose binomial deviation, with so many trials, reaches ``share``."""
+    z = _normal(level)
+    part = z**2 / trials
+    middle = (share + part / 2) / (1 + part)
+    half = np.sqrt(part * share * (1 - share) + part**2 / 4) / (1 + part)
+    return np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0)
+
+
+def _normal(level: float) -> float:
+    """Half width, in deviations, of the two-sided interval of a normal number."""
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a probability between 0 and 1, got {level}; give e.g. 0.95")
+    return NormalDist().inv_cdf(0.5 + level / 2)
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,12 @@ class Jacobi:
         (Szegő, "Orthogonal polynomials", section 3.41).
         """
         nodes, weights = self.radau(point)
-        scale = np.abs(nodes).max(axis=1, keepdims=True)
-        at = np.abs(nodes - point) <= 64 * np.finfo(float).eps * np.maximum(scale, abs(point))
+        away = np.abs(nodes - point)
         # Of an exhausted probe every node is an eigenvalue and counts where it is.
+        exhausted = (self.lengths < self.steps)[:, None]
+        scale = np.maximum(np.abs(nodes).max(axis=1, keepdims=True), abs(point))
+        own = away == away.min(axis=1, keepdims=True)
+        at = np.where(exhausted, away <= 8 * np.finfo(float).eps * scale, own)
         below = np.where(at, 0.0, weights * (nodes < point)).sum(axis=1)
         return below, below + np.where(at, weights, 0.0).sum(axis=1)
 
