@@ -17,6 +17,7 @@ __all__ = [
     "moderated",
     "power",
     "quotient",
+    "score_interval",
     "student",
     "total",
 ]
