@@ -116,7 +116,7 @@ class Density:
         """
         samples, squares = self._quadrature(self._gauss, function)
         shorter, _ = self._quadrature(self.jacobi.after((self.jacobi.steps + 1) // 2).gauss(), function)
-        going = (self.jacobi.lengths == self.jacobi.steps) & (self.jacobi.steps < self.dimension)
+        going = self.jacobi.going & (self.jacobi.steps < self.dimension)
         bias = float(np.where(going, np.abs(samples - shorter), 0.0).mean()) * self.dimension
         stderr = float(self._moderated(samples, squares.mean())) * self.dimension
         value = float(samples.mean()) * self.dimension
@@ -189,7 +189,7 @@ class Density:
         samples, squares = self._smoothed(grid, width, atom, log, self._gauss)
         mean = samples.mean(axis=-1)
         lower, upper = gamma_band(mean, self._moderated(samples, squares.mean(axis=-1)), quantile)
-        if self.jacobi.steps < self.dimension and (self.jacobi.lengths == self.jacobi.steps).any():
+        if self.jacobi.steps < self.dimension and self.jacobi.going.any():
             shorter = self.jacobi.after(max(1, 3 * self.jacobi.steps // 4)).gauss()
             points = np.asarray(grid, dtype=np.float64)
             size = self._size(width, log)

@@ -296,7 +296,7 @@ class _QuadratureSource:
         f.check(nodes, zero)
         gauss = P * (weights * f(nodes)).sum(axis=1)
         # A Krylov space that is exhausted, or the whole space, gives the spectrum the probe sees.
-        going = (jacobi.lengths == jacobi.steps) & (jacobi.steps < P)
+        going = jacobi.going & (jacobi.steps < P)
         if f.bernstein and nodes.min() >= -zero and f.pole < -zero:
             nodes, weights = jacobi.radau(-zero)
             radau = P * (weights * f(nodes)).sum(axis=1)

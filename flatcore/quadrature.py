@@ -41,6 +41,11 @@ class Jacobi:
     def steps(self) -> int:
         return int(self.diagonal.shape[1])
 
+    @property
+    def going(self) -> np.ndarray:
+        """Which probes have not exhausted their Krylov space."""
+        return np.asarray((self.lengths == self.steps) & (self.coupling[:, -1] > 0))
+
     def after(self, steps: int) -> Jacobi:
         """What was known after fewer steps."""
         return Jacobi(self.diagonal[:, :steps], self.coupling[:, :steps], np.minimum(self.lengths, steps))
@@ -65,7 +70,7 @@ class Jacobi:
         Exact for polynomials of degree 2 steps. Exhausted probes keep their Gauss rule, which is exact already.
         """
         steps = self.steps
-        going = np.flatnonzero(self.lengths == steps)
+        going = np.flatnonzero(self.going)
         diagonal = np.column_stack([self.diagonal, self.diagonal[:, 0]])
         lengths = self.lengths.copy()
         if len(going):
@@ -91,7 +96,7 @@ class Jacobi:
         nodes, weights = self.radau(point)
         away = np.abs(nodes - point)
         # Of an exhausted probe every node is an eigenvalue and counts where it is.
-        exhausted = (self.lengths < self.steps)[:, None]
+        exhausted = ~self.going[:, None]
         scale = np.maximum(np.abs(nodes).max(axis=1, keepdims=True), abs(point))
         own = away == away.min(axis=1, keepdims=True)
         at = np.where(exhausted, away <= 8 * np.finfo(float).eps * scale, own)
