@@ -28,10 +28,11 @@ __all__ = ["Atom", "Density", "spectral_density"]
 
 @dataclass(frozen=True)
 class Atom:
-    """The share of eigenvalues with |lambda| <= radius, with its standard error over the probes.
+    """The share of eigenvalues with |lambda| <= radius.
 
     ``low`` and ``high`` bound what each probe's quadrature leaves open, on average: where the spectrum goes on outside
-    the radius without a gap, no few steps can tell what lies inside, and the two are far apart.
+    the radius without a gap, no few steps can tell what lies inside, and the two are far apart. ``stderr`` holds that
+    and, added in squares, the standard error over the probes. ``resolved``: the former is at most twice the latter.
     """
 
     share: float
@@ -39,11 +40,7 @@ class Atom:
     low: float
     high: float
     radius: float
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the quadrature leaves no more open than the probes do."""
-        return self.high - self.low <= 2 * self.stderr + 1e-6
+    resolved: bool
 
 
 @dataclass(frozen=True)
@@ -99,13 +96,16 @@ class Density:
         below = self.jacobi.share_bounds(np.nextafter(-radius, -np.inf))
         upto = self.jacobi.share_bounds(np.nextafter(radius, np.inf))
         low, high = np.clip(upto[0] - below[1], 0, 1), np.clip(upto[1] - below[0], 0, 1)
-        mean = float(shares.mean())
+        share = float(shares.mean())
+        least, most = min(float(low.mean()), share), max(float(high.mean()), share)
+        chance = float(self._moderated(shares, np.float64(share)))
         return Atom(
-            share=mean,
-            stderr=float(self._moderated(shares, np.float64(mean))),
-            low=min(float(low.mean()), mean),
-            high=max(float(high.mean()), mean),
+            share=share,
+            stderr=math.hypot(chance, max(share - least, most - share)),
+            low=least,
+            high=most,
             radius=float(radius),
+            resolved=most - least <= 2 * chance + 1e-6,
         )
 
     def sum(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
@@ -203,7 +203,13 @@ class Density:
             ]
             off = np.max(differences, axis=0)
             less, more = self._between(grid, width, atom, log)
-            lower, upper = np.maximum(lower - np.maximum(off, less), 0.0), upper + np.maximum(off, more)
+            less, more = np.maximum(off, less), np.maximum(off, more)
+            if not atom and not log:
+                # What may be part of the atom, or of the rest.
+                at_zero = _bells(points, np.zeros(1), size, log)
+                less = less + at_zero * (self.atom.high - self.atom.share)
+                more = more + at_zero * (self.atom.share - self.atom.low)
+            lower, upper = np.maximum(lower - less, 0.0), upper + more
         return lower, upper
 
     def isolated(self, width: float | None = None) -> np.ndarray:
@@ -244,7 +250,8 @@ class Density:
     def _smoothed(
         self, grid: Any, width: float | None, atom: bool, log: bool, rule: tuple[np.ndarray, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Per grid point and probe the mean over the eigenvalues of a Gaussian there, and of its square."""
+        """Per grid point and probe the mean over the eigenvalues of a Gaussian there, and of its square, with
+        a margin."""
         points = np.asarray(grid, dtype=np.float64)[..., None, None]
         if log and (points == 0).any():
             raise ValueError("grid: expected eigenvalues other than zero for log=True, got zero")
@@ -252,7 +259,10 @@ class Density:
         if not atom or log:
             weights = np.where(np.abs(nodes) > self.zero, weights, 0.0)
         bells = _bells(points, nodes, self._size(width, log), log)
-        return (bells * weights).sum(axis=-1), (bells**2 * weights).sum(axis=-1)
+        squares, fourth = (bells**2 * weights).sum(axis=-1), (bells**4 * weights).sum(axis=-1)
+        # Probes that miss the few eigenvalues which decide find the squares small too: by their own deviation more.
+        miss = np.sqrt(2 * fourth.mean(axis=-1, keepdims=True) / (self.dimension * self.jacobi.probes))
+        return (bells * weights).sum(axis=-1), squares + miss
 
     def _between(
         self, grid: Any, width: float | None, atom: bool, log: bool

@@ -30,7 +30,11 @@ def plot(density: Density, ax: Axes | None, log: bool) -> Axes:
     (_decades if log else _linear)(density, ax)
     atom = density.atom
     if atom.share > 0:
-        open_ = "" if atom.resolved else f", the quadrature leaves {atom.low:.2g} to {atom.high:.2g} open"
+        open_ = (
+            ""
+            if atom.resolved
+            else f", quadrature leaves {100 * atom.low:.3g} to {100 * atom.high:.3g} % open"
+        )
         ax.plot(
             [],
             [],
