@@ -73,23 +73,45 @@ class engine:
         def gradient(self, y: Tensor, accumulate: bool) -> None: ...
 
 class krylov:
-    @staticmethod
-    def solve(
-        product: Callable[[Tensor], Tensor],
-        start: Tensor,
-        k: int,
-        which: str,
-        tol: float,
-        block: int,
-        capacity: int,
-        max_products: int,
-        seed: int,
-        on_step: Callable[[int, int], None] | None,
-    ) -> dict[str, Any]: ...
+    class OperatorError(ValueError): ...
+
+    class EigenSolver:
+        def __init__(
+            self,
+            *,
+            product: Callable[[Tensor], Tensor],
+            head: Tensor,
+            tail: Tensor,
+            scale: float,
+            k: int,
+            which: str,
+            tol: float,
+            block: int,
+            max_products: int,
+            asymmetry: float,
+            verify: bool,
+            seed: int,
+        ) -> None: ...
+        def start(self, rows: Tensor) -> None: ...
+        def step(self) -> bool: ...
+        def look(self) -> dict[str, Any]: ...
+        def result(self) -> dict[str, Any]: ...
+        def state(self) -> dict[str, Any]: ...
+        def restore(self, state: dict[str, Any]) -> None: ...
+        def defect(self) -> tuple[float, float]: ...
+
     @staticmethod
     def factorise(
-        product: Callable[[Tensor], Tensor], start: Tensor, block: int, steps: int, keep: int, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        product: Callable[[Tensor], Tensor],
+        head: Tensor,
+        tail: Tensor,
+        scale: float,
+        block: int,
+        steps: int,
+        keep: int,
+        lock: int,
+        seed: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[float]]: ...
     @staticmethod
     def tridiagonalise(
         product: Callable[[Tensor], Tensor],

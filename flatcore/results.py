@@ -19,8 +19,9 @@ class Eigenpairs:
     ``vectors`` (P, k), unit columns in A's dtype on its device, or None if they were not asked for.
     ``residuals`` (k,) = |A v - value v|, from products of their own, not from a bound.
     ``converged`` (k,): residual <= tol * scale, with ``scale`` the largest absolute eigenvalue estimate seen.
-    ``matvecs``: products of A with one vector, all included. ``status``: "converged", or one sentence that
-    says why not.
+    ``matvecs``: products of A with one vector, all included; ``draft_matvecs``: those of the draft. ``storage``,
+    ``basis_rows``: where the Krylov basis was kept, and how many vectors. ``status``: "converged", or one sentence that
+    says why not. "interrupted ...": residuals are the recurrence's estimates, and there may be fewer than k pairs.
     """
 
     values: torch.Tensor
@@ -36,6 +37,9 @@ class Eigenpairs:
     scale: float
     block_size: int
     restarts: int
+    storage: str = "full"
+    basis_rows: int = 0
+    draft_matvecs: int = 0
 
 
 @dataclass(frozen=True)

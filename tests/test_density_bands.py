@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from spectra import SEEDS, SPECTRA, P, least_covered, matrix
+from sampled_spectra import SEEDS, SPECTRA, P, least_covered, matrix
 
 from flatcore.density import Density, spectral_density
 from flatcore.means import score_interval, student

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spectra import SEEDS, SPECTRA, P, least_covered, matrix
+from sampled_spectra import SEEDS, SPECTRA, P, least_covered, matrix
 
 import flatcore as fc
 from flatcore.errors import FlatcoreWarning

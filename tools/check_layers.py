@@ -37,9 +37,8 @@ PYTHON_LAYERS = {
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning precision autograd native backend operators",
-    "estimators": (
-        "eigsh trace sampling projected automatic solve block_spectra density density_plot adaptive functionals"
-    ),
+    "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace sampling projected automatic "
+    "solve block_spectra density density_plot adaptive functionals",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {

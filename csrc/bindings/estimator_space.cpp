@@ -2,7 +2,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -19,17 +18,6 @@ constexpr int64_t kPiece = int64_t{1} << 14;  // columns summed in the vectors' 
 
 EstimatorSpace::EstimatorSpace(Apply apply, const at::Tensor& like, int64_t P, uint64_t seed)
     : TensorSpace(std::move(apply), P, like.options(), seed), probe_seed_(seed) {}
-
-krylov::Matrix EstimatorSpace::gram(const Block& X, const Block& Y) const {
-    const int64_t P = X.size(1);
-    if (X.size(0) == 0 || Y.size(0) == 0) return Matrix(X.size(0), Y.size(0));
-    at::Tensor sum = at::zeros({X.size(0), Y.size(0)}, X.options().dtype(at::kDouble));
-    for (int64_t first = 0; first < P; first += kPiece) {
-        const int64_t n = std::min(kPiece, P - first);
-        sum += at::mm(X.narrow(1, first, n), Y.narrow(1, first, n).t());
-    }
-    return to_matrix(sum);
-}
 
 std::vector<double> EstimatorSpace::row_dots(const Block& X, const Block& Y) const {
     const int64_t P = X.size(1);

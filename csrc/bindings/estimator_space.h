@@ -13,9 +13,7 @@ class EstimatorSpace : public TensorSpace {
  public:
     EstimatorSpace(Apply apply, const at::Tensor& like, int64_t P, uint64_t seed);
 
-    // X Yᵀ, summed in float64 over pieces of columns: what the estimators subtract from one another are sums
-    // over all P.
-    Matrix gram(const Block& X, const Block& Y) const;
+    // Summed in float64, as is gram: what the estimators subtract from one another are sums over all P.
     std::vector<double> row_dots(const Block& X, const Block& Y) const;
     std::vector<double> norms(const Block& X) const;
     Block columns(const Block& X, int64_t first, int64_t n) const { return X.narrow(1, first, n); }

@@ -8,6 +8,7 @@ void bind_engine(py::module_ m);
 void bind_krylov(py::module_ m);
 void bind_estimators(py::module_ m);
 void bind_solvers(py::module_ m);
+void bind_eigensolver(py::module_ m);
 
 }  // namespace flatcore
 
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_C, m) {
     flatcore::bind_krylov(m);
     flatcore::bind_estimators(m);
     flatcore::bind_solvers(m);
+    flatcore::bind_eigensolver(m);
 }

@@ -17,7 +17,7 @@
 #include "engine/gemm_bf16.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/softmax.h"
-#include "rules.h"
+#include "losses.h"
 
 namespace flatcore {
 
