@@ -188,7 +188,8 @@ class Density:
         quantile = self._student(level)
         samples, squares = self._smoothed(grid, width, atom, log, self._gauss)
         mean = samples.mean(axis=-1)
-        lower, upper = gamma_band(mean, self._moderated(samples, squares.mean(axis=-1)), quantile)
+        stderr = self._moderated(samples, squares.mean(axis=-1))
+        lower, upper = gamma_band(mean, stderr, self.jacobi.probes, quantile)
         if self.jacobi.steps < self.dimension and self.jacobi.going.any():
             shorter = self.jacobi.after(max(1, 3 * self.jacobi.steps // 4)).gauss()
             points = np.asarray(grid, dtype=np.float64)

@@ -39,7 +39,7 @@ def plot(density: Density, ax: Axes | None, log: bool) -> Axes:
             [],
             [],
             " ",
-            label=f"{100 * atom.share:.3g} ± {100 * atom.stderr:.1g} % at zero (|λ| ≤ {atom.radius:.1g}{open_})",
+            label=f"{100 * atom.share:.3g} ± {100 * atom.stderr:.2g} % at zero (|λ| ≤ {atom.radius:.1g}{open_})",
         )
     ax.legend(fontsize="small", frameon=False)
     return ax

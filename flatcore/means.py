@@ -55,15 +55,18 @@ def student(level: float, degrees: float) -> float:
     return sum(term / degrees**power for power, term in enumerate(terms))
 
 
-def gamma_band(mean: np.ndarray, stderr: np.ndarray, quantile: float) -> tuple[np.ndarray, np.ndarray]:
+def gamma_band(
+    mean: np.ndarray, stderr: np.ndarray, n: int, quantile: float
+) -> tuple[np.ndarray, np.ndarray]:
     """The interval of ``quantile`` deviations for a positive mean, which a logarithmic axis can show.
 
     What m eigenvalues contribute to the mean over n probes is about a Gamma variable of shape a = n m / 2, exactly so
-    for normal probes, and a = (mean / stderr)² in general; its quantiles by Wilson and Hilferty, Proc. Natl. Acad. Sci.
-    17 (1931) 684-688. Close to mean -+ quantile * stderr where that is far above zero. The upper end may be infinite.
+    for normal probes, and a = (mean / stderr)² in general, but no less than for one eigenvalue; its quantiles by Wilson
+    and Hilferty, Proc. Natl. Acad. Sci. 17 (1931) 684-688. Close to mean -+ quantile * stderr where that is far above
+    zero. The upper end is infinite for a single probe.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        ninth = np.where(mean > 0, (stderr / mean) ** 2 / 9, 0.0)
+        ninth = np.where(mean > 0, np.minimum((stderr / mean) ** 2, 2 / n) / 9, 0.0)
         spread = quantile * np.sqrt(ninth)
         lower = mean / (1 - ninth + spread) ** 3
         upper = np.where(1 - ninth - spread > 0, mean / (1 - ninth - spread) ** 3, np.inf)
