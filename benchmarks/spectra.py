@@ -32,6 +32,7 @@ from examples.digits import digits
 from flatcore.bench import peers
 from flatcore.bench.workloads import MLP, WORKLOADS
 from flatcore.machine import describe
+from flatcore.results import Eigenpairs
 
 TOP, TOLERANCE = 10, 1e-3
 PROBES, STEPS = 8, 64
@@ -131,7 +132,7 @@ def digits_net(rounds: int, threads: int) -> None:
             theirs.count = 0
             seconds, result = timed(run)
             times[name].append(seconds)
-            if isinstance(result, fc.Eigenpairs):
+            if isinstance(result, Eigenpairs):
                 notes[name] = (
                     f"{result.matvecs} products, residual {worst_residual(result.values, result.vectors):.1e}"
                 )

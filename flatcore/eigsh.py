@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flatcore import _C
-from flatcore.block_choice import default_block, measured_block
+from flatcore.block_choice import DEFAULT_BLOCK, measured_block
 from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
 from flatcore.krylov_basis import Basis, allocate_basis, checked_storage
@@ -50,7 +50,7 @@ def eigsh(
     smallest, increasing; "BE" from both ends, increasing, the odd one from the upper end. ``tol``: a pair has
     converged when |A v - value v| <= tol times the largest |eigenvalue| found. Eigenvalues far smaller than
     that need a smaller tol; float32 products end near 1e-6. ``block_size``: vectors per product, by default
-    min(k + 2, 8); "measured": the quickest by a few timed products, which another run may choose differently, with
+    2; "measured": the quickest by a few timed products, which another run may choose differently, with
     other last digits (the result's ``block_size`` repeats it). Copies of a multiple eigenvalue beyond the block size
     are looked for with further random vectors, which costs additional products when all copies a block can see are
     wanted.
@@ -250,7 +250,7 @@ def _block(block_size: int | str | None, operator: LinearView, k: int, seed: int
         if block_size != "measured":
             raise ValueError(f"block_size: expected a number, None or 'measured', got {block_size!r}")
         return measured_block(operator, k, seed)
-    block = default_block(k) if block_size is None else check_count("block_size", block_size, 1)
+    block = DEFAULT_BLOCK if block_size is None else check_count("block_size", block_size, 1)
     return min(block, operator.P), 0
 
 

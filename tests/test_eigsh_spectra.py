@@ -110,7 +110,7 @@ def test_random_spectra(data: st.DataObject) -> None:
     block = data.draw(st.none() | st.integers(1, 9))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
     tol = data.draw(st.sampled_from([1e-4, 2e-5, 1e-8] if dtype == torch.float64 else [1e-3, 2e-5]))
-    width = min(k + 2, 8) if block is None else block
+    width = 2 if block is None else block
     short = tol > 2e-3 / P**0.5 and 4 * max(64, 4 * k + 6 * max(width, 2)) <= P
     storage = data.draw(st.sampled_from(["full", "full", "file"] + ["float16"] * short))
     rows = data.draw(st.none() | st.integers(0, 40))

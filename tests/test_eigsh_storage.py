@@ -166,10 +166,10 @@ def test_the_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ),
         (
             {"storage": "float16", "k": 30},
-            "storage: expected P >= 672, four times the basis, for 'float16', got P = 400",
+            "storage: expected P >= 528, four times the basis, for 'float16', got P = 400",
         ),
         ({"memory": 0}, "memory: expected at least 1"),
-        ({"memory": 1000}, "memory: expected at least .* bytes for k = 6 in blocks of 8 with P = 400"),
+        ({"memory": 1000}, "memory: expected at least .* bytes for k = 6 in blocks of 2 with P = 400"),
     ],
 )
 def test_refused(arguments: dict, message: str) -> None:

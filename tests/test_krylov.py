@@ -266,7 +266,7 @@ def test_not_symmetric_is_noticed(block: int) -> None:
         ({"tol": float("nan")}, ValueError, "tol: expected a positive number"),
         ({"which": "SM"}, ValueError, "which: expected one of LM, LA, SA, BE, got 'SM'"),
         ({"block_size": 0}, ValueError, "block_size: expected at least 1"),
-        ({"max_matvecs": 3}, ValueError, "max_matvecs: expected at least 14"),
+        ({"max_matvecs": 3}, ValueError, "max_matvecs: expected at least 12"),
         ({"seed": -1}, ValueError, "seed: expected at least 0"),
         ({"v0": torch.ones(19)}, ValueError, r"v0: expected shape \(20,\)"),
         ({"v0": torch.ones(20, 20)}, ValueError, r"v0: expected shape \(20,\)"),
@@ -300,7 +300,7 @@ def test_wrong_product_shape() -> None:
         def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
             return V[:-1]
 
-    with pytest.raises(ValueError, match=r"expected A @ V of shape \(50, 5\)"):
+    with pytest.raises(ValueError, match=r"expected A @ V of shape \(50, 2\)"):
         eigsh(Wrong(None), 3)
 
 
