@@ -114,7 +114,11 @@ class krylov:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[float]]: ...
     @staticmethod
     def tridiagonalise(
-        product: Callable[[Tensor], Tensor], start: Tensor, steps: int, on_step: Callable[[int], None] | None
+        product: Callable[[Tensor], Tensor],
+        start: Tensor,
+        steps: int,
+        enough: Callable[[Tensor, Tensor, list[int], int], bool] | None = None,
+        looks: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, list[int], int]: ...
     @staticmethod
     def rademacher(seed: int, first: int, K: int, P: int, like: Tensor) -> Tensor: ...

@@ -6,6 +6,15 @@ from flatcore import tuning
 from flatcore.block_spectra import block_spectra
 from flatcore.density import spectral_density
 from flatcore.eigsh import eigsh
+from flatcore.functionals import (
+    effective_dimension,
+    frobenius,
+    functional,
+    logdet,
+    participation_ratio,
+    schatten,
+    soft_rank,
+)
 from flatcore.objective import ModelLoss, Objective, hf_loss
 from flatcore.operators import GGN, GradientCovariance, Hessian
 from flatcore.solve import solve
@@ -25,9 +34,16 @@ __all__ = [
     "block_spectra",
     "compare",
     "diagonal",
+    "effective_dimension",
     "eigsh",
+    "frobenius",
+    "functional",
     "hf_loss",
+    "logdet",
+    "participation_ratio",
     "report",
+    "schatten",
+    "soft_rank",
     "solve",
     "spectral_density",
     "trace",

@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "../kernels/probes.h"
 #include "../krylov/block_lanczos.h"
 #include "../krylov/probe_lanczos.h"
@@ -12,16 +14,6 @@ namespace py = pybind11;
 
 namespace flatcore {
 namespace {
-
-// Between two steps: Ctrl-C ends the run, and Python may show progress.
-template <class... Counts>
-auto step_callback(const py::object& on_step) {
-    return [&on_step](Counts... counts) {
-        py::gil_scoped_acquire acquire;
-        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        if (!on_step.is_none()) on_step(counts...);
-    };
-}
 
 // The factorisation itself, for tests: (V, T, C, Q, slack) after `steps` steps, restarting to `keep` rows
 // where > 0, of which the first `lock` are locked.
@@ -52,18 +44,31 @@ py::tuple factorise(const py::function& product, const at::Tensor& head, const a
     return py::make_tuple(V, to_tensor(s.T, exact), to_tensor(s.C, exact), Q, s.slack);
 }
 
+py::tuple to_tuple(const krylov::Tridiagonals& found) {
+    const at::TensorOptions exact(at::kDouble);
+    return py::make_tuple(to_tensor(found.alpha, exact), to_tensor(found.beta, exact), found.lengths,
+                          found.applications);
+}
+
+// enough: None, or called as (alpha, beta, lengths, products) after the steps listed in `looks`; true ends
+// the recurrence. Only the first so many columns of alpha and beta are filled by then.
 py::tuple tridiagonalise(const py::function& product, const at::Tensor& start, int64_t steps,
-                         const py::object& on_step) {
+                         const py::object& enough, const std::vector<int64_t>& looks) {
     check_rows("start", start);
     krylov::Tridiagonals result;
     TensorSpace space = make_space(product, start.size(1), start.options(), 0);
     {
         py::gil_scoped_release release;
-        result = krylov::probe_lanczos(space, start.clone(), steps, step_callback<int64_t>(on_step));
+        const auto look = [&](const krylov::Tridiagonals& found, int64_t done) {
+            py::gil_scoped_acquire acquire;
+            // Between two steps Ctrl-C ends the run.
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+            if (enough.is_none() || std::find(looks.begin(), looks.end(), done) == looks.end()) return false;
+            return enough(*to_tuple(found)).cast<bool>();
+        };
+        result = krylov::probe_lanczos(space, start.clone(), steps, look);
     }
-    const at::TensorOptions exact(at::kDouble);
-    return py::make_tuple(to_tensor(result.alpha, exact), to_tensor(result.beta, exact), result.lengths,
-                          result.applications);
+    return to_tuple(result);
 }
 
 at::Tensor rademacher(uint64_t seed, int64_t first, int64_t K, int64_t P, const at::Tensor& like) {
@@ -87,7 +92,7 @@ void bind_krylov(py::module_ module) {
     m.def("factorise", &factorise, py::arg("product"), py::arg("head"), py::arg("tail"), py::arg("scale"),
           py::arg("block"), py::arg("steps"), py::arg("keep"), py::arg("lock"), py::arg("seed"));
     m.def("tridiagonalise", &tridiagonalise, py::arg("product"), py::arg("start"), py::arg("steps"),
-          py::arg("on_step"));
+          py::arg("enough") = py::none(), py::arg("looks") = std::vector<int64_t>());
     m.def("rademacher", &rademacher, py::arg("seed"), py::arg("first"), py::arg("K"), py::arg("P"),
           py::arg("like"));
 }

@@ -34,10 +34,12 @@ struct Tridiagonals {
     int64_t applications = 0;
 };
 
-// `start` (K, P), no row zero, is overwritten. on_step gets the products used so far and may throw to stop.
+// `start` (K, P), no row zero, is overwritten. on_step gets what is known after so many steps; it may throw,
+// and where it returns true the recurrence ends, with the steps done as the length of the probes still
+// running.
 template <class Space>
 Tridiagonals probe_lanczos(Space& space, typename Space::Block start, int64_t steps,
-                           const std::function<void(int64_t)>& on_step) {
+                           const std::function<bool(const Tridiagonals&, int64_t)>& on_step) {
     const int64_t K = space.count(start);
     Tridiagonals result{Matrix(K, steps), Matrix(K, steps),
                         std::vector<int64_t>(static_cast<size_t>(K), steps), 0};
@@ -82,9 +84,12 @@ Tridiagonals probe_lanczos(Space& space, typename Space::Block start, int64_t st
             }
             factor[at] = 1.0 / beta;
         }
+        if (on_step(result, j + 1)) {
+            for (auto& length : result.lengths) length = std::min(length, j + 1);
+            break;
+        }
         space.scale_each(w, factor);
         q = w;
-        on_step(result.applications);
     }
     return result;
 }

@@ -10,8 +10,10 @@ import torch
 from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 from torch.profiler import ProfilerActivity, profile
 
+_CPU = torch.device("cpu")
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+
+def peak_bytes(run: Callable[[], object], device: torch.device = _CPU) -> int:
     """The most bytes that `run` holds on the device at once beyond what was held before, its result included.
 
     Every tensor counts; what MKL, oneDNN, cuBLAS and the C library allocate for themselves does not.

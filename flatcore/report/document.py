@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from flatcore.density import Density
 from flatcore.report.compute import Curvature, Report
-from flatcore.results import Density, Eigenpairs, Estimate
+from flatcore.results import Eigenpairs, Estimate
 
 SCHEMA = "flatcore-report/1"
 _DENSITY_POINTS = 401
