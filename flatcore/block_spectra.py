@@ -11,7 +11,7 @@ import torch
 from flatcore import _C
 from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
-from flatcore.linear import as_operator, check_count, check_positive, check_seed
+from flatcore.linear import as_full_operator, check_count, check_positive, check_seed
 from flatcore.progress import progress_bar
 from flatcore.results import BlockSpectra, Eigenpairs
 from flatcore.sampling import Products
@@ -47,7 +47,7 @@ def block_spectra(
     arguments, for products that are not finite and for an A that is not symmetric.
     """
     began = time.perf_counter()
-    operator = as_operator(A)
+    operator = as_full_operator(A)
     slices = {n: s for n, s in (operator.parameter_slices or {}).items() if s.stop > s.start}
     if not slices:
         raise ValueError(

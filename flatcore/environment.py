@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
@@ -16,6 +17,13 @@ _Result = TypeVar("_Result")
 # An evaluation puts other tensors into the user's modules, sets the random generators of the process and may
 # trace the model, which replaces functions of torch for the time. Products of the engine run without it.
 ONE_AT_A_TIME = threading.RLock()
+# A forked child has no other thread that would let the lock go.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=ONE_AT_A_TIME.acquire,
+        after_in_parent=ONE_AT_A_TIME.release,
+        after_in_child=ONE_AT_A_TIME.release,
+    )
 
 
 def exclusive(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -13,7 +13,7 @@ import torch
 from flatcore import _C
 from flatcore.adaptive import Block, Exact, Options, dense, eigenvalues, finite, run
 from flatcore.errors import FlatcoreWarning
-from flatcore.linear import LinearView, as_operator, check_count, check_positive
+from flatcore.linear import LinearView, as_full_operator, check_count, check_positive
 from flatcore.means import Smooth, power, quotient, total
 from flatcore.memory import free_bytes
 from flatcore.progress import Bar
@@ -207,7 +207,7 @@ def _soft_rank(A: Any, damping: float, options: Options, steps: int | None) -> E
 
 def _sum(A: Any, function: Function, smooth: Smooth, options: Options, steps: int | None) -> Estimate:
     began = time.perf_counter()
-    operator = as_operator(A)
+    operator = as_full_operator(A)
     steps = min(_STEPS if steps is None else check_count("steps", steps, 1), operator.P)
 
     def compute(bar: Bar) -> float:
@@ -235,7 +235,7 @@ def _from_products(
     options: Options,
 ) -> Estimate:
     began = time.perf_counter()
-    operator = as_operator(A)
+    operator = as_full_operator(A)
 
     def compute(bar: Bar) -> float:
         sums = np.zeros(2)

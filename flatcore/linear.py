@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["LinearView", "as_operator", "check_count", "check_positive", "check_seed"]
+__all__ = ["LinearView", "as_full_operator", "as_operator", "check_count", "check_positive", "check_seed"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -70,6 +70,20 @@ def as_operator(A: Any) -> LinearView:
     device = torch.device(getattr(A, "device", "cpu")) if is_torch else torch.device("cpu")
     product = (lambda rows: (A @ rows.T).T) if is_torch else _numpy_product(A)
     return LinearView(P, dtype, device, product, slices)
+
+
+def as_full_operator(A: Any) -> LinearView:
+    """`as_operator` for what takes products to be as exact, and as symmetric, as their dtype.
+
+    Raises ValueError for an operator of lower precision.
+    """
+    precision = getattr(A, "precision", "full")
+    if precision != "full":
+        raise ValueError(
+            f'A: expected products in full precision, got an operator with precision="{precision}", whose rounding '
+            "would pass for curvature; make one without precision"
+        )
+    return as_operator(A)
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype:

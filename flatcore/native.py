@@ -142,7 +142,7 @@ class NativeBackend:
 
     def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot, precision: Precision = "full") -> Tensor:
         """<v, A v> for the rows of V (K, P): (K,) float64 on the CPU. No A v is formed."""
-        q = torch.zeros(V.shape[0], dtype=torch.float64)
+        q = torch.zeros(V.shape[0], dtype=torch.float64, device="cpu")
         pieces, examples = self._pieces(mode, V.shape[0], precision), self.objective.examples
         for batch, state in self._linearizations(at):
             for piece in pieces:

@@ -38,11 +38,11 @@ class Operator:
     products.
 
     precision: "full", or "bf16" for the matrix products of linear layers and `matmul` with operands rounded to bfloat16
-    (8 bits), about twice as fast on processors that have instructions for it. Sums, small products and everything else,
-    the loss and its gradient among them, stay float32. Such products are symmetric up to their error only;
-    `precision_error` measures both, `plan` says what share of a product is rounded. Raises ValueError for float64 and
-    CUDA; where the processor cannot, or the model has no program, a FlatcoreWarning says that products are in full
-    precision.
+    (8 bits), faster on processors that have instructions for it (docs/performance.md). Sums, small products and
+    everything else, the loss and its gradient among them, stay float32. Such products are symmetric up to their error
+    only; `precision_error` measures both, `plan` says what share of a product is rounded; `solve`, `block_spectra` and
+    the functionals refuse them. Raises ValueError for float64 and CUDA; where the processor cannot, or the model has no
+    program, a FlatcoreWarning says that products are in full precision.
     """
 
     mode: ClassVar[Mode]
@@ -94,7 +94,8 @@ class Operator:
         Cost: for a native program half a product or less (a linear layer takes three matrix products instead of six,
         for a GGN two instead of four), and no memory of the parameters' size: nothing is swept backward, as the second
         derivative of the loss along v is the sum over the program's ops of <adjoint of the output, second derivative of
-        the op along the tangents of its inputs>. Through autograd it costs the products.
+        the op along the tangents of its inputs>. Through autograd it costs the products. Squares are formed in the
+        parameters' dtype: in float32, vectors whose entries lie far from one (1e-20, 1e20) lose the answer.
         """
         snapshot = self.objective.snapshot()
         rows, _ = to_rows(V, self.objective.layout)
@@ -103,8 +104,8 @@ class Operator:
 
     def _quadratic_form(self, V: Tensor, at: Snapshot) -> Tensor:
         if not V.shape[0]:
-            return torch.zeros(0, dtype=torch.float64)
-        with full_precision():
+            return torch.zeros(0, dtype=torch.float64, device="cpu")
+        with full_precision(), torch.inference_mode(False):
             return backend_for(self.objective, self.mode).quadratic_form(self.mode, V, at, self.precision)
 
     def to_scipy(self) -> LinearOperator:

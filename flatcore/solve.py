@@ -13,7 +13,7 @@ import torch
 from flatcore import _C
 from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
-from flatcore.linear import LinearView, as_operator, check_count, check_positive
+from flatcore.linear import LinearView, as_full_operator, check_count, check_positive
 from flatcore.progress import progress_bar
 from flatcore.results import Solution
 from flatcore.sampling import Products
@@ -47,7 +47,7 @@ def solve(
     Source: block conjugate gradients in Dubrulle's form, Electron. Trans. Numer. Anal. 12 (2001) 216-233.
     """
     began = time.perf_counter()
-    operator = as_operator(A)
+    operator = as_full_operator(A)
     rows = _right_hand_sides(b, operator)
     damping = _checked_damping(damping)
     tol = check_positive("tol", tol, 1e-6)

@@ -93,3 +93,24 @@ def test_the_engine_refuses_too() -> None:
         state.product(V, torch.empty_like(V), "hessian", False, 1, 1.0, "bf16")
     with pytest.raises(ValueError, match="precision: expected full or bf16, got 'half'"):
         state.product(V, torch.empty_like(V), "hessian", False, 1, 1.0, "half")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda A: fc.solve(A, torch.ones(A.shape[0]), damping=1.0),
+        lambda A: fc.block_spectra(A),
+        lambda A: fc.logdet(A, 1.0),
+    ],
+    ids=["solve", "block_spectra", "logdet"],
+)
+def test_what_takes_rounding_for_curvature_refuses(use):
+    torch.manual_seed(0)
+    batch = torch.randn(64, 40), torch.randint(5, (64,))
+    objective = fc.Objective(nn.Linear(40, 5), nn.CrossEntropyLoss(), batch)
+    A = fc.GGN(objective)
+    A.precision = "bf16"  # whatever this processor can do
+    with pytest.raises(
+        ValueError, match='A: expected products in full precision, got an operator with precision="bf16"'
+    ):
+        use(A)

@@ -122,3 +122,18 @@ def test_no_memory_of_the_parameters_size():
     H.quadratic_form(V)
     assert peak_bytes(lambda: H.quadratic_form(V)) < 0.1 * V.nbytes
     assert peak_bytes(lambda: H @ V) > V.nbytes
+
+
+def test_surroundings_do_not_matter():
+    torch.manual_seed(0)
+    model, loss, batch = mlp(8, 5, 7, 3)
+    H = fc.Hessian(fc.Objective(model, loss, batch))
+    V = directions(H.shape[0], 2, torch.float32)
+    q = H.quadratic_form(V)
+    with torch.device("meta"):
+        assert torch.equal(H.quadratic_form(V), q)
+        assert H.quadratic_form(V[:, :0]).device == torch.device("cpu")
+    with torch.inference_mode():
+        inside = H.quadratic_form(V)
+    inside.mul_(2)  # an inference tensor would refuse
+    assert torch.equal(inside, 2 * q)

@@ -1,7 +1,10 @@
 """Memory for the tensors of a product stays between products, and goes when the last operator does."""
 
 import gc
+import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -153,3 +156,39 @@ def test_tensors_made_between_products_are_not_from_it():
     assert engine.workspace_bytes() == 0
     assert torch.isfinite(Y).all()
     assert all(torch.isfinite(t).all() for t in others)
+
+
+def test_a_child_forked_during_products_can_compute():
+    H = operator()
+    V = directions(H, 8)
+    expected = H @ V
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            H @ V
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                torch.set_num_threads(1)
+                torch.empty(1000)
+                engine.workspace_bytes()
+                os._exit(0 if H.shape == (len(V), len(V)) else 1)
+            for _ in range(3000):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    break
+                time.sleep(0.01)
+            else:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert done
+            assert status == 0
+    finally:
+        stop.set()
+        thread.join()
+    assert torch.equal(H @ V, expected)

@@ -1,6 +1,7 @@
 #include "workspace.h"
 
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -84,6 +85,9 @@ class Pool final : public c10::Allocator {
     // An allocator whose memory cannot be freed by address stays alone, and products go without chunks.
     bool install() {
         if (!others_->raw_deleter()) return false;
+        // A thread that holds the lock is not in a forked child to let it go.
+        pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                       [] { instance().mutex_.unlock(); });
         c10::SetCPUAllocator(this);
         return true;
     }
