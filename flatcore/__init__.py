@@ -5,6 +5,15 @@ from flatcore import _load as _load  # isort: skip  # first: explains a torch th
 from flatcore import tuning
 from flatcore.density import spectral_density
 from flatcore.eigsh import eigsh
+from flatcore.functionals import (
+    effective_dimension,
+    frobenius,
+    functional,
+    logdet,
+    participation_ratio,
+    schatten,
+    soft_rank,
+)
 from flatcore.objective import ModelLoss, Objective, hf_loss
 from flatcore.operators import GGN, GradientCovariance, Hessian
 from flatcore.trace import diagonal, trace
@@ -22,9 +31,16 @@ __all__ = [
     "Objective",
     "compare",
     "diagonal",
+    "effective_dimension",
     "eigsh",
+    "frobenius",
+    "functional",
     "hf_loss",
+    "logdet",
+    "participation_ratio",
     "report",
+    "schatten",
+    "soft_rank",
     "spectral_density",
     "trace",
 ]

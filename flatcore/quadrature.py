@@ -21,7 +21,7 @@ class Jacobi:
     ``diagonal``, ``coupling`` (n, steps): ``coupling[i, j]`` couples rows j and j + 1, the last one is the norm of
     what the recurrence left over. ``lengths`` (n,): rows in use; fewer than steps where a Krylov space was
     exhausted. Every rule comes as (nodes, weights), (n, m) arrays with rows of weights that sum to 1; unused places
-    have weight 0 and a node inside the spectrum.
+    have weight 0 and repeat another node.
     """
 
     diagonal: np.ndarray
@@ -51,6 +51,15 @@ class Jacobi:
         """Gauss rules: the nodes are eigenvalues, the weights squared first entries of eigenvectors (Golub and
         Welsch, Math. Comp. 23 (1969) 221-230). Exact for polynomials of degree 2 steps - 1."""
         return self._rule(self.diagonal, self.lengths)
+
+    def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Nodes, weights and, for each node, the distance within which there is an eigenvalue (Parlett, "The symmetric
+        eigenvalue problem" (1998), theorem 13.2.1); infinite in unused places."""
+        nodes, vectors = np.linalg.eigh(self._matrices(self.diagonal, self.lengths))
+        ends = np.take_along_axis(vectors, (self.lengths - 1)[:, None, None], axis=1)[:, 0]
+        left = np.take_along_axis(self.coupling, (self.lengths - 1)[:, None], axis=1)
+        weights = vectors[:, 0] ** 2
+        return nodes, weights, np.where(weights < np.finfo(float).tiny, np.inf, np.abs(ends * left))
 
     def radau(self, point: float) -> tuple[np.ndarray, np.ndarray]:
         """Gauss-Radau rules with one more node, which is ``point`` (Golub, SIAM Review 15 (1973) 318-334).
@@ -89,7 +98,7 @@ class Jacobi:
         return below, below + np.where(at, weights, 0.0).sum(axis=1)
 
     def _matrices(self, diagonal: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """(n, m, m); rows past the length stand alone, with the first diagonal entry, which is inside the spectrum."""
+        """(n, m, m); rows past the length stand alone, with a diagonal entry inside the spectrum."""
         probes, size = diagonal.shape
         rows = np.arange(size)
         used = rows < lengths[:, None]
@@ -102,7 +111,10 @@ class Jacobi:
 
     def _rule(self, diagonal: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         nodes, vectors = np.linalg.eigh(self._matrices(diagonal, lengths))
-        return nodes, vectors[:, 0] ** 2
+        weights = vectors[:, 0] ** 2
+        # A function need not be defined where only an unused row puts a node.
+        heaviest = np.take_along_axis(nodes, weights.argmax(axis=1)[:, None], axis=1)
+        return np.where(weights < np.finfo(float).tiny, heaviest, nodes), weights
 
 
 def joined(parts: Sequence[Jacobi]) -> Jacobi:

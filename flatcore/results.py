@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["Density", "Eigenpairs", "Estimate"]
+__all__ = ["Eigenpairs", "Estimate"]
 
 
 @dataclass(frozen=True)
@@ -60,108 +55,3 @@ class Estimate:
     seed: int
     seconds: float
     status: str
-
-
-@dataclass(frozen=True)
-class Density:
-    """Spectral density of a symmetric (P, P) operator by stochastic Lanczos quadrature.
-
-    Probe i gives the quadrature sum_j weights[i, j] f(nodes[i, j]), whose mean over probes estimates (1/P) tr
-    f(A): Golub and Welsch, Math. Comp. 23 (1969); Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017),
-    algorithm 1. ``nodes`` and ``weights`` are (probes, steps) float64 arrays, each row of weights sums to 1.
-    A probe whose Krylov space was exhausted early has fewer nodes, is exact for its start vector, and is
-    padded with weights 0. Error bars are standard errors over the independent probes; one probe alone gives
-    nan. Where few eigenvalues decide (beyond a gap), a bar from few probes is itself rough: take more probes
-    there, or ``eigsh``.
-    """
-
-    nodes: np.ndarray
-    weights: np.ndarray
-    dimension: int
-    matvecs: int
-    seconds: float
-    seed: int
-    status: str = field(default="converged")
-
-    def sum(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-        """sum_i f(lambda_i) over all P eigenvalues; ``function`` maps an array of eigenvalues to an array."""
-        values = np.asarray(function(self.nodes), dtype=np.float64)
-        if values.shape != self.nodes.shape:
-            raise ValueError(
-                f"function: expected the shape {self.nodes.shape} of its argument, got {values.shape}; "
-                "write it elementwise, e.g. lambda x: x**2"
-            )
-        # A padded node may be where f is not finite; its weight is 0.
-        per_probe = np.where(self.weights > 0, self.weights * values, 0.0).sum(axis=1) * self.dimension
-        value, stderr = _mean_and_stderr(per_probe)
-        return Estimate(
-            value=float(value),
-            stderr=float(stderr),
-            matvecs=self.matvecs,
-            by_parameter=None,
-            method="stochastic Lanczos quadrature",
-            seed=self.seed,
-            seconds=self.seconds,
-            status=self.status,
-        )
-
-    def cdf(self, grid: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Share of eigenvalues below each grid point (one at it counts half), and its standard error."""
-        points = np.asarray(grid, dtype=np.float64)
-        step = 0.5 + 0.5 * np.sign(points[..., None, None] - self.nodes)
-        return _mean_and_stderr((step * self.weights).sum(axis=-1))
-
-    def pdf(self, grid: Any, width: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Density at each grid point, smoothed by a Gaussian of standard deviation ``width``, and its
-        standard error.
-
-        The default width is 1/200 of the range of the nodes. The density integrates to 1.
-        """
-        points = np.asarray(grid, dtype=np.float64)
-        width = self._width() if width is None else float(width)
-        if not width > 0:
-            raise ValueError(f"width: expected a positive number, got {width}")
-        bells = np.exp(-0.5 * ((points[..., None, None] - self.nodes) / width) ** 2)
-        return _mean_and_stderr((bells * self.weights).sum(axis=-1) / (width * math.sqrt(2 * math.pi)))
-
-    def _width(self) -> float:
-        low, high = self.range
-        # One eigenvalue, P times over: any width is arbitrary.
-        return (high - low) / 200 or 1e-3 * (abs(high) or 1.0)
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Least and largest node: inside the spectrum, close to its ends."""
-        return float(self.nodes.min()), float(self.nodes.max())
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The density on a logarithmic axis, with a band of one standard error; returns the axes."""
-        if ax is None:
-            from matplotlib import pyplot
-
-            _, ax = pyplot.subplots()
-        low, high = self.range
-        margin = 5 * self._width()
-        grid = np.linspace(low - margin, high + margin, 1001)
-        value, stderr = self.pdf(grid)
-        floor = (
-            0.1 / self.dimension / (self._width() * math.sqrt(2 * math.pi))
-        )  # a tenth of one eigenvalue's peak
-        ax.semilogy(grid, np.maximum(value, floor))
-        if len(self.nodes) > 1:
-            ax.fill_between(
-                grid, np.maximum(value - stderr, floor), np.maximum(value + stderr, floor), alpha=0.3
-            )
-        ax.set_ylim(bottom=floor)
-        ax.set_xlabel("eigenvalue")
-        ax.set_ylabel("density")
-        return ax
-
-
-def _mean_and_stderr(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the last axis and its standard error, nan for one sample."""
-    n = samples.shape[-1]
-    mean = samples.mean(axis=-1)
-    if n == 1:
-        return mean, np.full_like(mean, np.nan)
-    return mean, samples.std(axis=-1, ddof=1) / math.sqrt(n)

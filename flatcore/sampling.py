@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-__all__ = ["BOUND_WEIGHT", "Samples", "Smooth", "moderated", "power", "quotient", "student", "total"]
+__all__ = ["BOUND_WEIGHT", "Samples", "Smooth", "gamma_band", "moderated", "power", "quotient", "student", "total"]
 
 # Samples that the bound on the variance counts for, beside those seen.
 BOUND_WEIGHT = 16
@@ -42,6 +42,21 @@ def student(level: float, degrees: float) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
     return sum(term / degrees**power for power, term in enumerate(terms))
+
+
+def gamma_band(mean: np.ndarray, stderr: np.ndarray, quantile: float) -> tuple[np.ndarray, np.ndarray]:
+    """The interval of ``quantile`` deviations for a positive mean, which a logarithmic axis can show.
+
+    What m eigenvalues contribute to the mean over n probes is about a Gamma variable of shape a = n m / 2, exactly so
+    for normal probes, and a = (mean / stderr)² in general; its quantiles by Wilson and Hilferty, Proc. Natl. Acad. Sci.
+    17 (1931) 684-688. Close to mean -+ quantile * stderr where that is far above zero. The upper end may be infinite.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ninth = np.where(mean > 0, (stderr / mean) ** 2 / 9, 0.0)
+        spread = quantile * np.sqrt(ninth)
+        lower = mean / (1 - ninth + spread) ** 3
+        upper = np.where(1 - ninth - spread > 0, mean / (1 - ninth - spread) ** 3, np.inf)
+    return np.where(mean > 0, lower, 0.0), np.where(mean > 0, upper, 0.0)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,10 @@ def test_sums_against_the_truth() -> None:
     V = _C.krylov.rademacher(1, 0, 32, 150, torch.empty(0, dtype=torch.float64))
     hutchinson = ((V @ A) * V).sum(dim=1)
     assert abs(density.sum(lambda x: x).value - float(hutchinson.mean())) <= 1e-10
-    assert abs(density.sum(lambda x: x).stderr - float(hutchinson.std()) / 32**0.5) <= 1e-10
+    # 31 degrees of freedom of the sample and 16 of the bound 2 (tr A² - (tr A)² / P), both from the same products.
+    bound = 2 * (float(((V @ A) ** 2).sum(dim=1).mean()) - float(hutchinson.mean()) ** 2 / 150)
+    moderated = (31 * float(hutchinson.var()) + 16 * bound) / 47
+    assert abs(density.sum(lambda x: x).stderr - (moderated / 32) ** 0.5) <= 1e-10
     assert density.sum(np.ones_like).value == pytest.approx(150, abs=1e-10)
 
 
@@ -121,7 +124,8 @@ def test_tiny(P: int) -> None:
     A = torch.diag(torch.arange(1.0, P + 1))
     density = spectral_density(A, probes=2)
     assert density.sum(lambda x: x).value == pytest.approx(P * (P + 1) / 2, rel=1e-6)
-    assert density.sum(lambda x: x).stderr == pytest.approx(0, abs=1e-5)
+    # Random signs are exact for a diagonal matrix; the bound on their variance, which two probes need, is not.
+    assert density.sum(lambda x: x).stderr <= (P * (P**2 - 1) / 12) ** 0.5
 
 
 def test_block_size_changes_nothing_but_memory() -> None:
@@ -164,8 +168,7 @@ def test_plot(probes: int) -> None:
     density = spectral_density(with_spectrum(SPECTRUM), probes=probes, steps=20)
     axes = density.plot()
     assert axes.get_yscale() == "log"
-    assert len(axes.lines) == 1
-    assert len(axes.collections) == (probes > 1)
+    assert len(axes.collections) == 1  # a band even for one probe
     assert density.plot(axes) is axes
     matplotlib.pyplot.close("all")
     spectral_density(torch.eye(5)).plot()

@@ -37,7 +37,7 @@ PYTHON_LAYERS = {
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning autograd native backend operators",
-    "estimators": "eigsh trace density adaptive functionals",
+    "estimators": "eigsh trace density density_plot adaptive functionals",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {

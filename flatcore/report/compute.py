@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatcore.density import spectral_density
+from flatcore.density import Density, spectral_density
 from flatcore.eigsh import eigsh
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import check_count
@@ -20,7 +20,7 @@ from flatcore.operators import Hessian
 from flatcore.progress import progress_bar
 from flatcore.report.autograd_loop import AutogradLoop
 from flatcore.report.fit import Fit, fit
-from flatcore.results import Density, Eigenpairs, Estimate
+from flatcore.results import Eigenpairs, Estimate
 from flatcore.trace import trace
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from flatcore.report.compute import Curvature, Report
-from flatcore.results import Density, Eigenpairs, Estimate
+from flatcore.density import Density
+from flatcore.results import Eigenpairs, Estimate
 
 SCHEMA = "flatcore-report/1"
 _DENSITY_POINTS = 401
@@ -66,6 +67,7 @@ def density(result: Density) -> dict[str, Any]:
         "grid": grid.tolist(),
         "pdf": value.tolist(),
         "stderr": stderr.tolist(),
+        "at_zero": dataclasses.asdict(result.atom),
         "nodes": result.nodes.tolist(),
         "weights": result.weights.tolist(),
         "matvecs": result.matvecs,

@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-from flatcore.results import Density
+from flatcore.density import Density
 
 _WIDTH, _HEIGHT = 760, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
