@@ -18,7 +18,6 @@ from flatcore import doctor as doctor_module
 from flatcore.bench.command import chosen
 from flatcore.bench.command import run as run_bench
 from flatcore.bench.workloads import WORKLOADS
-from flatcore.density import Atom
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
 from flatcore.report import compare
@@ -185,18 +184,11 @@ def spectrum(
             path = picture.with_stem(f"{picture.stem}-{s.name}") if len(found) > 1 else picture
             _draw(density, s.name, path)
             console.print(f"density: {path}", highlight=False, soft_wrap=True)
-            console.print(_at_zero(density.atom), highlight=False, soft_wrap=True)
+            text = f"eigenvalues: {density.atom}; the picture's band holds with 95 % at each point"
+            console.print(text, highlight=False, soft_wrap=True)
             found[s.name]["density"] = density_document(density)
     if json_file is not None:
         json_file.write(dumps(found))
-
-
-def _at_zero(atom: Atom) -> str:
-    if atom.resolved:
-        share = f"{100 * atom.share:.3g} ± {100 * atom.stderr:.1g} %"
-    else:
-        share = f"between {100 * atom.low:.3g} and {100 * atom.high:.3g} %"
-    return f"eigenvalues at zero (|λ| ≤ {atom.radius:.2g}): {share}; the band holds with 95 % at each point"
 
 
 def _draw(density: Any, title: str, path: Path) -> None:

@@ -47,6 +47,16 @@ class Atom:
         """Whether the quadrature leaves at most 5 % of the eigenvalues open."""
         return self.high - self.low <= _LEFT_OPEN
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The bounds of the quadrature, widened by two standard errors."""
+        return max(self.low - 2 * self.stderr, 0.0), min(self.high + 2 * self.stderr, 1.0)
+
+    def __str__(self) -> str:
+        least, most = (100 * end for end in self.interval)
+        share = f"{100 * self.share:.3g} % ({least:.3g} to {most:.3g} %)"
+        return f"{share if self.resolved else f'{least:.3g} to {most:.3g} %'} at zero (|λ| ≤ {self.radius:.1g})"
+
 
 @dataclass(frozen=True)
 class Density:
@@ -126,9 +136,11 @@ class Density:
         it needs.
         """
         samples, squares = self._quadrature(self._gauss, function)
-        shorter, _ = self._quadrature(self.jacobi.after((self.jacobi.steps + 1) // 2).gauss(), function)
-        going = (self.jacobi.lengths == self.jacobi.steps) & (self.jacobi.steps < self.dimension)
-        bias = float(np.where(going, np.abs(samples - shorter), 0.0).mean()) * self.dimension
+        going, bias = self.jacobi.going, 0.0
+        if going.any():
+            shorter = self.jacobi.of_probes(going).after((self.jacobi.steps + 1) // 2).gauss()
+            off = samples[going] - self._quadrature(shorter, function)[0]
+            bias = self.dimension * float(np.abs(off).sum()) / self.jacobi.probes
         stderr = float(self._moderated(samples, squares.mean())) * self.dimension
         value = float(samples.mean()) * self.dimension
         status = self.status
@@ -201,7 +213,7 @@ class Density:
         samples, squares = self._smoothed(grid, width, atom, log, self._gauss)
         mean = samples.mean(axis=-1)
         lower, upper = gamma_band(mean, self._moderated(samples, squares.mean(axis=-1)), quantile)
-        if self.jacobi.steps < self.dimension and (self.jacobi.lengths == self.jacobi.steps).any():
+        if self.jacobi.going.any():
             shorter = self.jacobi.after(max(1, 3 * self.jacobi.steps // 4)).gauss()
             points = np.asarray(grid, dtype=np.float64)
             size = (0.1 if log else self._width()) if width is None else float(width)

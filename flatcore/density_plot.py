@@ -30,8 +30,7 @@ def plot(density: Density, ax: Axes | None, log: bool) -> Axes:
     (_decades if log else _linear)(density, ax)
     atom = density.atom
     if atom.high > 0:
-        share = f"{100 * atom.share:.3g} ± {100 * atom.stderr:.1g} %" if atom.resolved else f"at most {100 * atom.high:.2g} %"
-        ax.plot([], [], " ", label=f"{share} at zero (|λ| ≤ {atom.radius:.1g})")
+        ax.plot([], [], " ", label=str(atom))
     ax.legend(fontsize="small", frameon=False)
     return ax
 

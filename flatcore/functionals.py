@@ -293,17 +293,18 @@ class _QuadratureSource:
         zero = rounding(self.operator.dtype, float(np.abs(nodes).max()))
         f.check(nodes, zero)
         gauss = P * (weights * f(nodes)).sum(axis=1)
-        # A Krylov space that is exhausted, or the whole space, gives the spectrum the probe sees.
-        going = (jacobi.lengths == jacobi.steps) & (jacobi.steps < P)
+        going = jacobi.going
+        if not going.any():
+            return gauss, 0.0, True
+        error, probes = np.zeros(len(gauss)), jacobi.of_probes(going)
         if f.bernstein and nodes.min() >= -zero and f.pole < -zero:
-            nodes, weights = jacobi.radau(-zero)
-            radau = P * (weights * f(nodes)).sum(axis=1)
-            middle = np.where(going, (gauss + radau) / 2, gauss)
-            return middle, float(np.where(going, np.abs(gauss - radau) / 2, 0.0).mean()), True
-        nodes, weights = jacobi.after((jacobi.steps + 1) // 2).gauss()
+            nodes, weights = probes.radau(-zero)
+            error[going] = (gauss[going] - P * (weights * f(nodes)).sum(axis=1)) / 2
+            return gauss - error, float(np.abs(error).mean()), True
+        nodes, weights = probes.after((jacobi.steps + 1) // 2).gauss()
         f.check(nodes, zero)
-        shorter = P * (weights * f(nodes)).sum(axis=1)
-        return gauss, float(np.where(going, np.abs(gauss - shorter), 0.0).mean()), False
+        error[going] = gauss[going] - P * (weights * f(nodes)).sum(axis=1)
+        return gauss, float(np.abs(error).mean()), False
 
 
 class _SquareSource:

@@ -18,9 +18,9 @@ __all__ = ["Jacobi", "joined"]
 class Jacobi:
     """The tridiagonal matrices of n probes, one row each.
 
-    ``diagonal``, ``coupling`` (n, steps): ``coupling[i, j]`` couples rows j and j + 1, the last one is the norm of
-    what the recurrence left over. ``lengths`` (n,): rows in use; fewer than steps where a Krylov space was
-    exhausted. Every rule comes as (nodes, weights), (n, m) arrays with rows of weights that sum to 1; unused places
+    ``diagonal``, ``coupling`` (n, steps): ``coupling[i, j]`` couples rows j and j + 1, the one behind the last
+    row in use is the norm of what the recurrence left over. ``lengths`` (n,): rows in use; fewer than steps where a
+    Krylov space was exhausted. Every rule comes as (nodes, weights), (n, m) arrays with rows of weights that sum to 1; unused places
     have weight 0 and repeat another node.
     """
 
@@ -40,6 +40,15 @@ class Jacobi:
     @property
     def steps(self) -> int:
         return int(self.diagonal.shape[1])
+
+    @property
+    def going(self) -> np.ndarray:
+        """Which probes have more to tell, (n,); of the others the rules are exact for any function."""
+        left = np.take_along_axis(self.coupling, (self.lengths - 1)[:, None], axis=1)[:, 0]
+        return left > 0
+
+    def of_probes(self, which: np.ndarray) -> Jacobi:
+        return Jacobi(self.diagonal[which], self.coupling[which], self.lengths[which])
 
     def after(self, steps: int) -> Jacobi:
         """What was known after fewer steps."""
@@ -66,8 +75,8 @@ class Jacobi:
 
         Exact for polynomials of degree 2 steps. Exhausted probes keep their Gauss rule, which is exact already.
         """
-        probes, steps = self.diagonal.shape
-        going = np.flatnonzero(self.lengths == steps)
+        steps = self.steps
+        going = np.flatnonzero(self.going)
         diagonal = np.column_stack([self.diagonal, self.diagonal[:, 0]])
         lengths = self.lengths.copy()
         if len(going):
