@@ -74,12 +74,20 @@ class Options:
 
     @staticmethod
     def checked(
-        what: str, method: str, methods: tuple[str, ...], rtol: float, max_matvecs: int | None, seed: int, progress: bool
+        what: str,
+        method: str,
+        methods: tuple[str, ...],
+        rtol: float,
+        max_matvecs: int | None,
+        seed: int,
+        progress: bool,
     ) -> Options:
         if method not in methods:
             raise ValueError(f"method: {what} offers {', '.join(methods)}, got {method!r}")
         limit = None if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
-        return Options(what, method, check_positive("rtol", rtol, 0.01), limit, check_seed(seed), bool(progress))
+        return Options(
+            what, method, check_positive("rtol", rtol, 0.01), limit, check_seed(seed), bool(progress)
+        )
 
 
 def run(source: Source, smooth: Smooth, exact: Exact, options: Options, began: float) -> Estimate:
@@ -93,7 +101,10 @@ def run(source: Source, smooth: Smooth, exact: Exact, options: Options, began: f
     small = exact.products <= min(EXACT_AT_ONCE, budget)
     use_exact = options.method == "exact" or (options.method == "auto" and small)
     value, error, status, matvecs = 0.0, 0.0, "converged", 0
-    with full_precision(), progress_bar(what, exact.products if use_exact else budget, options.progress) as bar:
+    with (
+        full_precision(),
+        progress_bar(what, exact.products if use_exact else budget, options.progress) as bar,
+    ):
         if not use_exact:
             value, error, status, matvecs, use_exact = _sample(source, smooth, exact, options, budget, bar)
         if use_exact:

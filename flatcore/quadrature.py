@@ -5,7 +5,7 @@ Golub and Meurant, "Matrices, Moments and Quadrature with Applications" (2010), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,8 @@ class Jacobi:
 
     ``diagonal``, ``coupling`` (n, steps): ``coupling[i, j]`` couples rows j and j + 1, the one behind the last
     row in use is the norm of what the recurrence left over. ``lengths`` (n,): rows in use; fewer than steps where a
-    Krylov space was exhausted. Every rule comes as (nodes, weights), (n, m) arrays with rows of weights that sum to 1; unused places
-    have weight 0 and repeat another node.
+    Krylov space was exhausted. Every rule comes as (nodes, weights), (n, m) arrays with rows of weights that sum to 1;
+    unused places have weight 0 and repeat another node.
     """
 
     diagonal: np.ndarray
@@ -52,9 +52,29 @@ class Jacobi:
 
     def after(self, steps: int) -> Jacobi:
         """What was known after fewer steps."""
-        return Jacobi(
-            self.diagonal[:, :steps], self.coupling[:, :steps], np.minimum(self.lengths, steps)
+        return Jacobi(self.diagonal[:, :steps], self.coupling[:, :steps], np.minimum(self.lengths, steps))
+
+    def gauss_error(self, sums: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Per probe an estimate of what its Gauss rule is off by, for ``sums`` of (nodes, weights) per probe.
+
+        The step from the rule of half as many steps, and what a geometric sequence of such steps would add, its ratio
+        taken from the rule of a quarter: slow convergence shows as a ratio near one, where the factor ends at 10.
+        Infinite for a single step, which nothing can be compared with.
+        """
+        error = np.zeros(self.probes)
+        going = self.going
+        if not going.any():
+            return error
+        if self.steps == 1:
+            return np.where(going, np.inf, 0.0)
+        probes, half = self.of_probes(going), (self.steps + 1) // 2
+        finest, middle, coarse = (
+            sums(*probes.after(steps).gauss()) for steps in (self.steps, half, (half + 1) // 2)
         )
+        last, before = np.abs(finest - middle), float(np.abs(middle - coarse).mean())
+        ratio = min(float(last.mean()) / before, 0.9) if before > 0 else 0.9
+        error[going] = last / (1 - ratio)
+        return error
 
     def gauss(self) -> tuple[np.ndarray, np.ndarray]:
         """Gauss rules: the nodes are eigenvalues, the weights squared first entries of eigenvectors (Golub and

@@ -9,7 +9,17 @@ from statistics import NormalDist
 
 import numpy as np
 
-__all__ = ["BOUND_WEIGHT", "Samples", "Smooth", "gamma_band", "moderated", "power", "quotient", "student", "total"]
+__all__ = [
+    "BOUND_WEIGHT",
+    "Samples",
+    "Smooth",
+    "gamma_band",
+    "moderated",
+    "power",
+    "quotient",
+    "student",
+    "total",
+]
 
 # Samples that the bound on the variance counts for, beside those seen.
 BOUND_WEIGHT = 16
@@ -26,7 +36,7 @@ def moderated(variance: np.ndarray, bound: np.ndarray, n: int) -> np.ndarray:
     Genet. Mol. Biol. 3 (2004), article 3): it tells with few samples and fades with many.
     """
     own = (n - 1) * variance if n > 1 else np.zeros_like(bound)
-    return (own + BOUND_WEIGHT * bound) / (n - 1 + BOUND_WEIGHT)
+    return np.asarray((own + BOUND_WEIGHT * bound) / (n - 1 + BOUND_WEIGHT))
 
 
 def student(level: float, degrees: float) -> float:
@@ -115,7 +125,7 @@ class Samples:
         share = k / (self.n + k)
         self.values = np.concatenate([self.values, values])
         self._bound = self._bound + share * (bound - self._bound)
-        self._bias = self._bias + share * (bias - self._bias)
+        self._bias = (1 - share) * self._bias + share * bias  # either may be infinite
 
     def estimate(self, smooth: Smooth) -> tuple[float, float, float]:
         """Value, standard error (nan for one sample) and bound on the bias of ``smooth`` of the means.

@@ -50,10 +50,10 @@ class Function:
                 "write it elementwise, e.g. lambda x: x**2"
             )
         if not np.isfinite(values).all():
-            at = eigenvalues[~np.isfinite(values)][0]
+            bad = ~np.isfinite(values)
             raise ValueError(
-                f"{self._text}: expected a function that is finite on the spectrum, got {values[~np.isfinite(values)][0]} "
-                f"at {at:.6g}; define it there"
+                f"{self._text}: expected a function that is finite on the spectrum, got {values[bad][0]} "
+                f"at {eigenvalues[bad][0]:.6g}; define it there"
             )
         return values
 
@@ -62,8 +62,8 @@ class Function:
         least = float(eigenvalues.min())
         if least <= self.pole + zero:
             raise ValueError(
-                f"damping: expected A + damping to be positive definite beyond the rounding {zero:.2g} of A's products, "
-                f"got damping {-self.pole:g} with an eigenvalue of A at or below {least:.6g}; raise damping, or take "
+                f"damping: expected A + damping to be positive definite beyond the rounding {zero:.2g} of A's "
+                f"products, got damping {-self.pole:g} with an eigenvalue of A at or below {least:.6g}; raise damping, or take "
                 "fc.GGN, which has no negative eigenvalues for a convex loss"
             )
         if self._nonnegative and least < -zero:

@@ -210,9 +210,7 @@ def test_bound_on_the_variance_is_the_true_one_for_random_eigenvectors() -> None
 
     values = np.linspace(0.1, 2, 100)
     A = with_spectrum(values)
-    bounds = [
-        float(_SquareSource(as_operator(A), seed).draw(0, 8, 8).bound[0, 0]) for seed in range(SEEDS)
-    ]
+    bounds = [float(_SquareSource(as_operator(A), seed).draw(0, 8, 8).bound[0, 0]) for seed in range(SEEDS)]
     squares = values**2
     true = 2 * ((squares**2).sum() - squares.sum() ** 2 / 100)
     assert abs(np.mean(bounds) - true) <= 4 * np.std(bounds) / SEEDS**0.5 + 2 * true / 100
@@ -220,7 +218,12 @@ def test_bound_on_the_variance_is_the_true_one_for_random_eigenvectors() -> None
 
 def test_zero_and_identity() -> None:
     zero, one = torch.zeros(100, 100), torch.eye(100, dtype=torch.float64)
-    for name, expected in (("soft_rank", 0.0), ("frobenius", 0.0), ("participation_ratio", 0.0), ("schatten", 0.0)):
+    for name, expected in (
+        ("soft_rank", 0.0),
+        ("frobenius", 0.0),
+        ("participation_ratio", 0.0),
+        ("schatten", 0.0),
+    ):
         found = call(name, zero, method=sampled(name))
         assert (found.value, found.stderr, found.status) == (expected, 0.0, "converged")
     for name in NAMES:
@@ -233,7 +236,9 @@ def test_zero_and_identity() -> None:
 def test_a_function_needs_to_be_defined_on_the_spectrum_only() -> None:
     """Two eigenvalues, +-1: the Krylov space ends after two steps, and nothing is asked of f elsewhere."""
     A = with_spectrum(np.repeat([1.0, -1.0], [60, 40]))
-    found = fc.functional(A, lambda x: 1 / np.where(np.abs(np.abs(x) - 1) < 0.1, x, 0.0), method="lanczos", rtol=0.5)
+    found = fc.functional(
+        A, lambda x: 1 / np.where(np.abs(np.abs(x) - 1) < 0.1, x, 0.0), method="lanczos", rtol=0.5
+    )
     assert abs(found.value - 20) <= 4 * found.stderr
 
 
@@ -241,7 +246,7 @@ def test_a_function_needs_to_be_defined_on_the_spectrum_only() -> None:
 def test_never_clipped(method: str) -> None:
     A = with_spectrum(INDEFINITE["indefinite"])
     for function in (fc.logdet, fc.soft_rank):
-        with pytest.raises(ValueError, match="A \\+ damping to be positive definite.*at or below -"):
+        with pytest.raises(ValueError, match=r"A \+ damping to be positive definite.*at or below -"):
             function(A, 0.5, method=method)
     with pytest.raises(ValueError, match="positive definite beyond the rounding"):
         fc.logdet(with_spectrum(POSITIVE["null space"]), 0, method=method)
@@ -284,12 +289,21 @@ def test_same_seed_same_value() -> None:
         (lambda A: fc.logdet(A, -1), "damping: expected a positive number, got -1"),
         (lambda A: fc.effective_dimension(A, 0), "z: expected a positive number"),
         (lambda A: fc.schatten(A, 0.5), "p: expected a number of at least 1, got 0.5"),
-        (lambda A: fc.frobenius(A, method="lanczos"), "method: frobenius offers auto, exact, hutchinson, got"),
+        (
+            lambda A: fc.frobenius(A, method="lanczos"),
+            "method: frobenius offers auto, exact, hutchinson, got",
+        ),
         (lambda A: fc.logdet(A, 1, method="hutchinson"), "method: logdet offers auto, exact, lanczos, got"),
-        (lambda A: fc.logdet(A, 1, method="exact", max_matvecs=9), "the exact logdet takes 100 products, got 9"),
+        (
+            lambda A: fc.logdet(A, 1, method="exact", max_matvecs=9),
+            "the exact logdet takes 100 products, got 9",
+        ),
         (lambda A: fc.functional(A, np.exp, steps=0), "steps: expected at least 1"),
         (lambda A: fc.functional(A, np.sum, method="lanczos"), "f: expected the shape"),
-        (lambda A: fc.functional(A, lambda x: x * np.inf, method="lanczos"), "f: expected a function that is finite"),
+        (
+            lambda A: fc.functional(A, lambda x: x * np.inf, method="lanczos"),
+            "f: expected a function that is finite",
+        ),
         (lambda A: fc.functional(A * float("nan"), np.exp, method="lanczos"), "not finite"),
         (lambda A: fc.frobenius(A * float("nan")), "not finite"),
     ],

@@ -33,7 +33,8 @@ CPP_FORBIDDEN = {
 PYTHON_LAYERS = {
     "extension": "_C _build",
     "start": "_load",
-    "foundation": "errors results progress memory environment parameters vectors plan linear quadrature sampling spectral",
+    "foundation": "errors results progress memory environment parameters vectors plan linear "
+    "quadrature sampling spectral",
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning autograd native backend operators",

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from flatcore.report.compute import Curvature, Report
 from flatcore.density import Density
+from flatcore.report.compute import Curvature, Report
 from flatcore.results import Eigenpairs, Estimate
 
 SCHEMA = "flatcore-report/1"
