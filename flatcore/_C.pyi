@@ -11,6 +11,10 @@ class engine:
     @staticmethod
     def threads_used() -> int: ...
     @staticmethod
+    def workspace_bytes() -> int: ...
+    @staticmethod
+    def use_large_pages(tensor: Tensor) -> None: ...
+    @staticmethod
     def op_kinds() -> list[str]: ...
     @staticmethod
     def set_gemm_policy(policy: str) -> None: ...
@@ -20,6 +24,10 @@ class engine:
     def set_gemm_choices(choices: Mapping[str, bool]) -> None: ...
     @staticmethod
     def multiply(c: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None: ...
+    @staticmethod
+    def bf16_available() -> bool: ...
+    @staticmethod
+    def multiply_bf16(c: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None: ...
 
     class Program:
         def __init__(
@@ -33,7 +41,8 @@ class engine:
         ) -> None: ...
         def flops(self, mode: str, K: int) -> float: ...
         def op_flops(self, op: int, mode: str, K: int) -> float: ...
-        def peak_bytes(self, mode: str, K: int, itemsize: int) -> int: ...
+        def peak_bytes(self, mode: str, K: int, itemsize: int, precision: str = "full") -> int: ...
+        def rounded_flops(self, mode: str, K: int) -> float: ...
         def state_bytes(self, itemsize: int) -> int: ...
 
     class Linearization:
@@ -43,28 +52,66 @@ class engine:
         def value(self, id: int) -> Tensor: ...
         def adjoint(self, id: int) -> Tensor: ...
         def product(
-            self, V: Tensor, Y: Tensor, mode: str, accumulate: bool, batch_examples: int, examples: float
+            self,
+            V: Tensor,
+            Y: Tensor,
+            mode: str,
+            accumulate: bool,
+            batch_examples: int,
+            examples: float,
+            precision: str = "full",
+        ) -> None: ...
+        def quadratic_form(
+            self,
+            V: Tensor,
+            q: Tensor,
+            mode: engine.Mode,
+            batch_examples: int,
+            examples: int,
+            precision: str = "full",
         ) -> None: ...
         def gradient(self, y: Tensor, accumulate: bool) -> None: ...
 
 class krylov:
-    @staticmethod
-    def solve(
-        product: Callable[[Tensor], Tensor],
-        start: Tensor,
-        k: int,
-        which: str,
-        tol: float,
-        block: int,
-        capacity: int,
-        max_products: int,
-        seed: int,
-        on_step: Callable[[int, int], None] | None,
-    ) -> dict[str, Any]: ...
+    class OperatorError(ValueError): ...
+
+    class EigenSolver:
+        def __init__(
+            self,
+            *,
+            product: Callable[[Tensor], Tensor],
+            head: Tensor,
+            tail: Tensor,
+            scale: float,
+            k: int,
+            which: str,
+            tol: float,
+            block: int,
+            max_products: int,
+            asymmetry: float,
+            verify: bool,
+            seed: int,
+        ) -> None: ...
+        def start(self, rows: Tensor) -> None: ...
+        def step(self) -> bool: ...
+        def look(self) -> dict[str, Any]: ...
+        def result(self) -> dict[str, Any]: ...
+        def state(self) -> dict[str, Any]: ...
+        def restore(self, state: dict[str, Any]) -> None: ...
+        def defect(self) -> tuple[float, float]: ...
+
     @staticmethod
     def factorise(
-        product: Callable[[Tensor], Tensor], start: Tensor, block: int, steps: int, keep: int, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        product: Callable[[Tensor], Tensor],
+        head: Tensor,
+        tail: Tensor,
+        scale: float,
+        block: int,
+        steps: int,
+        keep: int,
+        lock: int,
+        seed: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[float]]: ...
     @staticmethod
     def tridiagonalise(
         product: Callable[[Tensor], Tensor],
@@ -75,3 +122,49 @@ class krylov:
     ) -> tuple[Tensor, Tensor, list[int], int]: ...
     @staticmethod
     def rademacher(seed: int, first: int, K: int, P: int, like: Tensor) -> Tensor: ...
+
+class estimators:
+    class RangeBasis:
+        rows: int
+        vectors: Tensor
+        def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor, P: int, seed: int) -> None: ...
+        def sketch(self, b: int) -> None: ...
+        def extend(self, X: Tensor) -> None: ...
+        def remainder(self, V: Tensor, Y: Tensor) -> Tensor: ...
+        def known_diagonal(self) -> Tensor: ...
+
+    class LeaveOneOut:
+        probes: int
+        def __init__(
+            self,
+            product: Callable[[Tensor], Tensor],
+            like: Tensor,
+            P: int,
+            seed: int,
+            slices: Sequence[tuple[int, int]],
+        ) -> None: ...
+        def extend(self, Y: Tensor) -> None: ...
+        def estimates(self, of_slices: bool) -> Tensor: ...
+        def diagonal(self) -> tuple[Tensor, Tensor]: ...
+        def remainder(self, V: Tensor, Y: Tensor) -> Tensor: ...
+        def known_diagonal(self) -> Tensor: ...
+
+class solvers:
+    @staticmethod
+    def conjugate_gradients(
+        product: Callable[[Tensor], Tensor], B: Tensor, damping: float, tol: float, max_products: int
+    ) -> dict[str, Any]: ...
+    @staticmethod
+    def slice_pairs(
+        product: Callable[[Tensor], Tensor],
+        like: Tensor,
+        P: int,
+        slices: Sequence[tuple[int, int]],
+        k: int,
+        which: str,
+        tol: float,
+        width: int,
+        steps: int,
+        seed: int,
+        on_step: Callable[[int, int], None],
+    ) -> list[dict[str, Any]]: ...

@@ -3,6 +3,7 @@
 from flatcore import _load as _load  # isort: skip  # first: explains a torch that does not fit the build
 
 from flatcore import tuning
+from flatcore.block_spectra import block_spectra
 from flatcore.density import spectral_density
 from flatcore.eigsh import eigsh
 from flatcore.functionals import (
@@ -16,6 +17,7 @@ from flatcore.functionals import (
 )
 from flatcore.objective import ModelLoss, Objective, hf_loss
 from flatcore.operators import GGN, GradientCovariance, Hessian
+from flatcore.solve import solve
 from flatcore.trace import diagonal, trace
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __all__ = [
     "Hessian",
     "ModelLoss",
     "Objective",
+    "block_spectra",
     "compare",
     "diagonal",
     "effective_dimension",
@@ -41,6 +44,7 @@ __all__ = [
     "report",
     "schatten",
     "soft_rank",
+    "solve",
     "spectral_density",
     "trace",
 ]

@@ -15,10 +15,10 @@ import torch
 from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import LinearView, check_count, check_positive, check_seed
+from flatcore.means import Samples, Smooth
 from flatcore.memory import free_bytes
 from flatcore.progress import Bar, progress_bar
 from flatcore.results import Estimate
-from flatcore.sampling import Samples, Smooth
 
 __all__ = ["Block", "Exact", "Options", "Source", "dense", "finite", "run"]
 

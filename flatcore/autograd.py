@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +19,10 @@ from flatcore.capture.cost import Cost
 from flatcore.capture.external import refuse_dead_ends
 from flatcore.capture.trial import gradient_sizes
 from flatcore.data import Batch
+from flatcore.errors import FlatcoreWarning
 from flatcore.evaluate import Evaluation, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
+from flatcore.precision import Precision
 
 if TYPE_CHECKING:
     from flatcore.objective import Objective, Snapshot, WeightedBatch
@@ -40,9 +43,14 @@ class AutogradBackend:
         self._by_example = by_example
         self._symmetric = self._linear = False  # not checked yet
         self._rows_mix: bool | None = None  # not tried yet
+        self._precision_told = False
 
-    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
-        """Y = A V for the rows of V and Y, both (K, P)."""
+    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, precision: Precision = "full") -> None:
+        """Y = A V for the rows of V and Y, both (K, P). In full precision; said once where another is asked for."""
+        if precision != "full" and not self._precision_told:
+            self._precision_told = True
+            message = f"precision={precision!r}: products through torch autograd are in full precision"
+            warnings.warn(message, FlatcoreWarning, stacklevel=4)
         objective = self.objective
         Y.zero_()
         with plain_torch():
@@ -61,6 +69,12 @@ class AutogradBackend:
                         parts = apply(list(objective.layout.split(v).values()))
                         y.add_(torch.cat([part.reshape(-1) for part in parts]), alpha=batch.weight)
 
+    def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot, precision: Precision = "full") -> Tensor:
+        """<v, A v> for the rows of V (K, P), from the products: (K,) float64 on the CPU."""
+        Y = torch.empty_like(V, memory_format=torch.contiguous_format)
+        self.product(mode, V, Y, at, precision)
+        return (V * Y).sum(dim=1, dtype=torch.float64).cpu()
+
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
         objective = self.objective
@@ -73,7 +87,7 @@ class AutogradBackend:
                 total.add_(_flat_gradient(evaluation.loss, theta), alpha=batch.weight)
         return total
 
-    def plan(self, mode: Mode) -> Plan:
+    def plan(self, mode: Mode, precision: Precision = "full") -> Plan:
         """Measured on the first batch: arithmetic by torch's counter, memory as what autograd saves."""
         objective = self.objective
         first = next(iter(objective.batches()))

@@ -14,16 +14,20 @@ from flatcore.errors import CaptureError, FlatcoreWarning, NotTwiceDifferentiabl
 from flatcore.native import ROWS_MIX, NativeBackend
 from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
+from flatcore.precision import Precision
 
 
 class Backend(Protocol):
-    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
+    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, precision: Precision = "full") -> None:
         """Y = A V for the rows of V and Y, both (K, P) with unit stride along P; Y is overwritten."""
+
+    def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot, precision: Precision = "full") -> Tensor:
+        """<v, A v> for the rows of V (K, P): (K,) float64 on the CPU."""
 
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
 
-    def plan(self, mode: Mode) -> Plan:
+    def plan(self, mode: Mode, precision: Precision = "full") -> Plan:
         """How products are computed."""
 
 

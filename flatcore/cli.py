@@ -17,6 +17,8 @@ import flatcore as fc
 from flatcore import doctor as doctor_module
 from flatcore.bench.command import chosen
 from flatcore.bench.command import run as run_bench
+from flatcore.bench.setting import LARGEST_ERROR, Setting
+from flatcore.bench.setting import OPERATORS as BENCH_OPERATORS
 from flatcore.bench.workloads import WORKLOADS
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
@@ -245,6 +247,29 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
 @click.option(
     "--limit", default=60.0, show_default=True, help="Seconds after which a workload begins no new round."
 )
+@click.option(
+    "--prepare-limit",
+    default=300.0,
+    show_default=True,
+    help="Seconds after which a way still being prepared or compiled is left out.",
+)
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where: cpu, cuda or cuda:N."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(LARGEST_ERROR)),
+    default="float32",
+    show_default=True,
+    help="Of the weights, data and products.",
+)
+@click.option(
+    "--operator",
+    type=click.Choice(list(BENCH_OPERATORS)),
+    default="hessian",
+    show_default=True,
+    help="Whose products.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [as torch chooses]")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timings to FILE.")
 @json_option
@@ -255,11 +280,17 @@ def bench(
     vectors: tuple[int, ...],
     rounds: int,
     limit: float,
+    prepare_limit: float,
+    device: str,
+    dtype: str,
+    operator: str,
     threads: int | None,
     figure: Path | None,
     json_file: TextIO | None,
 ) -> None:
-    """Hessian-vector products by flatcore, by every way of bare torch and by the other packages installed.
+    """Curvature-vector products by flatcore, bare torch and the other packages installed.
+
+    The fully connected nets also by jax, where it is installed, on the CPU; XLA gets as many threads as torch.
 
     Every way is checked against float64 before it is timed, and all are timed in turn. Medians per vector; the
     floor is what the arithmetic alone would take at the measured rate of this machine.
@@ -269,10 +300,12 @@ def bench(
     document = run_bench(
         chosen(names, quick),
         vectors or (1, 8),
+        setting=Setting(dtype, device, operator),
         quick=quick,
         ways=ways,
         rounds=min(rounds, 3) if quick else rounds,
         limit=limit,
+        prepare_limit=prepare_limit,
         say=_text(json_file).print,
         picture=figure,
     )

@@ -15,9 +15,9 @@ import torch
 from flatcore import _C
 from flatcore.environment import full_precision
 from flatcore.linear import as_operator, check_count, check_seed
+from flatcore.means import BOUND_WEIGHT, gamma_band, moderated, score_interval, student
 from flatcore.quadrature import Jacobi, joined
 from flatcore.results import Estimate
-from flatcore.sampling import BOUND_WEIGHT, gamma_band, moderated, student
 from flatcore.spectral import rounding
 
 if TYPE_CHECKING:
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Atom", "Density", "spectral_density"]
 
-_LEFT_OPEN = 0.05  # share of eigenvalues
-
 
 @dataclass(frozen=True)
 class Atom:
-    """The share of eigenvalues with |lambda| <= radius, with its standard error over the probes.
+    """The share of eigenvalues with |lambda| <= radius.
 
-    ``low`` and ``high`` bound what the probes' quadratures leave open (Chebyshev, Markov, Stieltjes), on average:
-    where the spectrum goes on outside the radius without a gap, no few steps can tell what lies inside.
+    ``low`` and ``high`` bound what each probe's quadrature leaves open, on average: where the spectrum goes on outside
+    the radius without a gap, no few steps can tell what lies inside, and the two are far apart. ``stderr`` holds that
+    and, added in squares, the standard error over the probes. ``resolved``: the former is at most twice the latter.
     """
 
     share: float
@@ -41,23 +40,7 @@ class Atom:
     low: float
     high: float
     radius: float
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the quadrature leaves at most 5 % of the eigenvalues open."""
-        return self.high - self.low <= _LEFT_OPEN
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The bounds of the quadrature, widened by two standard errors."""
-        return max(self.low - 2 * self.stderr, 0.0), min(self.high + 2 * self.stderr, 1.0)
-
-    def __str__(self) -> str:
-        least, most = (100 * end for end in self.interval)
-        share = f"{100 * self.share:.3g} % ({least:.3g} to {most:.3g} %)"
-        return (
-            f"{share if self.resolved else f'{least:.3g} to {most:.3g} %'} at zero (|λ| ≤ {self.radius:.1g})"
-        )
+    resolved: bool
 
 
 @dataclass(frozen=True)
@@ -102,17 +85,8 @@ class Density:
 
     @functools.cached_property
     def atom(self) -> Atom:
-        """The eigenvalues at zero: within the smallest radius in which the quadrature knows their share.
-
-        Nets have huge null spaces, and small eigenvalues beside them without a gap. The radius starts at what cannot be
-        told from zero in A's precision and doubles up to a tenth of the largest |node|, until the share is
-        ``resolved``; where it never is, the atom is that of the first radius, with its bounds.
-        """
-        first = self.near_zero(self.zero)
-        found = first
-        while not found.resolved and 2 * found.radius <= 0.1 * max(map(abs, self.range)):
-            found = self.near_zero(2 * found.radius)
-        return found if found.resolved else first
+        """The eigenvalues that are zero in A's precision: nets have many."""
+        return self.near_zero(self.zero)
 
     def near_zero(self, radius: float) -> Atom:
         """The eigenvalues with |lambda| <= radius."""
@@ -122,13 +96,16 @@ class Density:
         below = self.jacobi.share_bounds(np.nextafter(-radius, -np.inf))
         upto = self.jacobi.share_bounds(np.nextafter(radius, np.inf))
         low, high = np.clip(upto[0] - below[1], 0, 1), np.clip(upto[1] - below[0], 0, 1)
-        mean = float(shares.mean())
+        share = float(shares.mean())
+        least, most = min(float(low.mean()), share), max(float(high.mean()), share)
+        chance = float(self._moderated(shares, np.float64(share)))
         return Atom(
-            share=mean,
-            stderr=float(self._moderated(shares, np.float64(mean))),
-            low=min(float(low.mean()), mean),
-            high=max(float(high.mean()), mean),
+            share=share,
+            stderr=math.hypot(chance, max(share - least, most - share)),
+            low=least,
+            high=most,
             radius=float(radius),
+            resolved=most - least <= 2 * chance + 1e-6,
         )
 
     def sum(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
@@ -138,8 +115,9 @@ class Density:
         it needs.
         """
         samples, squares = self._quadrature(self._gauss, function)
-        error = self.jacobi.gauss_error(lambda *rule: self._quadrature(rule, function)[0])
-        bias = self.dimension * float(error.mean())
+        shorter, _ = self._quadrature(self.jacobi.after((self.jacobi.steps + 1) // 2).gauss(), function)
+        going = self.jacobi.going & (self.jacobi.steps < self.dimension)
+        bias = float(np.where(going, np.abs(samples - shorter), 0.0).mean()) * self.dimension
         stderr = float(self._moderated(samples, squares.mean())) * self.dimension
         value = float(samples.mean()) * self.dimension
         status = self.status
@@ -169,27 +147,25 @@ class Density:
         """Lower and upper end for the share of eigenvalues up to each grid point, with the probability ``level`` at
         each.
 
-        The Chebyshev-Markov-Stieltjes bounds of the quadrature, widened by Student's t times the standard error over
-        the probes, moderated as in ``flatcore/sampling.py``. Costs an eigenvalue problem per point and probe.
+        The Chebyshev-Markov-Stieltjes bounds of the quadrature, widened by the score interval (Wilson, J. Am. Stat.
+        Assoc. 22 (1927) 209-212): a probe's share has at most the variance 2 F (1 - F) / P, that of a binomial one of
+        P / 2 trials, because the projector onto the eigenvalues below is idempotent. Costs an eigenvalue problem per
+        point and probe.
         """
         points = np.asarray(grid, dtype=np.float64)
-        wide = self._student(level)
         ends = np.array([[end.mean() for end in self.jacobi.share_bounds(float(x))] for x in points.ravel()])
         ends = ends.reshape(*points.shape, 2)
-        step = 0.5 + 0.5 * np.sign(points[..., None, None] - self.nodes)
-        shares = (step * self.weights).sum(axis=-1)
-        # An indicator is its own square.
-        away = wide * self._moderated(shares, shares.mean(axis=-1))
-        return np.clip(ends[..., 0] - away, 0, 1), np.clip(ends[..., 1] + away, 0, 1)
+        trials = self.jacobi.probes * self.dimension / 2
+        return score_interval(ends[..., 0], trials, level)[0], score_interval(ends[..., 1], trials, level)[1]
 
     def pdf(
         self, grid: Any, width: float | None = None, *, atom: bool = True, log: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Density at each grid point, smoothed by a Gaussian of standard deviation ``width``, and its standard error.
 
-        The default width is 1/200 of the range of the nodes. The density integrates to 1; without the ``atom`` to
-        the share of the rest. ``log``: per decade of |lambda|, smoothed by ``width`` decades (default 0.1), among the
-        eigenvalues of the grid point's sign outside the atom.
+        The default width is 1/200 of the range of the nodes. The density integrates to 1; without the ``atom``, the
+        eigenvalues that are zero in A's precision, to the share of the rest. ``log``: per decade of |lambda|, smoothed
+        by ``width`` decades (default 0.1), among the eigenvalues of the grid point's sign.
         """
         return _mean_and_stderr(self._smoothed(grid, width, atom, log, self._gauss)[0])
 
@@ -205,17 +181,19 @@ class Density:
         """Lower and upper end for the smoothed density, with the probability ``level`` at each point.
 
         Intervals of a Gamma law, positive and wider above, from the standard error over the probes, moderated as in
-        ``flatcore/sampling.py``, with Student's t for its degrees of freedom; then by what the rules of three quarters
-        of the steps differ within a width. Where that decides, more steps or a larger width are needed.
+        ``flatcore/means.py``, with Student's t for its degrees of freedom; then by what the rules of three quarters
+        of the steps differ within a width, and where nodes are more than two widths apart, by what lies open between
+        them. Where that decides, more steps or a larger width are needed.
         """
         quantile = self._student(level)
         samples, squares = self._smoothed(grid, width, atom, log, self._gauss)
         mean = samples.mean(axis=-1)
-        lower, upper = gamma_band(mean, self._moderated(samples, squares.mean(axis=-1)), quantile)
-        if self.jacobi.going.any():
+        stderr = self._moderated(samples, squares.mean(axis=-1))
+        lower, upper = gamma_band(mean, stderr, self.jacobi.probes, quantile)
+        if self.jacobi.steps < self.dimension and self.jacobi.going.any():
             shorter = self.jacobi.after(max(1, 3 * self.jacobi.steps // 4)).gauss()
             points = np.asarray(grid, dtype=np.float64)
-            size = (0.1 if log else self._width()) if width is None else float(width)
+            size = self._size(width, log)
             around = [points * 10.0**s if log else points + s for s in (-size, 0.0, size)]
             differences = [
                 np.abs(
@@ -225,23 +203,30 @@ class Density:
                 for at in around
             ]
             off = np.max(differences, axis=0)
-            lower, upper = np.maximum(lower - off, 0.0), upper + off
+            less, more = self._between(grid, width, atom, log)
+            less, more = np.maximum(off, less), np.maximum(off, more)
+            if not atom and not log:
+                # What may be part of the atom, or of the rest.
+                at_zero = _bells(points, np.zeros(1), size, log)
+                less = less + at_zero * (self.atom.high - self.atom.share)
+                more = more + at_zero * (self.atom.share - self.atom.low)
+            lower, upper = np.maximum(lower - less, 0.0), upper + more
         return lower, upper
 
     def isolated(self, width: float | None = None) -> np.ndarray:
-        """Eigenvalues that stand alone: half of the probes or more have found one there, none a second one within two
-        widths."""
+        """Eigenvalues that stand alone: three quarters of the probes have found one there, and none has anything else
+        within two widths of it."""
         width = self._width() if width is None else float(width)
         nodes, weights, errors = self.jacobi.ritz()
-        # A start vector may miss an eigenvector by chance: its weight, of P squares of a normal number, is then small.
-        real = (weights > 1e-6 / self.dimension) & (np.abs(nodes) > self.atom.radius)
-        sure = real & (errors <= width / 4)
+        # What a rule gives less weight than a thousandth of one eigenvalue is a copy or a trace of rounding.
+        real = weights > 1e-3 / self.dimension
         found: list[float] = []
-        for value in np.unique(nodes[sure]):
+        for value in np.unique(nodes[real & (errors <= width / 4) & (np.abs(nodes) > self.zero)]):
             near = real & (np.abs(nodes - value) <= 2 * width)
-            alone = (near.sum(axis=1) <= 1).all() and 2 * (near & sure).sum() >= len(nodes)
-            if alone and not (found and value - found[-1] <= 2 * width):
-                found.append(float(np.median(nodes[near & sure])))
+            once = (near.sum(axis=1) <= 1).all() and near.sum() >= 0.75 * self.jacobi.probes
+            new = not found or value - found[-1] > 2 * width
+            if once and new and (errors[near] <= width / 4).all():
+                found.append(float(np.median(nodes[near])))
         return np.array(found)
 
     def plot(self, ax: Axes | None = None, *, log: bool = False) -> Axes:
@@ -266,24 +251,43 @@ class Density:
     def _smoothed(
         self, grid: Any, width: float | None, atom: bool, log: bool, rule: tuple[np.ndarray, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Per grid point and probe the mean over the eigenvalues of a Gaussian there, and of its square."""
+        """Per grid point and probe the mean over the eigenvalues of a Gaussian there, and of its square, with
+        a margin."""
         points = np.asarray(grid, dtype=np.float64)[..., None, None]
-        width = (0.1 if log else self._width()) if width is None else float(width)
-        if not width > 0:
-            raise ValueError(f"width: expected a positive number, got {width}")
+        if log and (points == 0).any():
+            raise ValueError("grid: expected eigenvalues other than zero for log=True, got zero")
         nodes, weights = rule
         if not atom or log:
-            weights = np.where(np.abs(nodes) > self.atom.radius, weights, 0.0)
-        if log:
-            if (points == 0).any():
-                raise ValueError("grid: expected eigenvalues other than zero for log=True, got zero")
-            same = np.sign(points) == np.sign(nodes)
-            ratio = np.where(same, nodes / points, 1.0)
-            bells = np.where(same, np.exp(-0.5 * (np.log10(ratio) / width) ** 2), 0.0)
-        else:
-            bells = np.exp(-0.5 * ((points - nodes) / width) ** 2)
-        bells /= width * math.sqrt(2 * math.pi)
-        return (bells * weights).sum(axis=-1), (bells**2 * weights).sum(axis=-1)
+            weights = np.where(np.abs(nodes) > self.zero, weights, 0.0)
+        bells = _bells(points, nodes, self._size(width, log), log)
+        squares, fourth = (bells**2 * weights).sum(axis=-1), (bells**4 * weights).sum(axis=-1)
+        # Probes that miss the few eigenvalues which decide find the squares small too: by their own deviation more.
+        miss = np.sqrt(2 * fourth.mean(axis=-1, keepdims=True) / (self.dimension * self.jacobi.probes))
+        return (bells * weights).sum(axis=-1), squares + miss
+
+    def _between(
+        self, grid: Any, width: float | None, atom: bool, log: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How much less, or more, the smoothed density may be where the nodes are too far apart to tell.
+
+        By the inequalities of Chebyshev, Markov and Stieltjes the true measure comes from the rule's by moving each
+        weight no further than to the neighbouring nodes. A node that is an eigenvalue stays where it is.
+        """
+        points = np.asarray(grid, dtype=np.float64)[..., None, None]
+        size = self._size(width, log)
+        nodes, weights, errors = self.jacobi.ritz()
+        if not atom or log:
+            weights = np.where(np.abs(nodes) > self.zero, weights, 0.0)
+        left = np.column_stack([nodes[:, 0] - errors[:, 0], nodes[:, :-1]])
+        right = np.column_stack([nodes[:, 1:], nodes[:, -1] + errors[:, -1]])
+        scale = np.abs(points) * math.log(10) * size if log else size
+        coarse = (right - left > 4 * scale) & (errors > scale / 4)
+        own = _bells(points, nodes, size, log)
+        ends = np.minimum(_bells(points, left, size, log), _bells(points, right, size, log))
+        nearest = _bells(points, np.clip(points, left, right), size, log)
+        less = (np.where(coarse, own - np.minimum(own, ends), 0.0) * weights).sum(axis=-1)
+        more = (np.where(coarse, nearest - own, 0.0) * weights).sum(axis=-1)
+        return less.mean(axis=-1), more.mean(axis=-1)
 
     def _moderated(self, samples: np.ndarray, squares: np.ndarray) -> np.ndarray:
         """Standard error of the mean over the last axis, given the mean over the eigenvalues of the function's
@@ -294,9 +298,14 @@ class Density:
         return np.sqrt(moderated(own, bound, n) / n)
 
     def _student(self, level: float) -> float:
-        if not 0 < level < 1:
-            raise ValueError(f"level: expected a probability between 0 and 1, got {level}; give e.g. 0.95")
         return student(level, self.jacobi.probes - 1 + BOUND_WEIGHT)
+
+    def _size(self, width: float | None, log: bool) -> float:
+        """The width asked for, in eigenvalues or decades."""
+        size = (0.1 if log else self._width()) if width is None else float(width)
+        if not size > 0:
+            raise ValueError(f"width: expected a positive number, got {width}")
+        return size
 
     def _width(self) -> float:
         low, high = self.range
@@ -337,6 +346,17 @@ def spectral_density(
         seconds=time.perf_counter() - began,
         seed=seed,
     )
+
+
+def _bells(points: np.ndarray, nodes: np.ndarray, width: float, log: bool) -> np.ndarray:
+    """Gaussians around the points at the nodes; ``log``: in decades, and zero for nodes of the other sign."""
+    if log:
+        same = np.sign(points) == np.sign(nodes)
+        ratio = np.where(same, nodes / points, 1.0)
+        bells = np.where(same, np.exp(-0.5 * (np.log10(ratio) / width) ** 2), 0.0)
+    else:
+        bells = np.exp(-0.5 * ((points - nodes) / width) ** 2)
+    return np.asarray(bells / (width * math.sqrt(2 * math.pi)))
 
 
 def _mean_and_stderr(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,8 +29,18 @@ def plot(density: Density, ax: Axes | None, log: bool) -> Axes:
         _, ax = pyplot.subplots()
     (_decades if log else _linear)(density, ax)
     atom = density.atom
-    if atom.high > 0:
-        ax.plot([], [], " ", label=str(atom))
+    if atom.share > 0:
+        open_ = (
+            ""
+            if atom.resolved
+            else f", quadrature leaves {100 * atom.low:.3g} to {100 * atom.high:.3g} % open"
+        )
+        ax.plot(
+            [],
+            [],
+            " ",
+            label=f"{100 * atom.share:.3g} ± {100 * atom.stderr:.2g} % at zero (|λ| ≤ {atom.radius:.1g}{open_})",
+        )
     ax.legend(fontsize="small", frameon=False)
     return ax
 
@@ -42,7 +52,7 @@ def _linear(density: Density, ax: Axes) -> None:
     one = 1 / (density.dimension * width * math.sqrt(2 * math.pi))
     _curve(density, ax, grid, width, False, one / 10, "eigenvalues other than zero")
     ax.axhline(one, color="0.6", linewidth=0.8, linestyle="--", label="height of a single eigenvalue")
-    if density.atom.high > 0:
+    if density.atom.share > 0:
         ax.axvline(0, color="0.3", linewidth=1.2, linestyle=":")
     marks = density.isolated(width)
     if len(marks):
@@ -65,7 +75,7 @@ def _decades(density: Density, ax: Axes) -> None:
     one = 1 / (density.dimension * width * math.sqrt(2 * math.pi))
     for sign, name in ((1, "positive"), (-1, "negative")):
         sizes = (sign * density.nodes)[density.weights > 0]
-        sizes = sizes[sizes > density.atom.radius]
+        sizes = sizes[sizes > density.zero]
         if not len(sizes):
             continue
         ends = np.log10(sizes.min()) - 5 * width, np.log10(sizes.max()) + 5 * width

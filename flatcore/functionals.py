@@ -14,11 +14,11 @@ from flatcore import _C
 from flatcore.adaptive import Block, Exact, Options, dense, eigenvalues, finite, run
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import LinearView, as_operator, check_count, check_positive
+from flatcore.means import Smooth, power, quotient, total
 from flatcore.memory import free_bytes
 from flatcore.progress import Bar
 from flatcore.quadrature import Jacobi
 from flatcore.results import Estimate
-from flatcore.sampling import Smooth, power, quotient, total
 from flatcore.spectral import Function, rounding
 
 __all__ = [
@@ -60,10 +60,10 @@ def functional(
     over to exact where the probes seen show that P products (P <= 2048) are the cheaper way to rtol.
 
     ``stderr`` holds two things, added in squares: the standard error over the probes, moderated by a bound on their
-    variance so that it holds with few of them (``flatcore/sampling.py``), and the error of the quadrature, estimated
-    from the rules of a half and a quarter of the steps. A function with steep places between the quadrature's nodes
-    needs more steps than that shows. ``max_matvecs``: products with one vector, by default 2000. rtol not reached by
-    then: ``status`` says so, and a FlatcoreWarning. Memory: min(8, probes) * steps vectors. Raises ValueError or TypeError for bad
+    variance so that it holds with few of them (``flatcore/means.py``), and the error of the quadrature, estimated
+    from the rules of half as many steps. A function with steep places between the quadrature's nodes needs more steps
+    than that shows. ``max_matvecs``: products with one vector, by default 2000. rtol not reached by then: ``status``
+    says so, and a FlatcoreWarning. Memory: min(8, probes) * steps vectors. Raises ValueError or TypeError for bad
     arguments, for products that are not finite, and where f is not finite at an eigenvalue.
     """
     options = Options.checked("functional", method, _PROBES, rtol, max_matvecs, seed, progress)
@@ -295,9 +295,8 @@ class _QuadratureSource:
         zero = rounding(self.operator.dtype, float(np.abs(nodes).max()))
         f.check(nodes, zero)
         gauss = P * (weights * f(nodes)).sum(axis=1)
-        going = jacobi.going
-        if not going.any():
-            return gauss, 0.0, True
+        # A Krylov space that is exhausted, or the whole space, gives the spectrum the probe sees.
+        going = jacobi.going & (jacobi.steps < P)
         if f.bernstein and nodes.min() >= -zero and f.pole < -zero:
             error = np.zeros(len(gauss))
             nodes, weights = jacobi.of_probes(going).radau(-zero)

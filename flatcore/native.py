@@ -31,6 +31,7 @@ from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
 from flatcore.evaluate import ModelLoss, once_differentiable, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
+from flatcore.precision import Precision
 
 if TYPE_CHECKING:
     from flatcore.autograd import Mode
@@ -66,7 +67,7 @@ class NativeBackend:
         self._point: tuple[Any, ...] = ()
         self._states: dict[int, engine.Linearization] = {}
         self._held = 0
-        self._most: dict[Mode, int] = {}  # mode -> directions at once
+        self._most: dict[tuple[Mode, Precision], int] = {}  # directions at once
         self._mixes: str | None = None  # not tried yet
         with plain_torch():
             for batch in objective.batches():
@@ -129,14 +130,24 @@ class NativeBackend:
                     return ROWS_MIX
         return ""
 
-    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> None:
+    def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, precision: Precision = "full") -> None:
         """Y = A V for the rows of V and Y, both (K, P)."""
-        pieces = self._pieces(mode, V.shape[0])
+        pieces = self._pieces(mode, V.shape[0], precision)
+        examples = self.objective.examples
         accumulate = False
         for batch, state in self._linearizations(at):
             for piece in pieces:
-                state.product(V[piece], Y[piece], mode, accumulate, batch.examples, self.objective.examples)
+                state.product(V[piece], Y[piece], mode, accumulate, batch.examples, examples, precision)
             accumulate = True
+
+    def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot, precision: Precision = "full") -> Tensor:
+        """<v, A v> for the rows of V (K, P): (K,) float64 on the CPU. No A v is formed."""
+        q = torch.zeros(V.shape[0], dtype=torch.float64)
+        pieces, examples = self._pieces(mode, V.shape[0], precision), self.objective.examples
+        for batch, state in self._linearizations(at):
+            for piece in pieces:
+                state.quadratic_form(V[piece], q[piece], mode, batch.examples, examples, precision)
+        return q
 
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
@@ -146,10 +157,18 @@ class NativeBackend:
             state.gradient(total, True)
         return total
 
-    def plan(self, mode: Mode) -> Plan:
+    def plan(self, mode: Mode, precision: Precision = "full") -> Plan:
         objective, itemsize = self.objective, self.objective.layout.dtype.itemsize
         counted = [(self._compiled[key], count) for key, count in Counter(self._keys).items()]
-        most = self._most_directions(mode)
+        most = self._most_directions(mode, precision)
+
+        def peak(K: int) -> int:
+            return max(c.engine.peak_bytes(mode, min(K, most), itemsize, precision) for c, _ in counted)
+
+        def flops(K: int) -> float:
+            return sum(count * c.engine.flops(mode, K) for c, count in counted)
+
+        rounded = sum(count * c.engine.rounded_flops(mode, 1) for c, count in counted)
         return Plan(
             operator=mode,
             backend="native",
@@ -161,8 +180,10 @@ class NativeBackend:
             state_bytes=sum(count * c.engine.state_bytes(itemsize) for c, count in counted),
             kept_bytes=objective.budget.states,
             directions=most,
-            _peak=lambda K: max(c.engine.peak_bytes(mode, min(K, most), itemsize) for c, _ in counted),
-            _flops=lambda K: sum(count * c.engine.flops(mode, K) for c, count in counted),
+            _peak=peak,
+            _flops=flops,
+            precision=precision,
+            bf16_fraction=rounded / (flops(1) or 1) if precision == "bf16" else 0.0,
         )
 
     def _compile(self, batch: WeightedBatch) -> Compiled:
@@ -256,24 +277,25 @@ class NativeBackend:
         objective = self.objective
         return [n for n, weight in zip(objective.data.examples, objective.weights, strict=True) if weight]
 
-    def _most_directions(self, mode: Mode) -> int:
+    def _most_directions(self, mode: Mode, precision: Precision) -> int:
         """The most directions whose buffers fit into the budget; one at least."""
-        if mode not in self._most:
+        if (mode, precision) not in self._most:
             itemsize, limit = self.objective.layout.dtype.itemsize, self.objective.budget.directions
 
             def too_many(K: int) -> bool:  # the peak moves from op to op as K grows: it is no line
                 programs = self._compiled.values()
-                return any(c.engine.peak_bytes(mode, K, itemsize) > limit for c in programs)
+                return any(c.engine.peak_bytes(mode, K, itemsize, precision) > limit for c in programs)
 
             most = 1
             while most < limit and not too_many(2 * most):
                 most *= 2
-            self._most[mode] = most + bisect_left(range(most + 1, 2 * most), True, key=too_many)
-        return self._most[mode]
+            more = bisect_left(range(most + 1, 2 * most), True, key=too_many)
+            self._most[mode, precision] = most + more
+        return self._most[mode, precision]
 
-    def _pieces(self, mode: Mode, K: int) -> list[slice]:
+    def _pieces(self, mode: Mode, K: int, precision: Precision) -> list[slice]:
         """K directions in as few, nearly equal pieces as the budget allows."""
-        count = -(-K // self._most_directions(mode))
+        count = -(-K // self._most_directions(mode, precision))
         bounds = [K * i // count for i in range(count + 1)]
         return [slice(a, b) for a, b in pairwise(bounds)]
 

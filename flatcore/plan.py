@@ -26,6 +26,8 @@ class Plan:
     parameters, batches, examples: sizes of the problem.
     state_bytes:   activations and adjoints of all batches; kept between products as far as `kept_bytes` goes.
     directions:    the most directions that go through at once.
+    precision:     "full", or "bf16" where large matrix products take operands rounded to bfloat16;
+    bf16_fraction: their share of a product's floating-point operations.
     """
 
     operator: str
@@ -40,6 +42,8 @@ class Plan:
     directions: int
     _peak: Callable[[int], int] = field(repr=False, compare=False)
     _flops: Callable[[int], float] = field(repr=False, compare=False)
+    precision: str = "full"
+    bf16_fraction: float = 0.0
 
     @property
     def native_fraction(self) -> float:
@@ -65,6 +69,7 @@ class Plan:
         head = (
             f"{self.operator}: P = {self.parameters:,}, {self.examples:,} examples in {self.batches} "
             f"{'batch' if self.batches == 1 else 'batches'}; {100 * self.native_fraction:.0f} % native"
+            + (f", {100 * self.bf16_fraction:.0f} % in bf16" if self.precision == "bf16" else "")
         )
         operations = dict.fromkeys(f"{row.kind} in '{row.path}'" for row in self.rows if not row.native)
         through = self.reason or (", ".join(operations) if self.backend == "native" else "")

@@ -18,10 +18,10 @@ __all__ = ["Jacobi", "joined"]
 class Jacobi:
     """The tridiagonal matrices of n probes, one row each.
 
-    ``diagonal``, ``coupling`` (n, steps): ``coupling[i, j]`` couples rows j and j + 1, the one behind the last
-    row in use is the norm of what the recurrence left over. ``lengths`` (n,): rows in use; fewer than steps where a
-    Krylov space was exhausted. Every rule comes as (nodes, weights), (n, m) arrays with rows of weights that sum to 1;
-    unused places have weight 0 and repeat another node.
+    ``diagonal``, ``coupling`` (n, steps): ``coupling[i, j]`` couples rows j and j + 1, the last one is the norm of
+    what the recurrence left over. ``lengths`` (n,): rows in use; fewer than steps where a Krylov space was
+    exhausted. Every rule comes as (nodes, weights), (n, m) arrays with rows of weights that sum to 1; unused places
+    have weight 0 and repeat another node.
     """
 
     diagonal: np.ndarray
@@ -43,38 +43,12 @@ class Jacobi:
 
     @property
     def going(self) -> np.ndarray:
-        """Which probes have more to tell, (n,); of the others the rules are exact for any function."""
-        left = np.take_along_axis(self.coupling, (self.lengths - 1)[:, None], axis=1)[:, 0]
-        return left > 0
-
-    def of_probes(self, which: np.ndarray) -> Jacobi:
-        return Jacobi(self.diagonal[which], self.coupling[which], self.lengths[which])
+        """Which probes have not exhausted their Krylov space."""
+        return np.asarray((self.lengths == self.steps) & (self.coupling[:, -1] > 0))
 
     def after(self, steps: int) -> Jacobi:
         """What was known after fewer steps."""
         return Jacobi(self.diagonal[:, :steps], self.coupling[:, :steps], np.minimum(self.lengths, steps))
-
-    def gauss_error(self, sums: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Per probe an estimate of what its Gauss rule is off by, for ``sums`` of (nodes, weights) per probe.
-
-        The step from the rule of half as many steps, and what a geometric sequence of such steps would add, its ratio
-        taken from the rule of a quarter: slow convergence shows as a ratio near one, where the factor ends at 10.
-        Infinite for a single step, which nothing can be compared with.
-        """
-        error = np.zeros(self.probes)
-        going = self.going
-        if not going.any():
-            return error
-        if self.steps == 1:
-            return np.where(going, np.inf, 0.0)
-        probes, half = self.of_probes(going), (self.steps + 1) // 2
-        finest, middle, coarse = (
-            sums(*probes.after(steps).gauss()) for steps in (self.steps, half, (half + 1) // 2)
-        )
-        last, before = np.abs(finest - middle), float(np.abs(middle - coarse).mean())
-        ratio = min(float(last.mean()) / before, 0.9) if before > 0 else 0.9
-        error[going] = last / (1 - ratio)
-        return error
 
     def gauss(self) -> tuple[np.ndarray, np.ndarray]:
         """Gauss rules: the nodes are eigenvalues, the weights squared first entries of eigenvectors (Golub and
@@ -120,9 +94,12 @@ class Jacobi:
         (Szegő, "Orthogonal polynomials", section 3.41).
         """
         nodes, weights = self.radau(point)
-        scale = np.abs(nodes).max(axis=1, keepdims=True)
-        at = np.abs(nodes - point) <= 64 * np.finfo(float).eps * np.maximum(scale, abs(point))
+        away = np.abs(nodes - point)
         # Of an exhausted probe every node is an eigenvalue and counts where it is.
+        exhausted = ~self.going[:, None]
+        scale = np.maximum(np.abs(nodes).max(axis=1, keepdims=True), abs(point))
+        own = away == away.min(axis=1, keepdims=True)
+        at = np.where(exhausted, away <= 8 * np.finfo(float).eps * scale, own)
         below = np.where(at, 0.0, weights * (nodes < point)).sum(axis=1)
         return below, below + np.where(at, weights, 0.0).sum(axis=1)
 

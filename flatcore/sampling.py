@@ -1,146 +1,240 @@
-"""Means of independent samples, smooth functions of them, and error bars that hold with few samples too."""
+"""What the estimators of trace and diagonal share: counted products, running means, when to stop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import Any
 
-import numpy as np
+import torch
 
-__all__ = [
-    "BOUND_WEIGHT",
-    "Samples",
-    "Smooth",
-    "gamma_band",
-    "moderated",
-    "power",
-    "quotient",
-    "student",
-    "total",
-]
+from flatcore import _C
+from flatcore.linear import LinearView
+from flatcore.progress import Bar
 
-# Samples that the bound on the variance counts for, beside those seen.
-BOUND_WEIGHT = 16
+__all__ = ["BLOCK", "LEAST_PROBES", "DiagonalTally", "Products", "Run", "TraceTally", "exact", "hutchinson"]
+
+BLOCK = 8  # vectors per product
+LEAST_PROBES = 16  # before a standard error is believed
+_EXACT_BLOCK = 32
 
 
-def moderated(variance: np.ndarray, bound: np.ndarray, n: int) -> np.ndarray:
-    """The variance of one sample, from the sample variance of n of them and an estimate that errs to the large side.
+class Products:
+    """Products with A on rows, counted, and refused where they are not finite."""
 
-    Where few eigenvalues decide, samples are skewed: one that has not met the large values underestimates the mean
-    and the variance alike, and 16 samples of a squared normal number lie within two standard errors 87 % of the
-    time. For random signs v the variance of <v, B v> is known but for diag B: 2 (|B|_F² - |diag B|²) <= 2 (|B|_F² -
-    (tr B)² / P) (Hutchinson, Commun. Stat. Simul. Comput. 18 (1989) 1059-1076). Its estimate counts as
-    BOUND_WEIGHT degrees of freedom beside the n - 1 of the sample, as a conjugate prior would (Smyth, Stat. Appl.
-    Genet. Mol. Biol. 3 (2004), article 3): it tells with few samples and fades with many.
+    def __init__(self, operator: LinearView) -> None:
+        self.P, self.dtype, self.device = operator.P, operator.dtype, operator.device
+        self._operator, self.used = operator, 0
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        products = self._operator.apply(rows)
+        finite = torch.isfinite(products).all(dim=1)
+        if not finite.all():
+            number = self.used + 1 + int((~finite).nonzero()[0])
+            raise ValueError(
+                f"A: A @ V has entries that are not finite (nan or inf) in product {number}; "
+                "check the operator, for a Hessian the loss and the parameters"
+            )
+        self.used += len(rows)
+        return products
+
+    def probes(self, seed: int, first: int, count: int) -> torch.Tensor:
+        """Rows of random signs, numbers first to first + count - 1."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return _C.krylov.rademacher(seed, first, count, self.P, like)
+
+
+class TraceTally:
+    """Mean of n samples of the trace, and n (n - 1) times its variance, in all and per parameter.
+
+    ``known`` is what was got without sampling and is added to the mean.
     """
-    own = (n - 1) * variance if n > 1 else np.zeros_like(bound)
-    return np.asarray((own + BOUND_WEIGHT * bound) / (n - 1 + BOUND_WEIGHT))
 
+    def __init__(self, operator: LinearView, known: torch.Tensor | None = None) -> None:
+        self.slices = {"": slice(None), **(operator.parameter_slices or {})}
+        self.n = 0
+        self.independent: float = 0  # samples whose spread would tell as much as what squares holds
+        self.whole: list[float] = []  # the samples in all
+        self.known = self.collect(torch.zeros(operator.P, dtype=torch.float64) if known is None else known)
+        self.mean = torch.zeros_like(self.known)
+        self.squares = torch.zeros_like(self.known)
 
-def student(level: float, degrees: float) -> float:
-    """Half width, in standard errors, of the two-sided interval of Student's t, for 8 or more degrees of freedom.
+    def collect(self, diagonal: torch.Tensor) -> torch.Tensor:
+        """Of the entries of a diagonal, (P,) float64, what is estimated."""
+        return torch.stack([diagonal[part].sum() for part in self.slices.values()]).cpu()
 
-    Fisher and Cornish, Technometrics 2 (1960) 209-225; to 1e-3 there.
-    """
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / degrees**power for power, term in enumerate(terms))
+    def samples(self, products: torch.Tensor) -> Iterator[torch.Tensor]:
+        sums = [products[:, part].sum(dim=1, dtype=torch.float64) for part in self.slices.values()]
+        yield from torch.stack(sums, dim=1).cpu()
 
+    def add(self, products: torch.Tensor) -> None:
+        """``products`` (K, P): v * (A v) of K probes; by Welford's recurrence."""
+        for sample in self.samples(products):
+            self.n += 1
+            self.independent = self.n
+            self.note(sample)
+            away = sample - self.mean
+            self.mean += away / self.n
+            self.squares += away * (sample - self.mean)
 
-def gamma_band(mean: np.ndarray, stderr: np.ndarray, quantile: float) -> tuple[np.ndarray, np.ndarray]:
-    """The interval of ``quantile`` deviations for a positive mean, which a logarithmic axis can show.
+    def note(self, sample: torch.Tensor) -> None:
+        self.whole.append(float(sample[0]))
 
-    What m eigenvalues contribute to the mean over n probes is about a Gamma variable of shape a = n m / 2, exactly so
-    for normal probes, and a = (mean / stderr)² in general; its quantiles by Wilson and Hilferty, Proc. Natl. Acad. Sci.
-    17 (1931) 684-688. Close to mean -+ quantile * stderr where that is far above zero. The upper end may be infinite.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ninth = np.where(mean > 0, (stderr / mean) ** 2 / 9, 0.0)
-        spread = quantile * np.sqrt(ninth)
-        lower = mean / (1 - ninth + spread) ** 3
-        upper = np.where(1 - ninth - spread > 0, mean / (1 - ninth - spread) ** 3, np.inf)
-    return np.where(mean > 0, lower, 0.0), np.where(mean > 0, upper, 0.0)
+    def skewness(self) -> float:
+        """Of the samples in all; 0 where it is not known."""
+        away = torch.tensor(self.whole, dtype=torch.float64)
+        away -= away.mean()
+        squares = float((away**2).mean()) if self.whole else 0.0
+        return float((away**3).mean()) / squares**1.5 if squares > 0 else 0.0
 
+    def take(self, estimator: _C.estimators.LeaveOneOut, final: bool) -> None:
+        """The leave-one-out estimates so far, those per parameter only if ``final``."""
+        found = estimator.estimates(final)
+        self.n = estimator.probes
+        self.mean, self.squares = torch.zeros_like(self.known), torch.zeros_like(self.known)
+        self.mean[: len(found)] = found[:, 0]
+        self._take_variance(found[:, 1])
 
-@dataclass(frozen=True)
-class Smooth:
-    """A number made of means m: value, gradient (q,) and second derivatives (q, q), all at m."""
-
-    at: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]]
-
-
-def total() -> Smooth:
-    """The one mean itself."""
-    return Smooth(lambda m: (float(m[0]), np.ones(1), np.zeros((1, 1))))
-
-
-def power(exponent: float) -> Smooth:
-    """m^exponent of one mean m >= 0."""
-
-    def at(m: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        x = float(m[0])
-        if x <= 0:  # every sample was zero
-            return 0.0, np.zeros(1), np.zeros((1, 1))
-        first = exponent * x ** (exponent - 1)
-        return x**exponent, np.array([first]), np.array([[(exponent - 1) * first / x]])
-
-    return Smooth(at)
-
-
-def quotient() -> Smooth:
-    """m_0² / m_1, zero where m_1 is."""
-
-    def at(m: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        t, q = float(m[0]), float(m[1])
-        if q <= 0:
-            return 0.0, np.zeros(2), np.zeros((2, 2))
-        second = np.array([[2 / q, -2 * t / q**2], [-2 * t / q**2, 2 * t**2 / q**3]])
-        return t**2 / q, np.array([2 * t / q, -(t**2) / q**2]), second
-
-    return Smooth(at)
-
-
-class Samples:
-    """Samples (n, q), a bound on their covariance, and what each may be off by for another reason than chance."""
-
-    def __init__(self, q: int) -> None:
-        self.values = np.zeros((0, q))
-        self._bound = np.zeros((q, q))
-        self._bias = np.zeros(q)
+    def _take_variance(self, variance: torch.Tensor) -> None:
+        """A variance that holds a covariance, itself estimated from the same probes, is about as uncertain as
+        that of half as many independent samples."""
+        self.independent = self.n / 2
+        self.squares[: len(variance)] = variance * (self.n * (self.n - 1))
 
     @property
-    def n(self) -> int:
-        return len(self.values)
+    def value(self) -> torch.Tensor:
+        return self.known + self.mean
 
-    def add(self, values: np.ndarray, bound: np.ndarray, bias: np.ndarray) -> None:
-        """k samples (k, q) with means over them of the bound (q, q) and of the size of the bias (q,)."""
-        k = len(values)
-        share = k / (self.n + k)
-        self.values = np.concatenate([self.values, values])
-        self._bound = self._bound + share * (bound - self._bound)
-        self._bias = (1 - share) * self._bias + share * bias  # either may be infinite
+    def stderr(self) -> torch.Tensor:
+        if self.n < 2:
+            return torch.full_like(self.squares, math.nan)
+        return student(self.independent) * (self.squares / (self.n * (self.n - 1))).sqrt()
 
-    def estimate(self, smooth: Smooth) -> tuple[float, float, float]:
-        """Value, standard error (nan for one sample) and bound on the bias of ``smooth`` of the means.
+    def error_and_size(self) -> tuple[float, float]:
+        """What is compared: stderr <= rtol * size."""
+        return float(self.stderr()[0]), abs(float(self.value[0]))
 
-        The delta method to second order: with covariance C of the means, gradient g and second derivatives S the
-        value has the bias tr(S C) / 2, which is taken off, and the variance gᵀ C g + tr(S C S C) / 2, exact to that
-        order for normal means (e.g. Oehlert, Am. Stat. 46 (1992) 27-29).
-        """
-        n = self.n
-        value, gradient, second = smooth.at(self.values.mean(axis=0))
-        bias = float(np.abs(gradient) @ self._bias)
-        if n < 2:
-            return value, math.nan, bias
-        sample = np.atleast_2d(np.cov(self.values.T, ddof=1))
-        covariance = moderated(sample, self._bound, n) / n
-        product = second @ covariance
-        variance = float(gradient @ covariance @ gradient + np.trace(product @ product) / 2)
-        return value - float(np.trace(second @ sample / n)) / 2, math.sqrt(max(variance, 0.0)), bias
+    def set_exact(self, diagonal: torch.Tensor) -> None:
+        self.known, self.mean = self.collect(diagonal), torch.zeros_like(self.mean)
+
+    def results(self, exact: bool) -> dict[str, tuple[Any, Any]]:
+        stderr = torch.zeros_like(self.mean) if exact else self.stderr()
+        return {name: (float(self.value[i]), float(stderr[i])) for i, name in enumerate(self.slices)}
+
+
+class DiagonalTally(TraceTally):
+    """The same for v * (A v), entry by entry."""
+
+    def __init__(self, operator: LinearView, known: torch.Tensor | None = None) -> None:
+        zeros = torch.zeros(operator.P, dtype=torch.float64, device=operator.device)
+        super().__init__(operator, zeros if known is None else known)
+
+    def collect(self, diagonal: torch.Tensor) -> torch.Tensor:
+        return diagonal
+
+    def samples(self, products: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield from products.double()
+
+    def note(self, sample: torch.Tensor) -> None:
+        pass
+
+    def take(self, estimator: _C.estimators.LeaveOneOut, final: bool) -> None:
+        self.n = estimator.probes
+        self.squares = torch.zeros_like(self.known)
+        self.mean, variance = estimator.diagonal()
+        self._take_variance(variance)
+
+    def error_and_size(self) -> tuple[float, float]:
+        return float(self.stderr().norm()), float(self.value.norm())
+
+    def results(self, exact: bool) -> dict[str, tuple[Any, Any]]:
+        stderr = torch.zeros_like(self.mean) if exact else self.stderr()
+        value = self.value
+        return {name: (value[part], stderr[part]) for name, part in self.slices.items()}
+
+
+@dataclass
+class Run:
+    """One estimate under way."""
+
+    operator: LinearView  # what is sampled: A, or what a deflation left of it
+    products: Products
+    tally: TraceTally
+    new_tally: Callable[[torch.Tensor | None], TraceTally]  # of a diagonal that is known further
+    rtol: float
+    budget: int
+    seed: int
+    bar: Bar
+    first_probe: int = 0  # the number of the tally's first probe
+
+    @property
+    def left(self) -> int:
+        return self.budget - self.products.used
+
+    def reached(self) -> bool:
+        """Whether to stop: what the standard error may be in truth is within rtol."""
+        error, size = self.tally.error_and_size()
+        text = f"{self.products.used} products, relative error {error / size if size else math.nan:.2g}"
+        self.bar.update(self.products.used, text)
+        if self.tally.n < LEAST_PROBES:
+            return False
+        return error * caution(self.tally.independent, self.tally.skewness()) <= self.rtol * size
+
+    def samples_needed(self) -> float:
+        """How many samples of the spread seen would reach rtol: the error falls as 1 / sqrt(n)."""
+        error, size = self.tally.error_and_size()
+        if error == 0:
+            return 0.0
+        return self.tally.n * (error / (self.rtol * size)) ** 2 if size else math.inf
+
+
+def student(n: float) -> float:
+    """What makes 2 standard errors of n samples an interval of 95 % (the quantile of Student's t over the
+    normal one, to first order in 1 / n)."""
+    return 1 + 5 / (4 * max(n - 1, 1))
+
+
+def caution(n: float, skewness: float) -> float:
+    """How much larger than that of n >= 2 samples the true deviation may be.
+
+    A rule that stops where the error bar is small enough stops first where it happens to be too small. Two
+    factors against it: the 90 % bound for normal samples (the quantile of chi-square is Wilson and
+    Hilferty's, PNAS 17 (1931) 684-688), and for skewed ones, as a single eigenvalue far above the others
+    makes them, whose mean and spread are too small together, the first term of the expansion by which
+    Johnson (J. Am. Stat. Assoc. 73 (1978) 536-544) corrects the interval, at 2 deviations. A few samples
+    cannot miss a rare large value altogether: they are quadratic polynomials of signs, whose fourth moments
+    their variance bounds (Bonami's lemma).
+    """
+    rest = 2 / (9 * (n - 1))
+    spread = float(max(1 - rest - 1.2816 * math.sqrt(rest), 0.1) ** -1.5)
+    return spread * (1 + 0.75 * abs(skewness) / math.sqrt(n))
+
+
+def hutchinson(run: Run, may_change: bool) -> bool:
+    """Adds probes to the tally, whose number tells the next one, until rtol or the budget is reached.
+
+    Returns whether to change to exact: the probes still needed are more than P.
+    """
+    P = run.operator.P
+    while run.left > 0 and not run.reached():
+        believed = may_change and run.tally.n >= LEAST_PROBES and run.left >= P
+        if believed and run.samples_needed() - run.tally.n > P:
+            return True
+        probes = run.products.probes(run.seed, run.first_probe + run.tally.n, min(BLOCK, run.left))
+        run.tally.add(run.operator.apply(probes) * probes)
+    return False
+
+
+def exact(run: Run) -> None:
+    """One product per column."""
+    P = run.products.P
+    entries = torch.empty(P, dtype=torch.float64, device=run.products.device)
+    for first in range(0, P, _EXACT_BLOCK):
+        count = min(_EXACT_BLOCK, P - first)
+        at = torch.arange(count, device=entries.device)
+        units = torch.zeros(count, P, dtype=run.products.dtype, device=entries.device)
+        units[at, first + at] = 1
+        entries[first : first + count] = run.products(units)[at, first + at]
+        run.bar.update(run.products.used, f"{run.products.used} products")
+    run.tally.set_exact(entries)

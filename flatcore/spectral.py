@@ -52,8 +52,8 @@ class Function:
         if not np.isfinite(values).all():
             bad = ~np.isfinite(values)
             raise ValueError(
-                f"{self._text}: expected a function that is finite on the spectrum, got {values[bad][0]} "
-                f"at {eigenvalues[bad][0]:.6g}; define it there"
+                f"{self._text}: expected a function that is finite on the spectrum, "
+                f"got {values[~np.isfinite(values)][0]} at {at:.6g}; define it there"
             )
         return values
 
@@ -63,8 +63,8 @@ class Function:
         if least <= self.pole + zero:
             raise ValueError(
                 f"damping: expected A + damping to be positive definite beyond the rounding {zero:.2g} of A's "
-                f"products, got damping {-self.pole:g} with an eigenvalue of A at or below {least:.6g}; raise damping, or take "
-                "fc.GGN, which has no negative eigenvalues for a convex loss"
+                f"products, got damping {-self.pole:g} with an eigenvalue of A at or below {least:.6g}; raise damping, "
+                "or take fc.GGN, which has no negative eigenvalues for a convex loss"
             )
         if self._nonnegative and least < -zero:
             self.lowest_negative = min(self.lowest_negative, least)

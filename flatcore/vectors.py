@@ -69,6 +69,13 @@ def to_rows(V: Directions, layout: Layout) -> tuple[Tensor, Restore]:
     return _unit_stride(V.detach().T), lambda Y: Y.T
 
 
+def is_single(V: Directions, layout: Layout) -> bool:
+    """Is it one vector, rather than a block of them? `to_rows` has checked it."""
+    if isinstance(V, Tensor):
+        return V.dim() == 1
+    return all(V[name].dim() == len(shape) for name, shape in layout.shapes.items())
+
+
 def _rows_of_mapping(V: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, Restore]:
     unknown = [name for name in V if name not in layout.slices]
     if unknown:

@@ -46,6 +46,8 @@ from case_transformers import (
 )
 from torch import Tensor, nn
 
+from flatcore.bench import workloads
+
 LossKind = Literal["output_target", "model_batch"]
 Built = tuple[nn.Module, Callable[..., Tensor], Any]
 
@@ -199,6 +201,20 @@ CASES: tuple[Case, ...] = (
     case("cnn", cnn, nn.CrossEntropyLoss, images(2, 9, 8)),
     case("depthwise", depthwise, nn.CrossEntropyLoss, images(3, 7, 6)),
     case("resnet", resnet, nn.CrossEntropyLoss, images(1, 8, 8)),
+    # Nets of `flatcore bench`, in small; its ResNet's block is that of "resnet".
+    case("bench-mlp", lambda: workloads.MLP(5, 6, 3), nn.CrossEntropyLoss, vectors(5, indices)),
+    case(
+        "bench-decoder",
+        lambda: workloads.Decoder(vocabulary=7, tokens=5, width=4, heads=2, depth=1),
+        plain(workloads.next_token_loss),
+        lambda: (indices(7, 5, classes=7),) * 2,
+    ),
+    case(
+        "bench-vit",
+        lambda: workloads.VisionTransformer(size=8, patch=4, width=4, heads=2, depth=1, classes=3),
+        nn.CrossEntropyLoss,
+        images(3, 8, 8),
+    ),
     case("left-matrix", LeftMatrix, nn.CrossEntropyLoss, lambda: (torch.randn(7, 3, 5), indices(7))),
     case("two-inputs", TwoInputs, nn.CrossEntropyLoss, two_inputs),
     case("sequence", Pooled, nn.CrossEntropyLoss, masked_sequences),

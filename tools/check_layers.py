@@ -33,12 +33,12 @@ CPP_FORBIDDEN = {
 PYTHON_LAYERS = {
     "extension": "_C _build",
     "start": "_load",
-    "foundation": "errors results progress memory environment parameters vectors plan linear "
-    "quadrature sampling spectral",
+    "foundation": "errors results progress memory environment parameters vectors plan linear quadrature means spectral",
     "capture": "capture",
     "objective": "data evaluate checks objective",
-    "operators": "tuning autograd native backend operators",
-    "estimators": "eigsh trace density density_plot adaptive functionals",
+    "operators": "tuning precision autograd native backend operators",
+    "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace sampling projected automatic "
+    "solve block_spectra density density_plot adaptive functionals",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {

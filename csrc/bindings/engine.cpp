@@ -8,9 +8,12 @@
 #include <set>
 #include <thread>
 
+#include "engine/gemm_bf16.h"
 #include "engine/gemm_choice.h"
+#include "engine/quadratic_form.h"
 #include "engine/rule.h"
 #include "engine/sweep.h"
+#include "engine/workspace.h"
 #include "external.h"
 #include "kernels/parallel.h"
 
@@ -31,6 +34,12 @@ Mode mode_named(const std::string& name) {
     if (name == "ggn") return Mode::ggn;
     if (name == "covariance") return Mode::covariance;
     throw py::value_error("mode: expected hessian, ggn or covariance, got '" + name + "'");
+}
+
+Precision precision_named(const std::string& name) {
+    if (name == "full") return Precision::full;
+    if (name == "bf16") return Precision::bf16;
+    throw py::value_error("precision: expected full or bf16, got '" + name + "'");
 }
 
 // bool before int: a Python bool is an int too.
@@ -100,19 +109,48 @@ std::unique_ptr<Linearization> make_linearization(std::shared_ptr<Program> progr
     return std::make_unique<Linearization>(Linearization{std::move(program), std::move(state), seed});
 }
 
+Mode checked_mode(const Linearization& self, const std::string& mode) {
+    const Mode parsed = mode_named(mode);
+    TORCH_CHECK_VALUE(parsed == Mode::hessian || !self.program->cut().empty(), "mode: ", mode,
+                      " needs a program with a cut, got one without");
+    return parsed;
+}
+
+Precision checked_precision(const at::Tensor& V, const std::string& precision) {
+    const Precision rounding = precision_named(precision);
+    TORCH_CHECK_VALUE(rounding == Precision::full ||
+                          (V.scalar_type() == at::kFloat && V.is_cpu() && bf16_available()),
+                      "precision: bf16 needs float32 on a CPU with instructions for it, got ",
+                      V.scalar_type(), " on ", V.device());
+    return rounding;
+}
+
 void run_product(const Linearization& self, const at::Tensor& V, const at::Tensor& Y, const std::string& mode,
-                 bool accumulate, int64_t batch_examples, double examples) {
+                 bool accumulate, int64_t batch_examples, double examples, const std::string& precision) {
     check_directions(*self.state, V, "V");
     check_directions(*self.state, Y, "Y");
     TORCH_CHECK_VALUE(V.size(0) == Y.size(0), "Y: expected ", V.size(0), " directions like V, got ",
                       Y.size(0));
-    const Mode parsed = mode_named(mode);
-    TORCH_CHECK_VALUE(parsed == Mode::hessian || !self.program->cut().empty(), "mode: ", mode,
-                      " needs a program with a cut, got one without");
+    const Mode parsed = checked_mode(self, mode);
+    const Precision rounding = checked_precision(V, precision);
     if (V.size(0) == 0) return;
     py::gil_scoped_release release;
     at::AutoDispatchBelowADInplaceOrView guard;
-    product(*self.state, parsed, V, Y, accumulate, batch_examples, examples);
+    product(*self.state, parsed, V, Y, accumulate, batch_examples, examples, rounding);
+}
+
+void run_quadratic_form(const Linearization& self, const at::Tensor& V, const at::Tensor& q,
+                        const std::string& mode, int64_t batch_examples, double examples,
+                        const std::string& precision) {
+    check_directions(*self.state, V, "V");
+    TORCH_CHECK_VALUE(q.dim() == 1 && q.size(0) == V.size(0) && q.scalar_type() == at::kDouble && q.is_cpu(),
+                      "q: expected one double per direction");
+    const Mode parsed = checked_mode(self, mode);
+    const Precision rounding = checked_precision(V, precision);
+    if (V.size(0) == 0) return;
+    py::gil_scoped_release release;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    quadratic_form(*self.state, parsed, V, q, batch_examples, examples, rounding);
 }
 
 void run_gradient(const Linearization& self, const at::Tensor& y, bool accumulate) {
@@ -138,6 +176,10 @@ void bind_engine(py::module_ m) {
             return ids.size();
         },
         "Number of threads that a large kernel loop really runs on.");
+    engine.def("workspace_bytes", &workspace_bytes,
+               "Bytes kept between products for the tensors of the next one, in all programs.");
+    engine.def("use_large_pages", &use_large_pages, py::arg("tensor"),
+               "Asks the system for large pages where a tensor's memory was not touched yet.");
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
     engine.def("set_gemm_policy", &set_gemm_policy, py::arg("policy"),
                "Which library multiplies float32 matrices: measure, blas or onednn.");
@@ -152,6 +194,19 @@ void bind_engine(py::module_ m) {
         },
         py::arg("c"), py::arg("a"), py::arg("b"), py::arg("accumulate"),
         "c = a b or c += a b by the library chosen.");
+    engine.def("bf16_available", &bf16_available,
+               "Does this processor multiply bfloat16 itself, and torch's kernel give the right numbers?");
+    engine.def(
+        "multiply_bf16",
+        [](const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+            TORCH_CHECK_VALUE(bf16_available(), "multiply_bf16: this processor does not multiply bfloat16");
+            TORCH_CHECK_VALUE(c.size(-1) && c.size(-2) && a.size(-1),
+                              "multiply_bf16: expected matrices with elements");
+            py::gil_scoped_release release;
+            multiply_bf16(c, a, b, accumulate);
+        },
+        py::arg("c"), py::arg("a"), py::arg("b"), py::arg("accumulate"),
+        "c = a b or c += a b of float32 matrices, operands rounded to bfloat16, sums in float32.");
     py::class_<Program, std::shared_ptr<Program>>(engine, "Program")
         .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"),
              py::arg("parameters"), py::arg("loss"), py::arg("cut"))
@@ -161,10 +216,17 @@ void bind_engine(py::module_ m) {
             py::arg("mode"), py::arg("K"))
         .def(
             "peak_bytes",
-            [](const Program& p, const std::string& mode, int64_t K, int64_t itemsize) {
-                return p.peak_bytes(mode_named(mode), K, itemsize);
+            [](const Program& p, const std::string& mode, int64_t K, int64_t itemsize,
+               const std::string& precision) {
+                return p.peak_bytes(mode_named(mode), K, itemsize, precision_named(precision));
             },
-            py::arg("mode"), py::arg("K"), py::arg("itemsize"))
+            py::arg("mode"), py::arg("K"), py::arg("itemsize"), py::arg("precision") = "full")
+        .def(
+            "rounded_flops",
+            [](const Program& p, const std::string& mode, int64_t K) {
+                return p.rounded_flops(mode_named(mode), K);
+            },
+            py::arg("mode"), py::arg("K"))
         .def("state_bytes", &Program::state_bytes, py::arg("itemsize"))
         .def(
             "op_flops",
@@ -182,7 +244,9 @@ void bind_engine(py::module_ m) {
             "adjoint", [](const Linearization& self, int id) { return self.state->adjoint(id); },
             py::arg("id"))
         .def("product", &run_product, py::arg("V"), py::arg("Y"), py::arg("mode"), py::arg("accumulate"),
-             py::arg("batch_examples"), py::arg("examples"))
+             py::arg("batch_examples"), py::arg("examples"), py::arg("precision") = "full")
+        .def("quadratic_form", &run_quadratic_form, py::arg("V"), py::arg("q"), py::arg("mode"),
+             py::arg("batch_examples"), py::arg("examples"), py::arg("precision") = "full")
         .def("gradient", &run_gradient, py::arg("y"), py::arg("accumulate"));
 }
 

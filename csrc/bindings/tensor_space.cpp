@@ -7,23 +7,11 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "../kernels/probes.h"
 
 namespace flatcore {
-
-at::Tensor TensorSpace::to_tensor(const Matrix& B) const {
-    at::Tensor host = at::empty({B.rows, B.cols}, at::kDouble);
-    std::copy(B.data.begin(), B.data.end(), host.mutable_data_ptr<double>());
-    return host.to(options_);
-}
-
-krylov::Matrix TensorSpace::to_matrix(const at::Tensor& B) {
-    const at::Tensor host = B.to(at::kCPU, at::kDouble).contiguous();
-    Matrix result(host.size(0), host.size(1));
-    std::copy_n(host.const_data_ptr<double>(), host.numel(), result.data.begin());
-    return result;
-}
 
 at::Tensor TensorSpace::allocate(int64_t p) const { return at::empty({p, P_}, options_); }
 
@@ -57,9 +45,15 @@ at::Tensor TensorSpace::apply(const Block& X) const {
     return own && Y.is_contiguous() ? Y : Y.clone(at::MemoryFormat::Contiguous);
 }
 
-krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const {
-    // The BLAS is twice as fast with the narrow factor on the left.
-    return X.size(0) <= Y.size(0) ? to_matrix(at::mm(X, Y.t())) : to_matrix(at::mm(Y, X.t()).t());
+krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const { return gram_of(X, Y); }
+
+std::vector<double> TensorSpace::lengths(const Block& X) const {
+    std::vector<double> result;
+    for (int64_t i = 0; i < X.size(0); ++i) {
+        const Block row = X.narrow(0, i, 1);
+        result.push_back(std::sqrt(gram_of(row, row)(0, 0)));
+    }
+    return result;
 }
 
 void TensorSpace::update(Block& X, const Matrix& B, const Block& Y) const {

@@ -8,12 +8,14 @@
 #include <vector>
 
 #include "../krylov/matrix.h"
+#include "tensor_basis.h"
 
 namespace flatcore {
 
 class TensorSpace {
  public:
     using Block = at::Tensor;
+    using Basis = TensorBasis;
     using Matrix = krylov::Matrix;
     // (p, P) contiguous -> (p, P), X -> X A
     using Apply = std::function<at::Tensor(const at::Tensor&)>;
@@ -32,6 +34,7 @@ class TensorSpace {
     void assign(Block X, const Block& Y) const { X.copy_(Y); }
     Block apply(const Block& X) const;
     Matrix gram(const Block& X, const Block& Y) const;
+    std::vector<double> lengths(const Block& X) const;
     void update(Block& X, const Matrix& B, const Block& Y) const;
     Block combine(const Matrix& B, const Block& Y) const;
     void combine_into(Block X, const Matrix& B, const Block& Y) const;
@@ -46,16 +49,18 @@ class TensorSpace {
     std::vector<double> dot_each(const Block& X, const Block& Y) const;
     void scale_each(Block& X, const std::vector<double>& factors) const;
 
-    // Host matrix to a tensor of this space's precision and device, and back.
-    at::Tensor to_tensor(const Matrix& B) const;
-    static Matrix to_matrix(const at::Tensor& B);
+    // Rows of random() drawn so far: with the seed, all there is to know of the generator.
+    int64_t random_rows() const { return random_rows_; }
+    void set_random_rows(int64_t drawn) { random_rows_ = drawn; }
+
+    at::Tensor to_tensor(const Matrix& B) const { return flatcore::to_tensor(B, options_); }
 
  private:
     Apply apply_;
     int64_t P_;
     at::TensorOptions options_;
     uint64_t seed_;
-    int64_t random_rows_ = 0;  // drawn so far
+    int64_t random_rows_ = 0;
 };
 
 }  // namespace flatcore

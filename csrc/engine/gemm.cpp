@@ -1,14 +1,38 @@
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include "gemm_bf16.h"
 #include "gemm_choice.h"
 #include "tensor_ops.h"
 
 namespace flatcore {
 
-void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    multiply(c, a, b, accumulate);
+namespace {
+
+bool rounds(const at::Tensor& c, const at::Tensor& a, Precision precision) {
+    return precision == Precision::bf16 && c.stride(-1) == 1 && bf16_pays(c.size(-2), c.size(-1), a.size(-1));
 }
 
-void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    if (c.is_contiguous()) {
+// The same matrix for K directions.
+at::Tensor for_each_direction(const at::Tensor& t, int64_t K) {
+    return t.dim() == 3 ? t : t.unsqueeze(0).expand({K, t.size(0), t.size(1)});
+}
+
+}  // namespace
+
+void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+          Precision precision) {
+    if (rounds(c, a, precision))
+        multiply_bf16(c, a, b, accumulate);
+    else
+        multiply(c, a, b, accumulate);
+}
+
+void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+                 Precision precision) {
+    if (rounds(c, a, precision)) {
+        multiply_bf16(c, a, for_each_direction(b, c.size(0)), accumulate);
+    } else if (c.is_contiguous()) {
         gemm(c.flatten(0, 1), a.reshape({-1, a.size(2)}), b, accumulate);
     } else {  // a slice of the result: directions lie P apart
         for (int64_t k = 0; k < c.size(0); ++k) gemm(c.select(0, k), a.select(0, k), b, accumulate);
@@ -17,31 +41,47 @@ void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, 
 
 namespace {
 
-// A batched GEMM needs contiguous results. A slice of the flat vector is not; where its matrices are small,
-// one more pass over them costs less than K calls.
-constexpr int64_t kSmall = 1 << 16;
+// Multiply-adds from which a product is worth a call of its own. Smaller ones share one batched call, which
+// wants contiguous results: one more pass over those of a slice of the flat vector costs less than K calls.
+constexpr int64_t kLarge = int64_t{1} << 20;
+
+// Whole directions to each thread, with no more than an eighth of the time lost to the last round.
+bool share_directions(int64_t K) {
+    const int64_t threads = at::get_num_threads(), rounds = (K + threads - 1) / threads;
+    return threads > 1 && !at::in_parallel_region() && 8 * rounds * threads <= 9 * K;
+}
 
 }  // namespace
 
-int64_t gemm_each_workspace(int64_t K, int64_t numel) { return K > 1 && numel <= kSmall ? K * numel : 0; }
+int64_t gemm_each_workspace(int64_t K, int64_t m, int64_t n, int64_t inner) {
+    return K > 1 && m * n * inner < kLarge ? K * m * n : 0;
+}
 
-void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+               Precision precision) {
     const int64_t K = c.size(0);
-    const auto matrix = [](const at::Tensor& t, int64_t k) { return t.dim() == 3 ? t.select(0, k) : t; };
-    const bool batched = K > 1 && (c.is_contiguous() || c.numel() / K <= kSmall);
-    if (!batched) {
-        for (int64_t k = 0; k < K; ++k) gemm(c.select(0, k), matrix(a, k), matrix(b, k), accumulate);
+    if (rounds(c, a, precision)) {
+        multiply_bf16(c, for_each_direction(a, K), for_each_direction(b, K), accumulate);
         return;
     }
-    const auto batch = [&](const at::Tensor& t) {
-        return t.dim() == 3 ? t : t.unsqueeze(0).expand({K, t.size(0), t.size(1)});
+    const auto matrix = [](const at::Tensor& t, int64_t k) { return t.dim() == 3 ? t.select(0, k) : t; };
+    const auto one_by_one = [&](int64_t first, int64_t last) {
+        const at::AutoDispatchBelowADInplaceOrView guard;  // set for each thread
+        for (int64_t k = first; k < last; ++k) gemm(c.select(0, k), matrix(a, k), matrix(b, k), accumulate);
     };
+    if (K == 1 || c.size(1) * c.size(2) * a.size(-1) >= kLarge) {
+        if (share_directions(K))
+            at::parallel_for(0, K, 1, one_by_one);
+        else
+            one_by_one(0, K);
+        return;
+    }
     if (c.is_contiguous()) {
-        multiply(c, batch(a), batch(b), accumulate);
+        multiply(c, for_each_direction(a, K), for_each_direction(b, K), accumulate);
         return;
     }
     at::Tensor product = at::empty(c.sizes(), c.options());
-    multiply(product, batch(a), batch(b), false);
+    multiply(product, for_each_direction(a, K), for_each_direction(b, K), false);
     if (accumulate)
         c.add_(product);
     else

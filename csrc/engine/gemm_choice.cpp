@@ -84,7 +84,11 @@ int64_t rounded(int64_t size) {
 
 bool is_transposed(const at::Tensor& t) { return t.stride(-1) != 1 && t.stride(-2) == 1; }
 
-bool plain(const at::Tensor& t) { return t.stride(-1) == 1 || t.stride(-2) == 1; }
+// What oneDNN reads in place: a matrix that stands for a whole batch it would copy.
+bool plain(const at::Tensor& t) {
+    const bool repeated = t.dim() == 3 && t.size(0) > 1 && t.stride(0) == 0;
+    return !repeated && (t.stride(-1) == 1 || t.stride(-2) == 1);
+}
 
 // Rows of a batch of small products go through one loop of the library, a few tell as much as many.
 GemmClass class_of(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b) {
@@ -95,7 +99,7 @@ GemmClass class_of(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b
             rounded(a.size(-1)),
             is_transposed(a),
             is_transposed(b),
-            at::get_num_threads()};
+            at::in_parallel_region() ? 1 : at::get_num_threads()};
 }
 
 bool onednn_chosen(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b) {

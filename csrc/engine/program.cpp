@@ -135,6 +135,12 @@ double Program::flops(Mode mode, int64_t K) const {
     return total;
 }
 
+double Program::rounded_flops(Mode mode, int64_t K) const {
+    double total = 0;
+    for (size_t i = 0; i < ops_.size(); ++i) total += rules_[i]->rounding(K, second_order(mode, i)).flops;
+    return total;
+}
+
 int64_t Program::state_bytes(int64_t itemsize) const {
     int64_t elements = 0;
     for (size_t i = 0; i < ops_.size(); ++i) {
@@ -184,8 +190,13 @@ class Ledger {
 
 }  // namespace
 
-int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize) const {
+int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize, Precision precision) const {
     const size_t m = values_.size();
+    const auto workspace = [&](size_t i) {
+        const bool rounds = precision == Precision::bf16;
+        return rules_[i]->workspace(K) +
+               (rounds ? rules_[i]->rounding(K, second_order(mode, i)).workspace : 0);
+    };
     // One ledger: tangents are its first m entries, cotangents the next m.
     Ledger ledger(2 * m);
     const auto elements = [&](size_t id) { return K * values_[id].numel; };
@@ -200,7 +211,7 @@ int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize) const {
             ledger.alias(output, static_cast<size_t>(ops_[i].inputs[0]));
         else if (!rules_[i]->aliases())
             ledger.allocate(output, elements(output));
-        ledger.touch(rules_[i]->workspace(K));
+        ledger.touch(workspace(i));
         for (int id : ops_[i].inputs)
             if (is_buffer(id) && last_tangent_use(mode, id) == static_cast<int>(i) &&
                 !keeps_tangent(mode, id))
@@ -216,8 +227,7 @@ int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize) const {
             else
                 ledger.allocate(m + static_cast<size_t>(id), elements(static_cast<size_t>(id)));
         }
-        ledger.touch(rules_[i]->workspace(K) +
-                     (second_order(mode, i) ? rules_[i]->second_order_workspace() : 0));
+        ledger.touch(workspace(i) + (second_order(mode, i) ? rules_[i]->second_order_workspace() : 0));
         ledger.free(m + output);
         for (int id : ops_[i].inputs)
             if (is_buffer(id) && first_tangent_use(mode, id) == static_cast<int>(i))

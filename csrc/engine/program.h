@@ -20,6 +20,10 @@ enum class ValueKind { parameter, constant, activation };
 enum class Mode { hessian, ggn, covariance, gradient };
 constexpr int kModes = 4;
 
+// What the operands of a product's large matrix products are rounded to; everything else has the parameters'
+// precision.
+enum class Precision { full, bf16 };
+
 struct Value {
     ValueKind kind;
     Integers shape;
@@ -70,9 +74,11 @@ class Program {
 
     // Floating-point operations of one product with K directions.
     double flops(Mode mode, int64_t K) const;
+    // Of them, those of matrix products with rounded operands, where bf16 is asked for.
+    double rounded_flops(Mode mode, int64_t K) const;
     // The most bytes that buffers of one product occupy at once (V and the result not counted), and the bytes
     // of the forward and backward state kept between products.
-    int64_t peak_bytes(Mode mode, int64_t K, int64_t itemsize) const;
+    int64_t peak_bytes(Mode mode, int64_t K, int64_t itemsize, Precision precision = Precision::full) const;
     int64_t state_bytes(int64_t itemsize) const;
 
  private:

@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "rules/external.h"
+#include "rules/losses.h"
 #include "rules/rules.h"
 
 namespace flatcore {

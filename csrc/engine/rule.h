@@ -31,6 +31,7 @@ class Directions {
     virtual ~Directions() = default;
     virtual int64_t K() const = 0;
     virtual const State& state() const = 0;
+    virtual Precision precision() const = 0;
     virtual bool second_order() const = 0;
     // Are those behind the cut asked for, where the op holds it? True with second_order too.
     virtual bool curved() const = 0;
@@ -45,6 +46,13 @@ class Directions {
     virtual void add(int i, at::Tensor contribution, bool owned) = 0;
     // The buffer itself, for rules that write or add in place. Once taken it counts as written.
     virtual Accumulator accumulator(int i) = 0;
+};
+
+// Of matrix products whose operands are rounded where that is asked for: their flops, and the elements that
+// rounding holds beside the workspace.
+struct Rounding {
+    double flops = 0;
+    int64_t workspace = 0;
 };
 
 class Rule {
@@ -71,12 +79,15 @@ class Rule {
     virtual bool channels_last_output() const { return false; }
     // Has a second derivative at all. Linear rules do not and are skipped where the cotangent is zero.
     virtual bool has_second_order() const { return false; }
+    // Is that of f(a, b) alone, linear in each of its first two inputs, both active?
+    virtual bool bilinear() const { return false; }
     // The cut lies within the op: it is listed as the op's output, and a GGN asks for the second-derivative
     // terms behind it only.
     virtual bool holds_cut() const { return false; }
 
     // Floating-point operations of tangent plus adjoint for K directions.
     virtual double flops(int64_t K, bool second_order) const;
+    virtual Rounding rounding(int64_t /*K*/, bool /*second_order*/) const { return {}; }
     // Elements, not counting outputs, that tangent or adjoint hold at once; and that forward saves.
     virtual int64_t workspace(int64_t /*K*/) const { return 0; }
     // More of them where adjoint carries all second-derivative terms.

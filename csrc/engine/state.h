@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "program.h"
+#include "workspace.h"
 
 namespace flatcore {
 
@@ -33,6 +34,7 @@ class State {
     void release_after_backward(const Op& op);
 
  private:
+    const WorkspaceUser user_;
     const Program& program_;
     std::vector<at::Tensor> values_, adjoints_;
     std::vector<std::vector<at::Tensor>> saved_;

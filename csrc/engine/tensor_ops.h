@@ -67,19 +67,23 @@ inline at::Tensor reduce_directions(const at::Tensor& t, const Integers& shape) 
     return result.reshape(with_directions(t.size(0), shape));
 }
 
-// c (+)= a b for matrices of any strides, without a temporary: `accumulate` false writes.
-void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+// c (+)= a b for matrices of any strides, without a temporary: `accumulate` false writes. Here and below, the
+// operands of products large enough are rounded to the given precision (gemm_bf16.h).
+void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+          Precision precision = Precision::full);
 
 // c_k (+)= a_k b for all directions at once: c (K, m, n), a (K, m, p), b (p, n). One GEMM where K folds into
 // the rows.
-void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+                 Precision precision = Precision::full);
 
-// Elements that gemm_each may hold beside its operands for K results of `numel` elements each.
-int64_t gemm_each_workspace(int64_t K, int64_t numel);
+// Elements that gemm_each may hold beside its operands for K products (m, inner) (inner, n).
+int64_t gemm_each_workspace(int64_t K, int64_t m, int64_t n, int64_t inner);
 
-// c_k (+)= a_k b_k; a or b may be one matrix for all directions. One batched GEMM, 1.1 to 2.3 times as fast
-// as K single ones for matrices up to a few hundred rows and columns.
-void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+// c_k (+)= a_k b_k; a or b may be one matrix for all directions. Large products run one by one in place,
+// spread over the threads; small ones as one batched GEMM.
+void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+               Precision precision = Precision::full);
 
 #define FLATCORE_DISPATCH(tensor, name, ...) \
     AT_DISPATCH_FLOATING_TYPES((tensor).scalar_type(), name, __VA_ARGS__)

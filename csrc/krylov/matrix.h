@@ -48,6 +48,21 @@ inline Matrix columns(const Matrix& a, const std::vector<int64_t>& chosen) {
     return b;
 }
 
+inline Matrix diagonal(const std::vector<double>& values) {
+    const auto n = static_cast<int64_t>(values.size());
+    Matrix a(n, n);
+    for (int64_t i = 0; i < n; ++i) a(i, i) = values[static_cast<size_t>(i)];
+    return a;
+}
+
+// The block of `rows` x `cols` entries from (first, 0).
+inline Matrix part(const Matrix& a, int64_t first, int64_t rows, int64_t cols) {
+    Matrix b(rows, cols);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) b(i, j) = a(first + i, j);
+    return b;
+}
+
 // The same entries in a larger matrix, zeros elsewhere.
 inline Matrix padded(const Matrix& a, int64_t rows, int64_t cols) {
     Matrix b(rows, cols);

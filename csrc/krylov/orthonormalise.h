@@ -4,22 +4,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "matrix.h"
+#include "operator_error.h"
 
 namespace flatcore::krylov {
-
-// The operator is not what the method needs; the text is one sentence for the user.
-struct OperatorError : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-inline constexpr const char* kNotFinite = "A @ V has entries that are not finite (nan or inf) or too large "
-                                          "to be squared: check the operator, for a Hessian the "
-                                          "loss and the parameters.";
 
 // Part of a pivoted Cholesky factorisation: gram[picked, picked] = lower lowerᵀ, best pivots first.
 struct PivotedCholesky {

@@ -17,18 +17,24 @@ Directions = tuple[Tensor, ...]
 Way = Callable[[Directions], Directions]
 
 
+def output_of_parameters(model: nn.Module, batch: Sequence[Any]) -> tuple[Callable[..., Tensor], Directions]:
+    """The model's output as a function of the parameters' tensors, and those tensors, detached."""
+    names = [name for name, _ in model.named_parameters()]
+    parameters = tuple(p.detach().clone() for p in model.parameters())
+    *inputs, _ = batch
+
+    def evaluate(*tensors: Tensor) -> Tensor:
+        return functional_call(model, dict(zip(names, tensors, strict=True)), tuple(inputs))  # type: ignore[no-any-return]
+
+    return evaluate, parameters
+
+
 def loss_of_parameters(
     model: nn.Module, loss: Callable[..., Tensor], batch: Sequence[Any]
 ) -> tuple[Callable[..., Tensor], Directions]:
     """The loss as a function of the parameters' tensors, and those tensors, detached."""
-    names = [name for name, _ in model.named_parameters()]
-    parameters = tuple(p.detach().clone() for p in model.parameters())
-    *inputs, target = batch
-
-    def evaluate(*tensors: Tensor) -> Tensor:
-        return loss(functional_call(model, dict(zip(names, tensors, strict=True)), tuple(inputs)), target)
-
-    return evaluate, parameters
+    output, parameters = output_of_parameters(model, batch)
+    return lambda *tensors: loss(output(*tensors), batch[-1]), parameters
 
 
 def gradient_of(evaluate: Callable[..., Tensor], parameters: Directions) -> Directions:
@@ -53,7 +59,7 @@ def ways(
         first = torch.autograd.grad(evaluate(*leaves), leaves, create_graph=True)
 
         def one_by_one(V: Directions) -> Directions:
-            return _each(lambda *v: torch.autograd.grad(first, leaves, v, retain_graph=True), V)
+            return each(lambda *v: torch.autograd.grad(first, leaves, v, retain_graph=True), V)
 
         def at_once(V: Directions) -> Directions:
             return torch.autograd.grad(first, leaves, V, retain_graph=True, is_grads_batched=True)
@@ -65,7 +71,7 @@ def ways(
         run = vmap(product) if batched else product
         if compile_it:
             run = torch.compile(run, fullgraph=True, dynamic=False)
-        return (lambda V: run(*V)) if batched else (lambda V: _each(run, V))
+        return (lambda V: run(*V)) if batched else (lambda V: each(run, V))
 
     def jvp_of_gradient(*v: Tensor) -> Directions:
         return jvp(gradient, parameters, v)[1]  # type: ignore[no-any-return]
@@ -97,7 +103,8 @@ def ways(
     }
 
 
-def _each(product: Callable[..., Directions], V: Directions) -> Directions:
+def each(product: Callable[..., Directions], V: Directions) -> Directions:
+    """The products one direction at a time."""
     rows = [product(*(v[k] for v in V)) for k in range(V[0].shape[0])]
     return tuple(torch.stack(columns) for columns in zip(*rows, strict=True))
 

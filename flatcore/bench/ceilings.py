@@ -8,18 +8,29 @@ from dataclasses import dataclass
 
 import torch
 
+CPU = torch.device("cpu")
 
-def seconds(run: Callable[[], object]) -> float:
+
+def seconds(run: Callable[[], object], device: torch.device = CPU) -> float:
+    """Wall time of a run, everything that it starts on the device included."""
+    _finish(device)
     start = time.perf_counter()
     run()
+    _finish(device)
     return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """flops and bytes per second, with the threads that are set now.
+    """flops and bytes per second in one dtype on one device, on the CPU with the threads that are set now.
 
-    gemm:      a square product of 1536, the best of the libraries at hand, which `gemm_library` names.
+    gemm:      a square product of 1536 (on a GPU, which that would not fill, of 8192), the best of the libraries at
+               hand, which `gemm_library` names.
     bandwidth: copying 256 MiB; bytes read and written both count.
     """
 
@@ -28,17 +39,19 @@ class Ceilings:
     bandwidth: float
 
 
-def measure(dtype: torch.dtype = torch.float32, repeats: int = 8) -> Ceilings:
+def measure(dtype: torch.dtype = torch.float32, device: torch.device = CPU, repeats: int = 8) -> Ceilings:
     """The best of `repeats` runs each."""
-    n = 1536
-    a, b, out = (torch.randn(n, n, dtype=dtype) for _ in range(3))
-    candidates: dict[str, Callable[[], object]] = {"BLAS": lambda: torch.mm(a, b, out=out)}
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    n = 1536 if device.type == "cpu" else 8192
+    a, b, out = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(3))
+    candidates: dict[str, Callable[[], object]] = {
+        "BLAS" if device.type == "cpu" else "cuBLAS": lambda: torch.mm(a, b, out=out)
+    }
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         linear = torch.ops.mkldnn._linear_pointwise
         candidates["oneDNN"] = lambda: linear(a, b, None, "none", [], "")
-    best = {name: min(seconds(run) for _ in range(repeats)) for name, run in candidates.items()}
+    best = {name: min(seconds(run, device) for _ in range(repeats)) for name, run in candidates.items()}
     library = min(best, key=lambda name: best[name])
-    source = torch.zeros(2**26)
+    source = torch.zeros(2**28 // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    copy = min(seconds(lambda: target.copy_(source)) for _ in range(repeats))
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(repeats))
     return Ceilings(2 * n**3 / best[library], library, 2 * source.nbytes / copy)

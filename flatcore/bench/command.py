@@ -11,6 +11,7 @@ import torch
 from flatcore.bench import show
 from flatcore.bench.ceilings import measure
 from flatcore.bench.compare import Comparison, compare
+from flatcore.bench.setting import Setting
 from flatcore.bench.workloads import WORKLOADS
 
 
@@ -23,17 +24,19 @@ def run(
     names: list[str],
     vectors: Iterable[int],
     *,
+    setting: Setting,
     quick: bool,
     ways: Collection[str],
     rounds: int,
     limit: float,
+    prepare_limit: float,
     say: Callable[[Any], None],
     picture: Path | None = None,
 ) -> dict[str, Any]:
     """Run the workloads, `say` each table as it is ready, and give the JSON document."""
-    ceilings = measure()
+    ceilings = measure(setting.torch_dtype, setting.torch_device)
     say(
-        f"{torch.get_num_threads()} threads, float32: matrix product {ceilings.gemm / 1e9:.0f} Gflop/s "
+        f"{setting.operator}, {setting.dtype}, {_place(setting)}: GEMM {ceilings.gemm / 1e9:.0f} Gflop/s "
         f"({ceilings.gemm_library}), copy {ceilings.bandwidth / 1e9:.0f} GB/s"
     )
     results: list[Comparison] = []
@@ -44,7 +47,15 @@ def run(
             continue
         for K in vectors:
             result = compare(
-                WORKLOADS[name], K, ceilings, rounds=rounds, limit=limit, compiled=not quick, only=ways
+                WORKLOADS[name],
+                K,
+                ceilings,
+                setting=setting,
+                rounds=rounds,
+                limit=limit,
+                prepare_limit=prepare_limit,
+                compiled=not quick,
+                only=ways,
             )
             results.append(result)
             say(show.table(result, ceilings))
@@ -54,4 +65,11 @@ def run(
         say(line)
     if picture is not None and results:
         show.figure(results, picture)
-    return show.document(results, ceilings)
+    return show.document(results, setting, ceilings)
+
+
+def _place(setting: Setting) -> str:
+    if setting.torch_device.type == "cuda":
+        return f"{setting.device} ({torch.cuda.get_device_name(setting.torch_device)})"
+    threads = torch.get_num_threads()
+    return f"{setting.device}, {threads} {'thread' if threads == 1 else 'threads'}"

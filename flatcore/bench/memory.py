@@ -6,15 +6,32 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 from torch.profiler import ProfilerActivity, profile
 
+_CPU = torch.device("cpu")
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that `run` holds at once beyond what was held before, its result included.
 
-    Every tensor counts; what MKL, oneDNN and the C library allocate for themselves does not.
+def peak_bytes(run: Callable[[], object], device: torch.device = _CPU) -> int:
+    """The most bytes that `run` holds on the device at once beyond what was held before, its result included.
+
+    Every tensor counts; what MKL, oneDNN, cuBLAS and the C library allocate for themselves does not.
     """
+    return _cuda_peak(run, device) if device.type == "cuda" else _cpu_peak(run)
+
+
+def _cuda_peak(run: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    kept = run()
+    torch.cuda.synchronize(device)
+    del kept
+    return torch.cuda.max_memory_allocated(device) - held
+
+
+def _cpu_peak(run: Callable[[], object]) -> int:
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = run()
     del kept

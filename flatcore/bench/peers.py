@@ -1,4 +1,4 @@
-"""Hessian-vector products of other packages, as they ship, on one batch held in memory.
+"""Products of other packages, as they ship, on one batch held in memory.
 
 Each is prepared once and then maps flat directions (K, P) to products (K, P): what it can keep between products
 (PyHessian: the gradient's graph) it keeps. Their checks of the model are switched off, as no product needs them. A
@@ -32,10 +32,10 @@ class _Mean(nn.Module):
         return self.loss(output, target)
 
 
-def curvlinops(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
-    from curvlinops import HessianLinearOperator
+def _curvlinops(operator: str, model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
+    import curvlinops
 
-    H = HessianLinearOperator(
+    A = getattr(curvlinops, operator)(
         model,
         _Mean(loss),
         list(model.parameters()),
@@ -43,14 +43,22 @@ def curvlinops(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
         check_deterministic=False,
         num_data=batch[0].shape[0],
     )
-    return lambda V: (H @ V.T).T
+    return lambda V: (A @ V.T).T
+
+
+def curvlinops_hessian(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
+    return _curvlinops("HessianLinearOperator", model, loss, batch)
+
+
+def curvlinops_ggn(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
+    return _curvlinops("GGNLinearOperator", model, loss, batch)
 
 
 def pyhessian(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
     from pyhessian import hessian
     from pyhessian.utils import hessian_vector_product
 
-    H = hessian(model, loss, data=batch, cuda=False)
+    H = hessian(model, loss, data=batch, cuda=batch[0].is_cuda)
     model.zero_grad()
 
     def product(V: Tensor) -> Tensor:
@@ -61,20 +69,35 @@ def pyhessian(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
     return product
 
 
-def hessian_eigenthings(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
+def eigenthings_hessian(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
     from hessian_eigenthings import HessianOperator, supervised_loss
 
     H = HessianOperator(model, [batch], supervised_loss(loss))
     return lambda V: torch.stack([H.matvec(v) for v in V])
 
 
-# Name of the package as imported -> how it is prepared.
-PEERS: dict[str, Callable[[nn.Module, Loss, Batch], FlatWay]] = {
-    "curvlinops": curvlinops,
-    "pyhessian": pyhessian,
-    "hessian_eigenthings": hessian_eigenthings,
+def eigenthings_ggn(model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
+    from hessian_eigenthings import GGNOperator
+
+    G = GGNOperator(
+        model,
+        [batch],
+        forward_fn=lambda model, batch: model(batch[0]),
+        loss_of_output_fn=lambda output, batch: loss(output, batch[1]),
+    )
+    return lambda V: torch.stack([G.matvec(v) for v in V])
+
+
+# Operator -> name of the package as imported -> how it is prepared.
+PEERS: dict[str, dict[str, Callable[[nn.Module, Loss, Batch], FlatWay]]] = {
+    "hessian": {
+        "curvlinops": curvlinops_hessian,
+        "pyhessian": pyhessian,
+        "hessian_eigenthings": eigenthings_hessian,
+    },
+    "ggn": {"curvlinops": curvlinops_ggn, "hessian_eigenthings": eigenthings_ggn},
 }
 
 
-def installed() -> list[str]:
-    return [name for name in PEERS if importlib.util.find_spec(name) is not None]
+def installed(operator: str) -> list[str]:
+    return [name for name in PEERS[operator] if importlib.util.find_spec(name) is not None]

@@ -18,7 +18,7 @@ Built = tuple[nn.Module, Loss, Batch]
 
 @dataclass(frozen=True)
 class Workload:
-    """`build()` gives (model, loss, (inputs, target)) in float32, the model in eval mode.
+    """`build()` gives (model, loss, (inputs, target)) in float32 on the CPU, the model in eval mode.
 
     needs: a package without which it cannot be built. large: left out of a quick run.
     """
@@ -34,6 +34,17 @@ class Workload:
         if self.needs is None or importlib.util.find_spec(self.needs) is not None:
             return ""
         return f"{self.name} needs the package {self.needs}, which is not installed"
+
+    def at(self, dtype: torch.dtype, device: torch.device, seed: int) -> Built:
+        """What `build` gives after this seed, converted: a seed means the same numbers everywhere."""
+        torch.manual_seed(seed)
+        model, loss, (inputs, target) = self.build()
+        batch = (_converted(inputs, dtype, device), _converted(target, dtype, device))
+        return model.to(device, dtype), loss, batch
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
 class MLP(nn.Sequential):

@@ -3,6 +3,10 @@
 //   tdx_k = tdy_k *' W + dy *' V_k ;  tdW_k = wgrad(tdy_k, x) + wgrad(dy, tx_k) ;  tdb_k = sum of tdy_k
 // Where W is shared, K folds into the batch axis. The other terms run one direction at a time: channels last
 // needs no reordering of x or dy, and one direction's working set stays in the cache.
+//
+// In bf16 the results are rounded too: oneDNN's convolutions, as torch calls them, give the type that they
+// take.
+#include <ATen/Context.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/sum.h>
@@ -19,6 +23,18 @@ enum Saved { kX, kWeight };
 
 at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
+// The sum of the products goes into what has float32.
+at::Tensor widened(const at::Tensor& t) { return t.scalar_type() == at::kBFloat16 ? t.to(at::kFloat) : t; }
+
+// With fewer channels, or less to do, the passes over operands and results cost more than the products save.
+constexpr int64_t kFewestChannels = 16, kFewestProducts = int64_t{1} << 21;
+
+bool pays_in_bf16(const Integers& weight, int64_t results, int64_t groups) {
+    return groups == 1 && std::min(weight[0], weight[1]) >= kFewestChannels &&
+           results * weight[1] * weight[2] * weight[3] >= kFewestProducts &&
+           at::globalContext().userEnabledMkldnn();
+}
+
 }  // namespace
 
 ConvolutionRule::ConvolutionRule(const Program& program, const Op& op)
@@ -32,23 +48,24 @@ ConvolutionRule::ConvolutionRule(const Program& program, const Op& op)
 }
 
 at::Tensor ConvolutionRule::convolve(const at::Tensor& x, const at::Tensor& weight) const {
-    return channels_last(
-        at::convolution(x, weight, std::nullopt, stride_, padding_, dilation_, false, {0, 0}, groups_));
+    return channels_last(widened(
+        at::convolution(x, weight, std::nullopt, stride_, padding_, dilation_, false, {0, 0}, groups_)));
 }
 
 // Of x, only the shape is read.
 at::Tensor ConvolutionRule::input_gradient(const at::Tensor& dy, const at::Tensor& x,
                                            const at::Tensor& weight) const {
-    return channels_last(
+    return channels_last(widened(
         std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
-                                             dilation_, false, {0, 0}, groups_, {true, false, false})));
+                                             dilation_, false, {0, 0}, groups_, {true, false, false}))));
 }
 
 // Of weight, only the shape is read.
 at::Tensor ConvolutionRule::weight_gradient(const at::Tensor& dy, const at::Tensor& x,
                                             const at::Tensor& weight) const {
-    return std::get<1>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
-                                                dilation_, false, {0, 0}, groups_, {false, true, false}));
+    return widened(
+        std::get<1>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
+                                             dilation_, false, {0, 0}, groups_, {false, true, false})));
 }
 
 at::Tensor ConvolutionRule::forward(State& state) const {
@@ -64,16 +81,18 @@ at::Tensor ConvolutionRule::forward(State& state) const {
 at::Tensor ConvolutionRule::tangent(const Directions& d) const {
     const int64_t K = d.K();
     const auto& saved = d.state().saved(op_);
+    const auto operand = [type = operand_type(d)](const at::Tensor& t) { return channels_last(t).to(type); };
     at::Tensor ty;
     if (active(0)) {
         const at::Tensor tx = d.tangent(0).flatten(0, 1);
-        ty = convolve(channels_last(tx), saved[kWeight]).unflatten(0, {K, output().shape[0]});
+        ty = convolve(operand(tx), operand(saved[kWeight])).unflatten(0, {K, output().shape[0]});
     }
     if (active(1)) {
         const bool started = ty.defined();
         if (!started) ty = new_directions(K, output(), d.state().options());
+        const at::Tensor x = operand(saved[kX]);
         for (int64_t k = 0; k < K; ++k) {
-            const at::Tensor term = convolve(saved[kX], channels_last(d.tangent(1).select(0, k)));
+            const at::Tensor term = convolve(x, operand(d.tangent(1).select(0, k)));
             if (started)
                 ty.select(0, k).add_(term);
             else
@@ -96,23 +115,30 @@ void ConvolutionRule::adjoint(Directions& d) const {
     const State& state = d.state();
     const auto& saved = state.saved(op_);
     const bool cross = d.second_order() && has_second_order();
-    const at::Tensor tdy = d.cotangent().defined() ? dense_directions(d.cotangent(), output()) : at::Tensor();
-    const at::Tensor dy = cross ? dense(state.adjoint(op_.output), output()) : at::Tensor();
-    // Stands in where an operand is asked for its shape alone.
-    const at::Tensor nothing = at::empty({1}, state.options());
+    const at::ScalarType type = operand_type(d);
+    const auto operand = [type](const at::Tensor& t) { return channels_last(t).to(type); };
+    const at::Tensor summands =
+        d.cotangent().defined() ? dense_directions(d.cotangent(), output()) : at::Tensor();
+    const at::Tensor tdy = summands.defined() ? summands.to(type) : summands;
+    const at::Tensor dy = cross ? dense(state.adjoint(op_.output), output()).to(type) : at::Tensor();
+    // Stands in where an operand is asked for its shape alone. An expanded number would be copied.
+    const auto unread = [&](const Integers& shape) {
+        return at::empty(shape, state.options().dtype(type), at::MemoryFormat::ChannelsLast);
+    };
     if (d.wants(0) && (tdy.defined() || cross)) {
         const Integers& shape = input(0).shape;
         at::Tensor tdx;
         if (tdy.defined()) {
-            const at::Tensor folded = nothing.expand({K * shape[0], shape[1], shape[2], shape[3]});
-            tdx = input_gradient(tdy.flatten(0, 1), folded, saved[kWeight]).unflatten(0, {K, shape[0]});
+            tdx = input_gradient(tdy.flatten(0, 1), unread({K * shape[0], shape[1], shape[2], shape[3]}),
+                                 operand(saved[kWeight]))
+                      .unflatten(0, {K, shape[0]});
         }
         if (cross) {
             const bool started = tdx.defined();
             if (!started) tdx = at::empty(with_directions(K, shape), state.options());
+            const at::Tensor x = unread(shape);
             for (int64_t k = 0; k < K; ++k) {
-                const at::Tensor term =
-                    input_gradient(dy, nothing.expand(shape), channels_last(d.tangent(1).select(0, k)));
+                const at::Tensor term = input_gradient(dy, x, operand(d.tangent(1).select(0, k)));
                 if (started)
                     tdx.select(0, k).add_(term);
                 else
@@ -122,14 +148,15 @@ void ConvolutionRule::adjoint(Directions& d) const {
         d.add(0, tdx, true);
     }
     if (d.wants(1) && (tdy.defined() || cross)) {
-        const at::Tensor weight_shape = nothing.expand(input(1).shape);
+        const at::Tensor weight = unread(input(1).shape);
         at::Tensor tdw = at::empty(with_directions(K, input(1).shape), state.options());
         const at::Tensor tx = cross ? d.tangent(0) : at::Tensor();
+        const at::Tensor x = tdy.defined() ? operand(saved[kX]) : at::Tensor();
         for (int64_t k = 0; k < K; ++k) {
             at::Tensor target = tdw.select(0, k);
-            if (tdy.defined()) target.copy_(weight_gradient(tdy.select(0, k), saved[kX], weight_shape));
+            if (tdy.defined()) target.copy_(weight_gradient(tdy.select(0, k), x, weight));
             if (!cross) continue;
-            const at::Tensor term = weight_gradient(dy, channels_last(tx.select(0, k)), weight_shape);
+            const at::Tensor term = weight_gradient(dy, operand(tx.select(0, k)), weight);
             if (tdy.defined())
                 target.add_(term);
             else
@@ -137,13 +164,27 @@ void ConvolutionRule::adjoint(Directions& d) const {
         }
         d.add(1, tdw, true);
     }
-    if (d.wants(2) && tdy.defined()) d.add(2, tdy.sum(Integers{1, 3, 4}), true);
+    if (d.wants(2) && tdy.defined()) d.add(2, summands.sum(Integers{1, 3, 4}), true);
 }
 
 double ConvolutionRule::flops(int64_t K, bool second_order) const {
     const int products = 2 * (active(0) + active(1)) + (second_order && has_second_order() ? 2 : 0);
     const Integers& weight = input(1).shape;
     return 2.0 * static_cast<double>(K * output().numel * weight[1] * weight[2] * weight[3]) * products;
+}
+
+at::ScalarType ConvolutionRule::operand_type(const Directions& d) const {
+    const bool rounds =
+        d.precision() == Precision::bf16 && pays_in_bf16(input(1).shape, output().numel, groups_);
+    return rounds ? at::kBFloat16 : c10::typeMetaToScalarType(d.state().options().dtype());
+}
+
+Rounding ConvolutionRule::rounding(int64_t K, bool second_order) const {
+    if (!pays_in_bf16(input(1).shape, output().numel, groups_)) return {};
+    // In half the bytes: K directions of an operand and of the result at once, the operands that they share,
+    // weights.
+    const int64_t rounded = (K + 1) * (input(0).numel + output().numel) + 2 * input(1).numel;
+    return {flops(K, second_order), (rounded + 1) / 2};
 }
 
 int64_t ConvolutionRule::workspace(int64_t K) const {

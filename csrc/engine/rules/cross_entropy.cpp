@@ -1,7 +1,7 @@
 // Cross-entropy per row of the last axis against constant targets. See kernels/cross_entropy.h.
 #include "kernels/cross_entropy.h"
 
-#include "rules.h"
+#include "losses.h"
 
 namespace flatcore {
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "engine/gemm_bf16.h"
 #include "rules.h"
 
 namespace flatcore {
@@ -44,12 +45,12 @@ at::Tensor LinearRule::tangent(const Directions& d) const {
     }
     if (active(0)) {
         gemm_shared(matrix, d.tangent(0).reshape({K, rows_, in_}),
-                    weight_as_matrix(d.state().value(op_.inputs[1])), started);
+                    weight_as_matrix(d.state().value(op_.inputs[1])), started, d.precision());
         started = true;
     }
     if (active(1))
         gemm_each(matrix, d.state().value(op_.inputs[0]).reshape({rows_, in_}),
-                  weight_as_matrix(d.tangent(1)), started);
+                  weight_as_matrix(d.tangent(1)), started, d.precision());
     return ty;
 }
 
@@ -69,10 +70,10 @@ void LinearRule::adjoint(Directions& d) const {
             in_place ? buffer.view({K, rows_, in_}) : at::zeros({K, rows_, in_}, buffer.options());
         bool started = !(in_place && fresh);
         if (tdy.defined()) {
-            gemm_shared(tdx, tdy, weight_as_matrix(state.value(op_.inputs[1])).t(), started);
+            gemm_shared(tdx, tdy, weight_as_matrix(state.value(op_.inputs[1])).t(), started, d.precision());
             started = true;
         }
-        if (cross) gemm_each(tdx, dy, weight_as_matrix(d.tangent(1)).transpose(1, 2), started);
+        if (cross) gemm_each(tdx, dy, weight_as_matrix(d.tangent(1)).transpose(1, 2), started, d.precision());
         if (!in_place) {
             const at::Tensor sum = tdx.view(buffer.sizes());
             fresh ? buffer.copy_(sum) : buffer.add_(sum);
@@ -84,7 +85,7 @@ void LinearRule::adjoint(Directions& d) const {
         // transposed.
         const auto product = [&](const at::Tensor& adjoint, const at::Tensor& x, bool accumulate) {
             const at::Tensor &left = transposed_ ? x : adjoint, &right = transposed_ ? adjoint : x;
-            gemm_each(buffer, left.transpose(-2, -1), right, accumulate);
+            gemm_each(buffer, left.transpose(-2, -1), right, accumulate, d.precision());
         };
         if (tdy.defined()) product(tdy, state.value(op_.inputs[0]).reshape({rows_, in_}), !fresh);
         if (cross) product(dy, d.tangent(0).reshape({K, rows_, in_}), !fresh || tdy.defined());
@@ -105,12 +106,21 @@ double LinearRule::flops(int64_t K, bool second_order) const {
     return 2.0 * static_cast<double>(K * rows_ * in_ * out_) * products;
 }
 
+// Of all the products, whichever side is rounded ahead.
+Rounding LinearRule::rounding(int64_t K, bool second_order) const {
+    if (!bf16_pays(rows_, in_, out_)) return {};
+    return {flops(K, second_order),
+            std::max({bf16_workspace(out_, in_), bf16_workspace(in_, out_), bf16_workspace(rows_, in_),
+                      bf16_workspace(in_, rows_), bf16_workspace(rows_, out_), bf16_workspace(out_, rows_)})};
+}
+
 int64_t LinearRule::workspace(int64_t K) const {
     // The batched product's own copy of the weights' results or the bias' sums; directions of an x that is a
     // parameter brought together for one GEMM; the adjoint of an image before it is laid channels last.
     const bool apart = input(0).channels_last || (input(0).kind == ValueKind::parameter && K > 1);
     const int64_t gathered = apart ? K * input(0).numel : 0;
-    return gathered + std::max(active(1) ? gemm_each_workspace(K, in_ * out_) : 0, active(2) ? K * out_ : 0);
+    return gathered +
+           std::max(active(1) ? gemm_each_workspace(K, in_, out_, rows_) : 0, active(2) ? K * out_ : 0);
 }
 
 }  // namespace flatcore

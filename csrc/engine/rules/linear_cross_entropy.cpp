@@ -14,9 +14,10 @@
 
 #include <algorithm>
 
+#include "engine/gemm_bf16.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/softmax.h"
-#include "rules.h"
+#include "losses.h"
 
 namespace flatcore {
 
@@ -112,17 +113,18 @@ at::Tensor LinearCrossEntropyRule::probabilities(const State& state, const Opera
 
 // tz of direction k for the chunk's rows, written into `tz`.
 void LinearCrossEntropyRule::logit_tangent(const Operands& v, const Operands& t, int64_t k, int64_t first,
-                                           const at::Tensor& tz) const {
+                                           const at::Tensor& tz, Precision precision) const {
     bool started = false;
     if (t.bias.defined()) {
         tz.copy_(t.bias.select(0, k).expand_as(tz));
         started = true;
     }
     if (t.x.defined()) {
-        gemm(tz, t.x.select(0, k).narrow(0, first, tz.size(0)), v.weight, started);
+        gemm(tz, t.x.select(0, k).narrow(0, first, tz.size(0)), v.weight, started, precision);
         started = true;
     }
-    if (t.weight.defined()) gemm(tz, v.x.narrow(0, first, tz.size(0)), t.weight.select(0, k), started);
+    if (t.weight.defined())
+        gemm(tz, v.x.narrow(0, first, tz.size(0)), t.weight.select(0, k), started, precision);
 }
 
 // Calls body(target, total) with the pointers that the kernels take for the rows from `first` on.
@@ -162,7 +164,7 @@ at::Tensor LinearCrossEntropyRule::tangent(const Directions& d) const {
         const at::Tensor p = probabilities(state, v, first, rows, buffer);
         const at::Tensor tz = tz_buffer.narrow(0, 0, rows);
         for (int64_t k = 0; k < d.K(); ++k) {
-            logit_tangent(v, t, k, first, tz);
+            logit_tangent(v, t, k, first, tz, d.precision());
             FLATCORE_DISPATCH(tz, "linear_cross_entropy", [&] {
                 with_target<scalar_t>(state, first, [&](auto target, const scalar_t* total) {
                     cross_entropy_tangent<scalar_t>(1, rows, classes_, target, p.const_data_ptr<scalar_t>(),
@@ -219,20 +221,20 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
         const auto add_to_weight = [&](int64_t k, const at::Tensor& adjoint, const at::Tensor& x,
                                        bool write) {
             const at::Tensor &left = transposed_ ? x : adjoint, &right = transposed_ ? adjoint : x;
-            gemm(tdweight.select(0, k), left.t(), right, !write);
+            gemm(tdweight.select(0, k), left.t(), right, !write, d.precision());
         };
         for (int64_t k = 0; k < d.K(); ++k) {
             at::Tensor tz;
             if (d.curved()) {
                 tz = tz_buffer.narrow(0, 0, rows);
-                logit_tangent(v, t, k, first, tz);
+                logit_tangent(v, t, k, first, tz, d.precision());
             }
             const at::Tensor own = tdloss.defined() ? tdloss.select(0, k) : at::Tensor();
             const at::Tensor tdz = logit_adjoint(tz_buffer, own, dloss, tz);
             if (tdx.defined()) {
                 const at::Tensor out = tdx.view({d.K(), rows_, width_}).select(0, k).narrow(0, first, rows);
-                gemm(out, tdz, v.weight.t(), true);
-                if (cross) gemm(out, dz, t.weight.select(0, k).t(), true);
+                gemm(out, tdz, v.weight.t(), true, d.precision());
+                if (cross) gemm(out, dz, t.weight.select(0, k).t(), true, d.precision());
             }
             if (tdweight.defined()) {
                 add_to_weight(k, tdz, v.x.narrow(0, first, rows), weight_fresh && first == 0);
@@ -250,6 +252,14 @@ double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
         (keeps_probabilities() ? 0.0 : 1.0) +
         static_cast<double>(K) * (2 * directions + (second_order && directions == 2 ? 2 : 0));
     return 2.0 * static_cast<double>(rows_ * width_ * classes_) * products;
+}
+
+// The logits are values, in full precision. Of a chunk's operands the smaller are rounded ahead.
+Rounding LinearCrossEntropyRule::rounding(int64_t K, bool second_order) const {
+    if (!bf16_pays(chunk_rows_, width_, classes_)) return {};
+    return {flops(K, second_order) - flops(0, second_order),
+            std::max({bf16_workspace(chunk_rows_, width_), bf16_workspace(width_, chunk_rows_),
+                      bf16_workspace(chunk_rows_, classes_)})};
 }
 
 // tz or tdz; p and its rounded logits where p is not kept; one direction's sums for the bias; x's

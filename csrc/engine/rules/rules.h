@@ -19,10 +19,12 @@ class LinearRule final : public Rule {
     LinearRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return (i == 0 && active(1)) || (i == 1 && active(0)); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
     double flops(int64_t K, bool second_order) const override;
+    Rounding rounding(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
 
  private:
@@ -37,10 +39,12 @@ class MatmulRule final : public Rule {
     using Rule::Rule;
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return active(1 - i); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
     double flops(int64_t K, bool second_order) const override;
+    Rounding rounding(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
 };
 
@@ -50,14 +54,17 @@ class ConvolutionRule final : public Rule {
     ConvolutionRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
     bool channels_last_output() const override { return true; }
     double flops(int64_t K, bool second_order) const override;
+    Rounding rounding(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
     int64_t saved() const override;
 
  private:
+    at::ScalarType operand_type(const Directions& d) const;
     at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
@@ -71,6 +78,7 @@ class BatchNormRule final : public Rule {
     BatchNormRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return i == 0 && active(1); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 2; }
@@ -117,6 +125,7 @@ class MulRule final : public Rule {
     FLATCORE_RULE_METHODS
     bool channels_last_output() const override { return either_channels_last(); }
     bool has_second_order() const override { return active(0) && active(1); }
+    bool bilinear() const override { return true; }
     bool reads_value(int i) const override { return active(1 - i); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int) const override { return has_second_order(); }
@@ -205,58 +214,6 @@ class ExpandRule final : public Rule {
     using Rule::Rule;
     FLATCORE_RULE_METHODS
     bool aliases() const override { return true; }
-};
-
-// cross_entropy.cpp
-class CrossEntropyRule final : public Rule {
- public:
-    CrossEntropyRule(const Program& program, const Op& op);
-    FLATCORE_RULE_METHODS
-    bool has_second_order() const override { return true; }
-    bool reads_value(int i) const override { return i > 0; }
-    bool reads_output_adjoint() const override { return true; }
-    bool reads_tangent_in_adjoint(int) const override { return true; }
-    int64_t saved() const override { return rows_ * (classes_ + 1); }
-
- private:
-    template <class T, class Body>
-    void with_target(const State& state, const Body& body) const;
-    int64_t rows_, classes_;
-};
-
-// linear_cross_entropy.cpp
-class LinearCrossEntropyRule final : public Rule {
- public:
-    LinearCrossEntropyRule(const Program& program, const Op& op);
-    FLATCORE_RULE_METHODS
-    bool has_second_order() const override { return true; }
-    bool holds_cut() const override { return holds_cut_; }
-    bool reads_value(int) const override { return true; }
-    bool reads_output_adjoint() const override { return true; }
-    bool reads_tangent_in_adjoint(int i) const override { return i < 3; }
-    double flops(int64_t K, bool second_order) const override;
-    int64_t saved() const override { return keeps_probabilities() ? rows_ * classes_ : 0; }
-    int64_t workspace(int64_t K) const override;
-    int64_t second_order_workspace() const override;
-
- private:
-    struct Operands;
-    template <class Body>
-    void for_each_chunk(const Body& body) const;
-    template <class T, class Body>
-    void with_target(const State& state, int64_t first, const Body& body) const;
-    // The probabilities of a single chunk are kept; more are computed in every sweep.
-    bool keeps_probabilities() const { return rows_ <= chunk_rows_; }
-    Operands values(const State& state) const;
-    Operands tangents(const Directions& d) const;
-    at::Tensor new_chunk(const State& state) const;
-    void logits(const Operands& v, int64_t first, const at::Tensor& z) const;
-    at::Tensor probabilities(const State& state, const Operands& v, int64_t first, int64_t rows,
-                             const at::Tensor& buffer) const;
-    void logit_tangent(const Operands& v, const Operands& t, int64_t k, int64_t first,
-                       const at::Tensor& tz) const;
-    int64_t rows_, width_, classes_, chunk_rows_;
-    bool transposed_, rounds_, holds_cut_;
 };
 
 // normalise.cpp
@@ -385,7 +342,5 @@ class RoundRule final : public Rule {
     FLATCORE_RULE_METHODS
     bool aliases() const override { return true; }
 };
-
-#undef FLATCORE_RULE_METHODS
 
 }  // namespace flatcore

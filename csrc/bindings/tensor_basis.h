@@ -1,0 +1,52 @@
+// The rows of a Krylov basis in two tensors: the first in full precision where the vectors are, the others
+// maybe in 16 bits, in the memory of the host or in a mapped file. Those are converted in panels of columns,
+// so that the extra memory stays bounded.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <vector>
+
+#include "../krylov/matrix.h"
+
+namespace flatcore {
+
+class TensorBasis {
+ public:
+    using Block = at::Tensor;
+    using Matrix = krylov::Matrix;
+
+    // head (h, P), with h >= 0, has the precision and device of all blocks. `scale`: stored is a row times
+    // it.
+    TensorBasis(at::Tensor head, at::Tensor tail, double scale)
+        : head_(std::move(head)), tail_(std::move(tail)), scale_(scale) {}
+
+    int64_t capacity() const { return head_.size(0) + tail_.size(0); }
+    double rounding() const;
+    Block load(int64_t first, int64_t n) const;
+    std::vector<double> store(int64_t first, const Block& X);
+    Matrix gram(int64_t m, const Block& W) const;
+    void update(Block& W, const Matrix& B, int64_t m) const;
+    Block combine(const Matrix& B, int64_t m) const;
+    std::vector<double> rotate(int64_t first, int64_t m, const Matrix& B);
+
+ private:
+    // The basis' first m rows part by part, in full precision: (rows, first row, first column).
+    void for_each_panel(int64_t first, int64_t m,
+                        const std::function<void(const at::Tensor&, int64_t, int64_t)>& use) const;
+    at::Tensor columns(int64_t first_row, int64_t rows, int64_t first_column, int64_t n) const;
+    bool plain() const { return tail_.size(0) == 0; }
+
+    at::Tensor head_, tail_;
+    double scale_;
+};
+
+// X Yᵀ for (p, P) and (m, P) rows.
+krylov::Matrix gram_of(const at::Tensor& X, const at::Tensor& Y);
+
+// Host matrix to a tensor, and back.
+at::Tensor to_tensor(const krylov::Matrix& B, const at::TensorOptions& options);
+krylov::Matrix to_matrix(const at::Tensor& B);
+
+}  // namespace flatcore
