@@ -186,8 +186,6 @@ def spectrum(
             path = picture.with_stem(f"{picture.stem}-{s.name}") if len(found) > 1 else picture
             _draw(density, s.name, path)
             console.print(f"density: {path}", highlight=False, soft_wrap=True)
-            text = f"eigenvalues: {density.atom}; the picture's band holds with 95 % at each point"
-            console.print(text, highlight=False, soft_wrap=True)
             found[s.name]["density"] = density_document(density)
     if json_file is not None:
         json_file.write(dumps(found))

@@ -5,7 +5,7 @@ Golub and Meurant, "Matrices, Moments and Quadrature with Applications" (2010), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -50,7 +50,7 @@ class Function:
                 "write it elementwise, e.g. lambda x: x**2"
             )
         if not np.isfinite(values).all():
-            bad = ~np.isfinite(values)
+            at = eigenvalues[~np.isfinite(values)][0]
             raise ValueError(
                 f"{self._text}: expected a function that is finite on the spectrum, "
                 f"got {values[~np.isfinite(values)][0]} at {at:.6g}; define it there"

@@ -67,7 +67,6 @@ def density(result: Density) -> dict[str, Any]:
         "grid": grid.tolist(),
         "pdf": value.tolist(),
         "stderr": stderr.tolist(),
-        "at_zero": dataclasses.asdict(result.atom),
         "nodes": result.nodes.tolist(),
         "weights": result.weights.tolist(),
         "matvecs": result.matvecs,
