@@ -185,7 +185,8 @@ def spectrum(
             density = fc.spectral_density(A, seed=seed)
             path = picture.with_stem(f"{picture.stem}-{s.name}") if len(found) > 1 else picture
             _draw(density, s.name, path)
-            console.print(f"density: {path}", highlight=False, soft_wrap=True)
+            text = f"density: {path}, band of 95 % at each point; eigenvalues {density.near_zero()}"
+            console.print(text, highlight=False, soft_wrap=True)
             found[s.name]["density"] = density_document(density)
     if json_file is not None:
         json_file.write(dumps(found))

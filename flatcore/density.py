@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Atom", "Density", "spectral_density"]
 
+_LEFT_OPEN = 0.05  # share of eigenvalues
+
 
 @dataclass(frozen=True)
 class Atom:
@@ -41,6 +43,9 @@ class Atom:
     high: float
     radius: float
     resolved: bool
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.3g} ± {100 * self.stderr:.2g} % within {self.radius:.2g} of zero"
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,18 @@ class Density:
         """The eigenvalues that are zero in A's precision: nets have many."""
         return self.near_zero(self.zero)
 
-    def near_zero(self, radius: float) -> Atom:
-        """The eigenvalues with |lambda| <= radius."""
+    def near_zero(self, radius: float | None = None) -> Atom:
+        """The eigenvalues with |lambda| <= radius.
+
+        By default the radius doubles from A's rounding, up to a tenth of the largest |node|, until the quadrature
+        leaves at most 5 % of the eigenvalues open: the small eigenvalues of a net reach down to zero without a gap, and
+        a narrower window cannot be told from its surroundings.
+        """
+        if radius is None:
+            found = self.atom
+            while found.high - found.low > _LEFT_OPEN and 2 * found.radius <= 0.1 * max(map(abs, self.range)):
+                found = self.near_zero(2 * found.radius)
+            return found
         if not radius >= 0:
             raise ValueError(f"radius: expected a number >= 0, got {radius}")
         shares = (self.weights * (np.abs(self.nodes) <= radius)).sum(axis=1)
@@ -115,9 +130,10 @@ class Density:
         it needs.
         """
         samples, squares = self._quadrature(self._gauss, function)
-        shorter, _ = self._quadrature(self.jacobi.after((self.jacobi.steps + 1) // 2).gauss(), function)
-        going = self.jacobi.going & (self.jacobi.steps < self.dimension)
-        bias = float(np.where(going, np.abs(samples - shorter), 0.0).mean()) * self.dimension
+        bias = 0.0
+        if self.jacobi.going.any():
+            error = self.jacobi.gauss_error(lambda *rule: self._quadrature(rule, function)[0])
+            bias = float(error.mean()) * self.dimension
         stderr = float(self._moderated(samples, squares.mean())) * self.dimension
         value = float(samples.mean()) * self.dimension
         status = self.status

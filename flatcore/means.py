@@ -145,7 +145,7 @@ class Samples:
         share = k / (self.n + k)
         self.values = np.concatenate([self.values, values])
         self._bound = self._bound + share * (bound - self._bound)
-        self._bias = self._bias + share * (bias - self._bias)
+        self._bias = (1 - share) * self._bias + share * bias  # either may be infinite
 
     def estimate(self, smooth: Smooth) -> tuple[float, float, float]:
         """Value, standard error (nan for one sample) and bound on the bias of ``smooth`` of the means.

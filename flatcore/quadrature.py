@@ -5,7 +5,7 @@ Golub and Meurant, "Matrices, Moments and Quadrature with Applications" (2010), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,24 @@ class Jacobi:
         """Gauss rules: the nodes are eigenvalues, the weights squared first entries of eigenvectors (Golub and
         Welsch, Math. Comp. 23 (1969) 221-230). Exact for polynomials of degree 2 steps - 1."""
         return self._rule(self.diagonal, self.lengths)
+
+    def gauss_error(self, sums: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Per probe an estimate of what its Gauss rule is off by, for ``sums`` of (nodes, weights).
+
+        The step from the rule of half as many steps, and what a geometric sequence of such steps would add, its ratio
+        taken from the rule of a quarter: slow convergence shows as a ratio near one, where the factor ends at 10.
+        Zero for an exhausted probe, infinite after a single step, which nothing can be compared with.
+        """
+        if self.steps == 1:
+            return np.where(self.going, np.inf, 0.0)
+        half = (self.steps + 1) // 2
+        finest, middle, coarse = (
+            sums(*self.after(steps).gauss()) for steps in (self.steps, half, (half + 1) // 2)
+        )
+        last = np.abs(finest - middle)
+        now, before = (float(x[self.going].sum()) for x in (last, np.abs(middle - coarse)))
+        ratio = min(now / before, 0.9) if before > 0 else 0.9
+        return np.where(self.going, last / (1 - ratio), 0.0)
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Nodes, weights and, for each node, the distance within which there is an eigenvalue (Parlett, "The symmetric

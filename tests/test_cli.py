@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, one sentence for each wrong input."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -84,7 +85,11 @@ def test_json_on_stdout_is_json_alone(module, tmp_path):
 
 
 def test_spectrum_draws_one_density_per_subject(module, tmp_path):
-    run("spectrum", f"{module}:two", "-k", 2, "--which", "BE", "--density", tmp_path / "d.svg")
+    result = run("spectrum", f"{module}:two", "-k", 2, "--which", "BE", "--density", tmp_path / "d.svg")
+    assert (
+        len(re.findall(r"band of 95 % at each point; eigenvalues .* ± .* % within .* of zero", result.stdout))
+        == 2
+    )
     assert sorted(p.name for p in tmp_path.glob("*.svg")) == ["d-b.svg", "d.svg"]
 
 

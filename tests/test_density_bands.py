@@ -105,6 +105,20 @@ def test_atom_is_open_without_a_gap() -> None:
     assert atom.low == 0
 
 
+def test_null_space_without_a_gap() -> None:
+    """Half the eigenvalues zero, the others down to 1e-9: the window widens until the share in it is known."""
+    values = np.r_[np.zeros(200), np.geomspace(1e-9, 1, 200)]
+    density = spectral_density(matrix(values), probes=8, steps=24)
+    assert density.atom.high - density.atom.low > 0.05
+    wide = density.near_zero()
+    assert wide.high - wide.low <= 0.05
+    assert density.zero < wide.radius <= 0.1
+    assert abs(wide.share - (values <= wide.radius).mean()) <= 2 * wide.stderr
+    assert f"% within {wide.radius:.2g} of zero" in str(wide)
+    behind_a_gap = spectral_density(matrix(SPECTRA["null"]))
+    assert behind_a_gap.near_zero() == behind_a_gap.atom
+
+
 def test_no_atom() -> None:
     assert spectral_density(matrix(SPECTRA["flat"])).atom.share == 0
     assert spectral_density(torch.zeros(7, 7)).atom.share == pytest.approx(1)

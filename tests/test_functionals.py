@@ -13,6 +13,7 @@ import torch
 from sampled_spectra import SEEDS, SPECTRA, P, least_covered, matrix
 
 import flatcore as fc
+from flatcore.density import spectral_density
 from flatcore.errors import FlatcoreWarning
 from flatcore.functionals import _QuadratureSource
 from flatcore.spectral import Function
@@ -117,6 +118,35 @@ def test_few_steps_leave_a_bias_that_the_bar_holds() -> None:
             estimate = fc.logdet(A, 1e-6, rtol=0.01, steps=4, seed=seed, method="lanczos")
         assert abs(estimate.value - true) <= 2 * estimate.stderr
         assert "raise steps" in estimate.status
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 12, 24])
+def test_slow_convergence_is_not_taken_for_agreement(steps: int) -> None:
+    """The same function without its bounds: each doubling of the steps gains as much as the last one."""
+    spectrum = np.geomspace(1e-6, 1, P)
+    A, true = matrix(spectrum), np.log(spectrum + 1e-6).sum()
+
+    def logarithm(x: np.ndarray) -> np.ndarray:
+        return np.log(np.abs(x) + 1e-6)
+
+    with pytest.warns(FlatcoreWarning, match="error of the quadrature"):
+        estimate = fc.functional(A, logarithm, rtol=0.01, steps=steps, method="lanczos")
+    assert abs(estimate.value - true) <= 2 * estimate.stderr
+    assert (estimate.stderr == math.inf) == (steps == 1)
+    total = spectral_density(A, steps=steps).sum(logarithm)
+    assert abs(total.value - true) <= 2 * total.stderr
+    assert "error of the quadrature" in total.status
+
+
+@pytest.mark.parametrize("limit", [1, 8, 16, 31])
+def test_a_single_step_never_converges(limit: int) -> None:
+    """Few products leave one step per probe, which is off by any amount and compares with nothing."""
+    A = matrix(np.geomspace(1e-6, 1, P))
+    with pytest.warns(FlatcoreWarning, match="error of the quadrature is up to inf"):
+        estimate = fc.functional(A, lambda x: np.abs(x) ** 0.5, rtol=0.5, max_matvecs=limit, method="lanczos")
+    assert estimate.matvecs <= limit
+    # One that is exact for every probe does.
+    assert fc.functional(3 * torch.eye(P), np.square, method="lanczos", max_matvecs=16).status == "converged"
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 20])

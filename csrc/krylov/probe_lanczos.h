@@ -29,7 +29,8 @@ namespace flatcore::krylov {
 
 struct Tridiagonals {
     Matrix alpha;  // (K, steps), the diagonals
-    Matrix beta;   // (K, steps), beta(k, j) couples rows j and j + 1; the last is the residual's norm
+    Matrix beta;   // (K, steps), beta(k, j) couples rows j and j + 1; the last is the residual's norm,
+                   // or 0 where the space was exhausted
     std::vector<int64_t> lengths;  // (K,), rows before the Krylov space of the probe was exhausted, or steps
     int64_t applications = 0;
 };
@@ -80,6 +81,7 @@ Tridiagonals probe_lanczos(Space& space, typename Space::Block start, int64_t st
             if (beta <= 8.0 * space.epsilon() * scale[at] || j + 1 == space.dimension()) {
                 running[at] = false;
                 result.lengths[at] = j + 1;
+                result.beta(k, j) = 0.0;
                 continue;
             }
             factor[at] = 1.0 / beta;
