@@ -133,7 +133,7 @@ class ExampleSweeps:
         """K >= 2 probes, numbers first to first + K - 1, of every example. The same for a seed however the data are cut
         into batches.
 
-        relative: probes W A with random signs A, for weights alone, whose mean is sum_ss' <w_s, w_s'> tr H_ss' for the
+        relative: probes W A with random signs A, for weights with one use alone, whose mean is sum_ss' <w_s, w_s'> tr H_ss' for the
         rows w_s of each weight (Petzka et al. 2021, equation 4).
         """
         totals = torch.zeros(3, 1 + len(self.probed), dtype=torch.float64)

@@ -40,7 +40,7 @@ def separate(ops: Sequence[Op], values: Sequence[Value], program: Program) -> Se
     """
     shared: set[int] = set()
     while True:
-        try:  # noqa: PERF203
+        try:
             return _separation(ops, values, program, shared)
         except _Mistaken as mistake:
             shared |= mistake.beginnings

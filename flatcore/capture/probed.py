@@ -39,7 +39,7 @@ class ProbedProgram:
     """values, ops, loss, cut: as of a Program, with probes.
 
     probed: names of the parameters with probes. left: those that have none, constants all the same.
-    elements: constants to compute: value id -> parameter id and the ops that move its entries.
+    elements: constants to compute: value id -> parameter id, ops that move its entries.
     crossings: ops that pick rows of examples; `crosses` tells whether one leaves its example.
     """
 

@@ -45,6 +45,7 @@ bool FeatureProbeRule::by_gram(const ExampleProbes& probes) const {
 }
 
 at::Tensor FeatureProbeRule::inject(const Directions& d, const ExampleProbes& probes) const {
+    if (probes.relative && repeated_) return {};  // its cross terms would need W A x at every use
     at::Tensor e = at::empty({d.K(), examples_, positions_, groups_ * out_}, d.state().options());
     if (by_length(probes))
         inject_by_length(d.state(), probes, e);
@@ -176,6 +177,7 @@ void FeatureProbeRule::for_each_drawn(const ExampleBlock& one, const ExampleProb
 }
 
 at::Tensor FeatureProbeRule::collect(const Directions& d, ExampleProbes& probes) const {
+    if (probes.relative && repeated_) return {};
     const at::Tensor tdy = positions_first(d.cotangent());
     if (probes.squares) return squares(d.state(), probes, tdy);
     const auto kept = probes.injected.find(op_.index);
