@@ -1,0 +1,3 @@
+"""Training towards flat minima: optimizers and regularisers."""
+
+__all__: list[str] = []
