@@ -45,8 +45,8 @@ def normalized_sharpness(
     """Sum over weight matrices W of min over r, c > 0 of sum_ij [h_ij (r_i c_j)² + W_ij² / (r_i c_j)²].
 
     h_ij = d²L / dW_ij². Tsuzuku, Sato and Sugiyama, "Normalized Flat Minima", ICML 2020 (arXiv 1901.04653). A
-    posterior with a variance (r_i c_j)² for every weight costs sharpness and divergence; these are its least sum, up to 1/2
-    (`normalized_sharpness_bound`). The minimum is convex and taken to a relative 1e-12 (`flatcore.measures.scales`).
+    posterior with a variance (r_i c_j)² for every weight costs sharpness and divergence; these are its least sum, up
+    to 1/2 (`normalized_sharpness_bound`). The problem is convex and solved to a relative 1e-12.
 
     Args:
         form: "arxiv", as above; "icml", sum_i sqrt(A_i B_i) with the row scales eliminated: exactly half of it.
