@@ -15,7 +15,7 @@ from flatcore.evaluate import Evaluation, plain_torch
 from flatcore.measures.layers import Layer
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["Call", "deviations", "evaluated", "feature_rows"]
+__all__ = ["Call", "deviations", "evaluated", "feature_rows", "layer_calls"]
 
 Call = tuple[Tensor, Any]  # what a module was given, and what it returned
 
@@ -37,7 +37,7 @@ def evaluated(
         if differentiable is not None:
             values[differentiable] = values[differentiable].detach().requires_grad_()
         for batch in objective.batches():
-            with _calls(layers) as calls:
+            with layer_calls(layers) as calls:
                 result = checks.evaluate(objective.evaluate, batch.batch, values, batch.index, twice=False)
             see(batch, result, calls)
 
@@ -80,7 +80,8 @@ def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tenso
 
 
 @contextlib.contextmanager
-def _calls(layers: Sequence[Layer]) -> Iterator[dict[str, list[Call]]]:
+def layer_calls(layers: Sequence[Layer]) -> Iterator[dict[str, list[Call]]]:
+    """What the layers are given and return while the block runs, by path."""
     calls: dict[str, list[Call]] = {layer.path: [] for layer in layers}
 
     def note(path: str) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from flatcore.measures.features import Call, evaluated, feature_rows
 from flatcore.measures.layers import Layer
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["LastLayer"]
+__all__ = ["LastLayer", "row_masses"]
 
 
 class _NotThisFormError(Exception):
@@ -76,7 +76,7 @@ class LastLayer:
         eps = torch.finfo(scores.dtype).eps
         if bool(((z - expected).abs() > 1000 * eps * (1 + expected.abs().max())).any()):
             raise _NotThisFormError  # a hook, or a module that does more than its kind
-        mass = batch.weight * _mass(call)
+        mass = batch.weight * row_masses(call)
         squares = mass[:, None] * rows.square()
         variances, spread = _spread(z.softmax(1), self._weight)
         self._gains += squares.T @ variances
@@ -98,7 +98,7 @@ def _spread(p: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     return variances.clamp(min=0), spread
 
 
-def _mass(call: LossCall) -> Tensor:
+def row_masses(call: LossCall) -> Tensor:
     """What each row's sum of target probabilities counts in the loss: (rows,) float64."""
     scores, target, weight = (call.arguments[name] for name in ("input", "target", "weight"))
     smoothing, classes = call.arguments["label_smoothing"], scores.shape[1]

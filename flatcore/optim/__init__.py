@@ -1,3 +1,5 @@
 """Training towards flat minima: optimizers and regularisers."""
 
-__all__: list[str] = []
+from flatcore.optim.flatness_regulariser import LossAndFlatness, relative_flatness_penalty
+
+__all__ = ["LossAndFlatness", "relative_flatness_penalty"]
