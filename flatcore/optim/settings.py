@@ -1,0 +1,74 @@
+"""What the optimizers here share: checked settings, momentum in torch's form, noise that can be drawn again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatcore.optim.scoping import Scoping
+
+__all__ = ["check_at_least_zero", "check_share", "noise_generator", "refuse_sparse", "stored", "with_momentum"]
+
+
+def check_at_least_zero(name: str, value: Any, example: float) -> float:
+    """``value`` as a float, refused with a sentence if it is no finite number >= 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number >= 0, got {value!r}; give e.g. {example:g}") from None
+    if not (number >= 0 and math.isfinite(number)):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {number}; give e.g. {example:g}")
+    return number
+
+
+def check_share(name: str, value: Any, example: float) -> float:
+    """``value`` in [0, 1)."""
+    number = check_at_least_zero(name, value, example)
+    if number >= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {number:g}; give e.g. {example:g}")
+    return number
+
+
+def stored(scoping: Scoping | None) -> dict[str, Any] | None:
+    """A schedule as plain numbers and words, which `torch.load` takes with weights_only."""
+    if scoping is None:
+        return None
+    if not isinstance(scoping, Scoping):
+        raise TypeError(
+            f"scoping: expected a flatcore.optim.Scoping or None, got {type(scoping).__name__}; "
+            'give e.g. Scoping("exponential", 1e4, steps=1000)'
+        )
+    return dataclasses.asdict(scoping)
+
+
+def refuse_sparse(gradient: Tensor, optimizer: str) -> None:
+    if gradient.is_sparse:
+        raise ValueError(
+            f"params: expected dense gradients, got a sparse one, which {optimizer} does not take; "
+            "use sparse=False in embeddings"
+        )
+
+
+def with_momentum(gradient: Tensor, buffer: Tensor, momentum: float, nesterov: bool) -> Tensor:
+    """The step's direction, as `torch.optim.SGD` without dampening; ``buffer`` is updated."""
+    if momentum == 0:
+        return gradient
+    buffer.mul_(momentum).add_(gradient)
+    return gradient.add(buffer, alpha=momentum) if nesterov else buffer
+
+
+def noise_generator(seed: int, count: int, device: torch.device) -> torch.Generator:
+    """The generator of draw number ``count``: after a resume the same numbers come without any state.
+
+    Seed and count are scrambled (SplitMix64, Steele, Lea and Flood, OOPSLA 2014), as generators of close seeds may
+    give numbers that are alike.
+    """
+    mask = 2**64 - 1
+    z = (seed * 0xD1342543DE82EF95 + (count + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return torch.Generator(device=device).manual_seed((z ^ (z >> 31)) % 2**63)
