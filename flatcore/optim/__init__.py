@@ -1,4 +1,4 @@
-"""Optimizers that look for flat minima."""
+"""Training towards flat minima: optimizers and regularisers."""
 
 from flatcore.optim.entropy_sgd import EntropySGD
 from flatcore.optim.replicated_sgd import ReplicatedSGD
