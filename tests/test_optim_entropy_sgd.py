@@ -28,7 +28,7 @@ def closure_for(optimizer, w, H, c):
         optimizer.zero_grad()
         loss = (w - c) @ H @ (w - c) / 2
         loss.backward()
-        return loss.detach()
+        return loss
 
     return closure
 
@@ -41,12 +41,12 @@ def test_gradient_of_a_quadratics_local_entropy(variant, factor):
     """
     H, c, w = quadratic()
     gamma, lr = 0.4, 0.5
-    optimizer = EntropySGD(
-        [w], lr, variant=variant, gamma=gamma, inner_steps=400, inner_lr=0.5, noise=0.0
-    )
+    optimizer = EntropySGD([w], lr, variant=variant, gamma=gamma, inner_steps=400, inner_lr=0.5, noise=0.0)
     for _ in range(3):  # a persistent chain ends where a new one does
         before = w.detach().clone()
-        expected = factor * torch.linalg.solve(H + gamma * torch.eye(6, dtype=torch.float64), H @ (before - c))
+        expected = factor * torch.linalg.solve(
+            H + gamma * torch.eye(6, dtype=torch.float64), H @ (before - c)
+        )
         optimizer.step(closure_for(optimizer, w, H, c))
         moved = (before - w.detach()) / lr
         assert (moved - expected).norm() <= 100 * EPS * (before.norm() + expected.norm() + c.norm())
@@ -92,7 +92,9 @@ def test_noise_is_langevin_at_temperature_noise_squared():
     """On h w² / 2 the chain's variance after L steps is noise² 2 eta sum_k r^2k, with r = 1 - eta (h + gamma)."""
     n, h, gamma, eta, L, noise = 20_000, 0.7, 0.3, 0.1, 60, 0.2
     w = nn.Parameter(torch.zeros(n, dtype=torch.float64))
-    optimizer = EntropySGD([w], 0.0, variant="pittorino", gamma=gamma, inner_steps=L, inner_lr=eta, noise=noise)
+    optimizer = EntropySGD(
+        [w], 0.0, variant="pittorino", gamma=gamma, inner_steps=L, inner_lr=eta, noise=noise
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -150,7 +152,7 @@ def test_coupling_from_the_loss():
     H, c, w = quadratic(seed=3)
     optimizer = EntropySGD([w], 0.5, gamma=None, inner_steps=1, inner_lr=0.1, noise=0.0)
     gradient = (H @ (w - c)).detach()
-    loss = float((w - c) @ H @ (w - c) / 2)
+    loss = float(((w - c) @ H @ (w - c) / 2).detach())
     assert optimizer.couplings() == [None]
     optimizer.step(closure_for(optimizer, w, H, c))
     expected = loss / (float((0.1 * gradient).square().sum()) / 2)
@@ -160,7 +162,9 @@ def test_coupling_from_the_loss():
 
 
 def test_scoping():
-    assert [Scoping("exponential", 100.0, steps=4)(t) for t in (0, 2, 4, 9)] == pytest.approx([1, 10, 100, 100])
+    assert [Scoping("exponential", 100.0, steps=4)(t) for t in (0, 2, 4, 9)] == pytest.approx(
+        [1, 10, 100, 100]
+    )
     assert [Scoping("linear", 5.0, steps=4)(t) for t in (0, 1, 4, 5)] == [1, 2, 5, 5]
     assert [Scoping("cosine", 3.0, steps=2)(t) for t in (0, 1, 2)] == pytest.approx([1, 2, 3])
     assert Scoping("rate", 1.001)(1000) == pytest.approx(1.001**1000)
@@ -196,8 +200,8 @@ def test_learning_rate_schedulers_and_loss():
     H, c, w = quadratic()
     optimizer = EntropySGD([w], 1.0, inner_steps=2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.2)
-    first = float(closure_for(optimizer, w, H, c)())
-    assert float(optimizer.step(closure_for(optimizer, w, H, c))) == first
+    first = closure_for(optimizer, w, H, c)()
+    assert torch.equal(optimizer.step(closure_for(optimizer, w, H, c)), first)
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
     assert copy.deepcopy(optimizer).param_groups[0]["steps"] == 1

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.optim.scoping import Scoping, factor_at
 from flatcore.optim.settings import (
+    as_number,
     check_at_least_zero,
     check_share,
     noise_generator,
@@ -101,7 +102,7 @@ class EntropySGD(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """A further group; it shares variant, inner_steps and seed with the others, and has the steps they have done."""
+        """A further group; variant, inner_steps, seed and the steps done are those of the others."""
         if self.param_groups:
             first = self.param_groups[0]
             for name in _COMMON:
@@ -180,7 +181,7 @@ class EntropySGD(Optimizer):
             )
         for group in self.param_groups:
             if group["gamma"] is None:
-                group["gamma"] = float(loss) / (squares / 2)
+                group["gamma"] = as_number(loss) / (squares / 2)
 
     def _outer_step(self, p: Tensor, mean: Tensor, group: dict[str, Any]) -> None:
         gradient = (p - mean).add_(p, alpha=group["weight_decay"]) if group["weight_decay"] else p - mean
@@ -205,7 +206,11 @@ class _Noise:
 
 
 def _coupling(group: dict[str, Any]) -> float | None:
-    return None if group["gamma"] is None else float(group["gamma"]) * factor_at(group["scoping"], group["steps"])
+    return (
+        None
+        if group["gamma"] is None
+        else float(group["gamma"]) * factor_at(group["scoping"], group["steps"])
+    )
 
 
 def _inner_step(

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatcore.optim.scoping import Scoping, factor_at
-from flatcore.optim.settings import check_at_least_zero, check_share, refuse_sparse, stored, with_momentum
+from flatcore.optim.settings import (
+    as_number,
+    check_at_least_zero,
+    check_share,
+    refuse_sparse,
+    stored,
+    with_momentum,
+)
 
 __all__ = ["ReplicatedSGD"]
 
@@ -21,7 +28,7 @@ class ReplicatedSGD(Optimizer):
 
         L_R = (1/y) sum_a L(w^a) + g (1/y) sum_a |w^a - w_bar|²,    w_bar = (1/y) sum_a w^a
 
-    so that the replicas meet where many of them fit, in a wide minimum. Source: Pittorino, Lucibello, Feinauer, Perugini,
+    so that the replicas meet where many fit, in a wide minimum. Source: Pittorino, Lucibello, Feinauer, Perugini,
     Baldassi, Demyanenko and Zecchina, "Entropic gradient descent algorithms and wide flat minima", ICLR 2021. As in
     their code the distance has no factor 1/2 (gamma = 2 g where it has), and lr counts for y L_R: a replica moves along
     grad L(w^a) + 2 g (w^a - w_bar), which is SGD where the replicas are equal or y = 1.
@@ -33,7 +40,7 @@ class ReplicatedSGD(Optimizer):
         model = optimizer.centre()
 
     ``step()`` takes the gradients that stand in the replicas. coupling: g at first; None sets it in the first step with
-    a closure so that the two terms of L_R are equal, as the authors do. scoping: how it grows; theirs is exponential, by
+    a closure so that the two terms of L_R are equal, as the authors do. scoping: its growth; theirs is exponential, by
     1e4 in all, once an epoch. The models are the caller's: save their state beside this state_dict, and a resume gives
     the same bits. A step costs y gradients. Memory: that of SGD for y nets, and two copies of one net.
 
@@ -67,7 +74,9 @@ class ReplicatedSGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if len(self.param_groups) == len(self.replicas):
-            raise ValueError("param_group: expected none beside the replicas', got another one; make a new optimizer")
+            raise ValueError(
+                "param_group: expected none beside the replicas', got another one; make a new optimizer"
+            )
         super().add_param_group(param_group)
 
     def coupling(self) -> float | None:
@@ -135,7 +144,7 @@ class ReplicatedSGD(Optimizer):
                     "coupling: expected a closure that returns the mean loss, and replicas that differ, to set the "
                     f"coupling from, got loss {loss!r} and mean squared distance {squares:g}; give coupling as a number"
                 )
-            g = float(loss) / squares
+            g = as_number(loss) / squares
         for group in self.param_groups:
             group["coupling"] = g
 
@@ -152,7 +161,7 @@ class ReplicatedSGD(Optimizer):
                 tensor.copy_(_mean(parts))
             elif tensor.dtype != torch.bool:
                 total = sum(part.to(torch.int64) for part in parts)
-                tensor.copy_(-torch.div(-total, len(parts), rounding_mode="floor"))  # type: ignore[operator]
+                tensor.copy_(-torch.div(-total, len(parts), rounding_mode="floor"))
         return result
 
 
@@ -176,7 +185,9 @@ def _checked(replicas: Any) -> list[nn.Module]:
         )
     modules = list(replicas)
     if not modules or not all(isinstance(m, nn.Module) for m in modules):
-        raise TypeError(f"replicas: expected at least one torch.nn.Module, got {[type(m).__name__ for m in modules]}")
+        raise TypeError(
+            f"replicas: expected at least one torch.nn.Module, got {[type(m).__name__ for m in modules]}"
+        )
     shapes = [{name: tuple(t.shape) for name, t in _tensors(m)} for m in modules]
     for index, other in enumerate(shapes):
         if other != shapes[0]:
@@ -187,5 +198,7 @@ def _checked(replicas: Any) -> list[nn.Module]:
             )
     seen = [id(p) for m in modules for p in m.parameters()]
     if len(set(seen)) != len(seen):
-        raise ValueError("replicas: expected nets that share no parameter, got one in two of them; use copy.deepcopy")
+        raise ValueError(
+            "replicas: expected nets that share no parameter, got one in two of them; use copy.deepcopy"
+        )
     return modules

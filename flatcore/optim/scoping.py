@@ -1,4 +1,4 @@
-"""Scoping: couplings that grow during training, so that a wide neighbourhood is explored first and a narrow one last."""
+"""Scoping: couplings that grow during training: first a wide neighbourhood is explored, then a narrow one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scoping:
     def __call__(self, step: int) -> float:
         t = step - step % self.every
         if self.kind == "rate":
-            return self.factor**t
+            return float(self.factor**t)
         share = min(t / self.steps, 1.0)
         if self.kind == "exponential":
             return self.factor**share

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from flatcore.optim.scoping import Scoping
 
-__all__ = ["check_at_least_zero", "check_share", "noise_generator", "refuse_sparse", "stored", "with_momentum"]
+__all__ = [
+    "as_number",
+    "check_at_least_zero",
+    "check_share",
+    "noise_generator",
+    "refuse_sparse",
+    "stored",
+    "with_momentum",
+]
 
 
 def check_at_least_zero(name: str, value: Any, example: float) -> float:
@@ -31,6 +39,11 @@ def check_share(name: str, value: Any, example: float) -> float:
     if number >= 1:
         raise ValueError(f"{name}: expected a number in [0, 1), got {number:g}; give e.g. {example:g}")
     return number
+
+
+def as_number(loss: Any) -> float:
+    """What a closure returned, which may still carry its graph."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def stored(scoping: Scoping | None) -> dict[str, Any] | None:
