@@ -1,11 +1,18 @@
 """The published measures of how flat a minimum is: one function each, one file each."""
 
+from flatcore.measures.layer_coupling import Coupling, Gain
 from flatcore.measures.layers import Layer, find_layer, find_layers
 from flatcore.measures.result import Measure
+from flatcore.measures.width import width
+from flatcore.measures.width_plot import plot_width
 
 __all__ = [
+    "Coupling",
+    "Gain",
     "Layer",
     "Measure",
     "find_layer",
     "find_layers",
+    "plot_width",
+    "width",
 ]

@@ -45,7 +45,7 @@ class Scoping:
             return float(self.factor**t)
         share = min(t / self.steps, 1.0)
         if self.kind == "exponential":
-            return self.factor**share
+            return float(self.factor**share)
         if self.kind == "cosine":
             share = (1 - math.cos(math.pi * share)) / 2
         return 1 + (self.factor - 1) * share
