@@ -2,6 +2,8 @@
 
 from flatcore.measures.layer_coupling import Coupling, Gain
 from flatcore.measures.layers import Layer, find_layer, find_layers
+from flatcore.measures.local_energy import local_energy
+from flatcore.measures.local_entropy import local_entropy
 from flatcore.measures.result import Measure
 from flatcore.measures.width import width
 from flatcore.measures.width_plot import plot_width
@@ -13,6 +15,8 @@ __all__ = [
     "Measure",
     "find_layer",
     "find_layers",
+    "local_energy",
+    "local_entropy",
     "plot_width",
     "width",
 ]

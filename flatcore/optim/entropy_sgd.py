@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatcore.linear import check_count, check_positive, check_seed
+from flatcore.measures.noise import noise_generator
 from flatcore.optim.scoping import Scoping, factor_at
 from flatcore.optim.settings import (
     as_number,
     check_at_least_zero,
     check_share,
-    noise_generator,
     refuse_sparse,
     stored,
     with_momentum,

@@ -1,4 +1,4 @@
-"""What the optimizers here share: checked settings, momentum in torch's form, noise that can be drawn again."""
+"""What the optimizers here share: checked settings, momentum in torch's form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flatcore.optim.scoping import Scoping
@@ -15,7 +14,6 @@ __all__ = [
     "as_number",
     "check_at_least_zero",
     "check_share",
-    "noise_generator",
     "refuse_sparse",
     "stored",
     "with_momentum",
@@ -72,16 +70,3 @@ def with_momentum(gradient: Tensor, buffer: Tensor, momentum: float, nesterov: b
         return gradient
     buffer.mul_(momentum).add_(gradient)
     return gradient.add(buffer, alpha=momentum) if nesterov else buffer
-
-
-def noise_generator(seed: int, count: int, device: torch.device) -> torch.Generator:
-    """The generator of draw number ``count``: after a resume the same numbers come without any state.
-
-    Seed and count are scrambled (SplitMix64, Steele, Lea and Flood, OOPSLA 2014), as generators of close seeds may
-    give numbers that are alike.
-    """
-    mask = 2**64 - 1
-    z = (seed * 0xD1342543DE82EF95 + (count + 1) * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return torch.Generator(device=device).manual_seed((z ^ (z >> 31)) % 2**63)
