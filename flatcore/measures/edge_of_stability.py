@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatcore.eigsh import eigsh
 from flatcore.linear import check_positive
 from flatcore.measures.derived import check_objective
+from flatcore.measures.extremes import extremes
 from flatcore.measures.result import Measure
 from flatcore.measures.scaled_hessian import ScaledHessian
 from flatcore.objective import Objective
@@ -36,9 +36,9 @@ def edge_of_stability(
     lambda_max(P^-1/2 H P^-1/2) over (2 + 2 b1) / ((1 - b1) lr), 38 / lr for b1 = 0.9, P = sqrt(v / (1 - b2^t)) + eps
     (Cohen et al., "Adaptive Gradient Methods at the Edge of Stability", arXiv 2207.14484, with 1 - b1^t gone).
 
-    lr: the step, or an optimizer of torch: SGD, Adam or AdamW with one learning rate for the selected parameters, Adam's
-    with its state. (SGD's dampening is refused; torch's Nesterov is the above.) Weight decay counts if it is in the loss;
-    of an SGD optimizer it is added to lambda_max, as it is to H.
+    lr: the step, or an optimizer of torch: SGD, Adam or AdamW with one learning rate for the selected parameters,
+    Adam's with its state. (SGD's dampening is refused; torch's Nesterov is the above.) Weight decay counts
+    if it is in the loss; that of SGD and Adam is added to H, that of AdamW is not.
 
     ``details``: "lambda_max" (of what is said above), "threshold". stderr: the bound from the residual. Cost: that of
     `lambda_max`. Invariant, unlike lambda_max, to scaling the loss by c and lr by 1 / c. Not invariant to: scaling
@@ -58,7 +58,8 @@ def edge_of_stability(
             momentum, nesterov, decay = group["momentum"], group["nesterov"], group["weight_decay"]
         elif isinstance(lr, torch.optim.Adam | torch.optim.AdamW):
             beta1 = float(group["betas"][0])
-            A = ScaledHessian(hessian, _preconditioner(objective, lr, group).rsqrt())
+            coupled = 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
+            A = ScaledHessian(hessian, _preconditioner(objective, lr, group).rsqrt(), coupled)
         else:
             raise TypeError(
                 f"lr: expected a number, SGD, Adam or AdamW, got {type(lr).__name__}; give its step size"
@@ -70,19 +71,19 @@ def edge_of_stability(
     threshold = (2 + 2 * momentum) / (step * (1 + 2 * momentum if nesterov else 1))
     if beta1 is not None:
         threshold = (2 + 2 * beta1) / ((1 - beta1) * step)
-    pairs = eigsh(A, k=1, which="LA", tol=tol, seed=seed, return_eigenvectors=False)
-    top = float(pairs.values[0]) + decay
+    found = extremes(A, tol, seed, both=False)
+    top = found.values[0] + decay
     return Measure(
         value=top / threshold,
-        stderr=float(pairs.residuals[0]) / threshold,
+        stderr=found.residuals[0] / threshold,
         by_layer=None,
         definition=f"lambda_max({'P^-1/2 H P^-1/2' if beta1 is not None else 'H'}) / {threshold:g}",
-        matvecs=pairs.matvecs,
+        matvecs=found.matvecs,
         name="edge of stability",
         method="lanczos",
         seed=seed,
         seconds=time.perf_counter() - began,
-        status=pairs.status,
+        status=found.status,
         details={"lambda_max": top, "threshold": threshold},
     )
 

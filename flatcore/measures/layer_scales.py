@@ -30,9 +30,9 @@ def quotient_sharpness(objective: Objective, *, tol: float = 1e-3, seed: int = 0
     Rangamani, Nguyen, Kumar, Phan, Chin and Tran, "A Scale Invariant Flatness Measure for Deep Network Minima", ICASSP
     2021 (arXiv 1902.02434). Each selected parameter tensor has its own norm; one whose norm is zero does not count.
 
-    stderr: the bound from the residual. Units of the loss. Cost: that of `lambda_max`. Invariant to scaling whole layers
-    where biases scale along; to rotations within a layer. Not invariant to: scaling single neurons, the temperature of
-    the logits. Raises TypeError or ValueError, one sentence, for bad arguments.
+    stderr: the bound from the residual. Units of the loss. Cost: that of `lambda_max`. Invariant to scaling whole
+    layers where biases scale along; to rotations within a layer. Not invariant to: scaling single neurons, the
+    temperature of the logits. Raises TypeError or ValueError, one sentence, for bad arguments.
     """
     began = time.perf_counter()
     objective = check_objective(objective)
@@ -58,8 +58,8 @@ def quotient_sharpness(objective: Objective, *, tol: float = 1e-3, seed: int = 0
 def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **options: Any) -> Measure:
     """min Tr H over all scalings of a chain of layers that leave its function: W_l -> a_l W_l with prod a_l = 1.
 
-    Ibayashi, Hamaguchi and Imaizumi, "Minimum sharpness: Scale-invariant parameter-robustness of neural networks", arXiv
-    2106.12612. With traces t_l over weights and b_l over biases, which scale as the activations before them do,
+    Ibayashi, Hamaguchi and Imaizumi, "Minimum sharpness: Scale-invariant parameter-robustness of neural networks",
+    arXiv 2106.12612. With traces t_l over weights and b_l over biases, which scale as the activations before them do,
 
         min_a sum_l t_l / a_l² + b_l / (a_1 ... a_l)²,    without biases m (t_1 ... t_m)^(1/m).
 
@@ -67,9 +67,9 @@ def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **opt
     modules, with positively homogeneous activations: what branches (residual nets) has no such scalings. Selected
     parameters of other modules are refused, and so are traces that are negative (for which see curvature="ggn").
 
-    ``options`` (method, rtol, ...) and cost are those of `flatcore.trace`; stderr: first order, as if the layers' traces
-    erred together, an upper bound. ``by_layer``: t_l and "bias" b_l, "scale" a_l. Units of Tr H. Invariant to scaling
-    whole layers. Not invariant to: scaling single neurons, the temperature of the logits.
+    ``options`` (method, rtol, ...) and cost are those of `flatcore.trace`; stderr: first order, as if the layers'
+    traces erred together, an upper bound. ``by_layer``: t_l and "bias" b_l, "scale" a_l. Units of Tr H. Invariant to
+    scaling whole layers. Not invariant to: scaling single neurons, the temperature of the logits.
     Raises TypeError or ValueError, one sentence, for bad arguments.
     """
     began = time.perf_counter()

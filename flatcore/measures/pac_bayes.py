@@ -43,10 +43,10 @@ def pac_bayes_sigma(
 ) -> Measure:
     """The standard deviation sigma of noise u for which |E accuracy(w + u) - accuracy(w)| is ``drop``.
 
-    Jiang, Neyshabur, Mobahi, Krishnan and Bengio, "Fantastic Generalization Measures and Where to Find Them", ICLR 2020,
-    after Neyshabur et al., NIPS 2017, in the form of Dziugaite et al., NeurIPS 2020: bisection of [0, largest], up to
-    ``steps`` halvings, until the change of accuracy is within ``tolerance`` of drop. u ~ N(0, sigma²) for every selected
-    parameter, or N(0, sigma² w² + 0.001²) with ``magnitude``; the same draws serve every sigma.
+    Jiang, Neyshabur, Mobahi, Krishnan and Bengio, "Fantastic Generalization Measures and Where to Find Them", ICLR
+    2020, after Neyshabur et al., NIPS 2017, in the form of Dziugaite et al., NeurIPS 2020: bisection of [0, largest],
+    up to ``steps`` halvings, until the change of accuracy is within ``tolerance`` of drop. u ~ N(0, sigma²) for every
+    selected parameter, or N(0, sigma² w² + 0.001²) with ``magnitude``; the same draws serve every sigma.
 
     sigma is a standard deviation. The widely copied implementation passes sigma² to `torch.normal`, which takes
     standard deviations: its sigma is the square root of this one (with magnitude there is no such relation).
@@ -57,12 +57,13 @@ def pac_bayes_sigma(
     ``details``: "flatness" 1 / sigma²; "bound", sqrt((|W|² / (4 sigma²) + ln(n / sigma) + 10) / n) over n examples, W
     the weights of linear layers and convolutions; "bound_initial", with |W - W_0|² for |W|², where ``initial`` is
     given; without ``magnitude``, for which these bounds are not meant. "change": the change of accuracy at sigma.
-    stderr: nan, as sigma is where a search ended. Where ``largest`` changes less, that is sigma, with a FlatcoreWarning.
+    stderr: nan, as sigma is where a search ended. Where ``largest`` changes less, that is sigma, with a
+    FlatcoreWarning.
 
-    Cost: draws * steps + 1 forward passes at most. Invariant to scaling neurons with magnitude, up to its floor 0.001; to
-    rotations of the parameters without. Invariant to the temperature of the logits as far as the accuracy is: multiplying
-    the last layer's weights changes sigma without magnitude. Batch normalisation stays as it is (published values fold
-    it into the weights first).
+    Cost: draws * steps + 1 forward passes at most. Invariant to scaling neurons with magnitude, up to its floor
+    0.001; to rotations of the parameters without. Invariant to the temperature of the logits as far as the accuracy
+    is: multiplying the last layer's weights changes sigma without magnitude. Batch normalisation stays as it is
+    (published values fold it into the weights first).
     Raises TypeError or ValueError, one sentence, for bad arguments.
     """
     began = time.perf_counter()

@@ -56,7 +56,8 @@ def path_norm(objective: Objective) -> Measure:
     Every parameter counts, selected or not.
 
     Units: squared weights to the power of the depth. Cost: one forward pass of one example, on a copy of the model.
-    Invariant to scaling neurons and whole layers in nets of ReLUs; to nothing that turns weights; not to scaling inputs.
+    Invariant to scaling neurons and whole layers in nets of ReLUs, and to rotations of the inputs. Not invariant to:
+    rotations of hidden layers, scaling the inputs.
     Raises ValueError, one sentence, where the model has layers for which paths mean nothing: other normalisation,
     attention, recurrence, embeddings, activations that are not positively homogeneous.
     """
@@ -65,7 +66,7 @@ def path_norm(objective: Objective) -> Measure:
     for path, module in objective.model.named_modules():
         if isinstance(module, (*_NO_PATHS, *_OTHER_ACTIVATIONS)):
             raise ValueError(
-                f"model: expected linear layers, convolutions, batch normalisation and ReLUs, whose paths can be summed, "
+                f"model: expected linear layers, convolutions, batch normalisation and ReLUs, whose paths are sums, "
                 f"got {path!r} ({type(module).__name__}); the path norm does not apply"
             )
     if isinstance(objective.loss_function, ModelLoss):

@@ -38,9 +38,9 @@ def _operator(objective: Any, curvature: str) -> Hessian | GGN:
 def trace(objective: Objective, *, curvature: str = "hessian", **options: Any) -> Measure:
     """Tr H = sum_i lambda_i: twice the mean rise of the loss under noise of variance 1, to second order.
 
-    Hutchinson's and later estimators, or exactly: ``options`` and cost are those of `flatcore.trace`. Of the mean loss; n
-    times this for a sum over n examples. Invariant to rotations of the parameters. Not invariant to: scaling neurons or
-    layers, the temperature of the logits. Raises TypeError or ValueError, one sentence, for bad arguments.
+    Hutchinson's and later estimators, or exactly: ``options`` and cost are those of `flatcore.trace`. Of the mean
+    loss; n times this for a sum over n examples. Invariant to rotations of the parameters. Not invariant to: scaling
+    neurons or layers, the temperature of the logits. Raises TypeError or ValueError, one sentence, for bad arguments.
     """
     return _measure("trace", "Tr H", traces.trace(_operator(objective, curvature), **options))
 
@@ -50,10 +50,11 @@ def lambda_max(
 ) -> Measure:
     """lambda_max(H), the largest algebraic eigenvalue: the steepest curvature of the mean loss in any direction.
 
-    Keskar et al., ICLR 2017, and much of the field; power iteration, often used, gives the largest absolute one instead.
-    By block Lanczos to a residual of tol * |lambda|, at which stderr, a bound, stands; cost: some 10 to 50 products.
-    Invariant to rotations of the parameters. Not invariant to: scaling neurons or layers (any value can be reached: Dinh
-    et al., ICML 2017), the temperature of the logits. Raises TypeError or ValueError, one sentence, for bad arguments.
+    Keskar et al., ICLR 2017, and much of the field; power iteration, often used, gives the largest absolute one
+    instead. By block Lanczos to a residual of tol * |lambda|, at which stderr, a bound, stands; cost: some 10 to 50
+    products. Invariant to rotations of the parameters. Not invariant to: scaling neurons or layers (any value can be
+    reached: Dinh et al., ICML 2017), the temperature of the logits. Raises TypeError or ValueError, one sentence, for
+    bad arguments.
     """
     began = time.perf_counter()
     pairs = eigsh(
@@ -80,8 +81,8 @@ def condition_number(
 
     lambda_min is the least algebraic eigenvalue: the ratio is negative at a saddle, and for the singular Hessians of
     large nets only rounding keeps it finite. Where lambda_min is within its residual of zero the value is inf, with
-    stderr nan. ``details``: "lambda_max", "lambda_min". Cost: as two of `lambda_max`, in one run. Invariant to rotations
-    of the parameters and to scaling the loss. Not invariant to: scaling neurons or layers.
+    stderr nan. ``details``: "lambda_max", "lambda_min". Cost: as two of `lambda_max`, in one run. Invariant to
+    rotations of the parameters and to scaling the loss. Not invariant to: scaling neurons or layers.
     Raises TypeError or ValueError, one sentence, for bad arguments.
     """
     began = time.perf_counter()
@@ -112,11 +113,12 @@ def condition_number(
 def effective_dimension(objective: Objective, z: float, *, curvature: str = "ggn", **options: Any) -> Measure:
     """N_eff = sum_i lambda_i / (lambda_i + z): how many parameters the data determine better than a prior does.
 
-    MacKay, Neural Computation 4 (1992); Maddox, Benton and Wilson, arXiv 2003.02139. lambda_i belong to the mean loss: z
-    is the prior's precision over the number of examples, or the weight decay of SGD. (Published code takes the mean loss
-    and z = examples * weight decay, which belongs to the sum.) The Gauss-Newton matrix by default: a negative eigenvalue
-    would count negatively, and infinitely at -z. ``options`` and cost are those of `flatcore.effective_dimension`.
-    Invariant to rotations of the parameters; to scaling loss and z together. Not invariant to: scaling neurons or layers.
+    MacKay, Neural Computation 4 (1992); Maddox, Benton and Wilson, arXiv 2003.02139. lambda_i belong to the mean
+    loss: z is the prior's precision over the number of examples, or the weight decay of SGD. (Published code takes
+    the mean loss and z = examples * weight decay, which belongs to the sum.) The Gauss-Newton matrix by default: a
+    negative eigenvalue would count negatively, and infinitely at -z. ``options`` and cost are those of
+    `flatcore.effective_dimension`. Invariant to rotations of the parameters; to scaling loss and z together. Not
+    invariant to: scaling neurons or layers.
     Raises TypeError or ValueError, one sentence, for bad arguments.
     """
     z = check_positive("z", z, 1e-3)
@@ -129,11 +131,11 @@ def log_volume(
 ) -> Measure:
     """log vol{d: dᵀ (H + damping I) d / 2 <= epsilon}: how much room there is below a loss of L + epsilon.
 
-    = (P/2) log(2 epsilon) + log V_P - log det(H + damping I) / 2, V_P the unit ball's volume: Laplace's approximation of the
-    volume of a minimum, with damping, positive as H is singular in large nets. ``options`` and cost are those of
-    `flatcore.logdet`. Differences between nets of the same P and damping mean something, single values little. In natural
-    logarithms. Invariant to rotations of the parameters, and with damping 0 to volume-preserving rescalings. Not
-    invariant to: scaling neurons or layers, the temperature of the logits.
+    = (P/2) log(2 epsilon) + log V_P - log det(H + damping I) / 2, V_P the unit ball's volume: Laplace's approximation
+    of the volume of a minimum, with damping, positive as H is singular in large nets. ``options`` and cost are those of
+    `flatcore.logdet`. Differences between nets of the same P and damping mean something, single values little. In
+    natural logarithms. Invariant to rotations of the parameters, and with damping 0 to volume-preserving rescalings.
+    Not invariant to: scaling neurons or layers, the temperature of the logits.
     Raises TypeError or ValueError, one sentence, for bad arguments and where H + damping I is not positive definite.
     """
     epsilon = check_positive("epsilon", epsilon, 0.01)
