@@ -111,7 +111,7 @@ class TestEdgeOfStability:
         """torch's own SGD on a quadratic in one parameter dies out just below one and grows just above."""
         for relative in (0.99, 1.01):
             w, lr, decay = (
-                nn.Parameter(torch.ones(1, dtype=torch.float64)),
+                nn.Parameter(torch.ones(1, 1, dtype=torch.float64)),
                 0.1,
                 options.get("weight_decay", 0.0),
             )
@@ -132,7 +132,9 @@ class TestEdgeOfStability:
                 optimizer.zero_grad()
                 (0.5 * curvature * w.square()).sum().backward()
                 optimizer.step()
-            assert (abs(float(w)) > 10) == (relative > 1) and (abs(float(w)) < 0.1) == (relative < 1)
+            assert (abs(float(w.detach())) > 10) == (relative > 1) and (abs(float(w.detach())) < 0.1) == (
+                relative < 1
+            )
 
     @pytest.mark.parametrize("decay", [0.0, 0.5])
     def test_adam(self, decay: float) -> None:

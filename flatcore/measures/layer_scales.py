@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from flatcore.eigsh import eigsh
 from flatcore.errors import FlatcoreWarning
 from flatcore.measures.derived import check_objective
+from flatcore.measures.extremes import extremes
 from flatcore.measures.layers import find_layers
 from flatcore.measures.result import Measure
 from flatcore.measures.scaled_hessian import ScaledHessian
@@ -38,20 +38,18 @@ def quotient_sharpness(objective: Objective, *, tol: float = 1e-3, seed: int = 0
     objective = check_objective(objective)
     hessian = Hessian(objective)
     norms = torch.cat([v.norm().expand(v.numel()) for v in objective.snapshot().values.values()])
-    pairs = eigsh(
-        ScaledHessian(hessian, norms), k=1, which="LA", tol=tol, seed=seed, return_eigenvectors=False
-    )
+    found = extremes(ScaledHessian(hessian, norms), tol, seed, both=False)
     return Measure(
-        value=float(pairs.values[0]),
-        stderr=float(pairs.residuals[0]),
+        value=found.values[0],
+        stderr=found.residuals[0],
         by_layer=None,
         definition="lambda_max(N^1/2 H N^1/2), N = |W_l|_F² I on layer l",
-        matvecs=pairs.matvecs,
+        matvecs=found.matvecs,
         name="quotient sharpness",
         method="lanczos",
         seed=seed,
         seconds=time.perf_counter() - began,
-        status=pairs.status,
+        status=found.status,
     )
 
 

@@ -10,9 +10,9 @@ import torch
 
 from flatcore import functionals
 from flatcore import trace as traces
-from flatcore.eigsh import eigsh
 from flatcore.linear import check_positive
 from flatcore.measures.derived import check_objective
+from flatcore.measures.extremes import extremes
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective
 from flatcore.operators import GGN, Hessian
@@ -57,20 +57,18 @@ def lambda_max(
     bad arguments.
     """
     began = time.perf_counter()
-    pairs = eigsh(
-        _operator(objective, curvature), k=1, which="LA", tol=tol, seed=seed, return_eigenvectors=False
-    )
+    found = extremes(_operator(objective, curvature), tol, seed, both=False)
     return Measure(
-        value=float(pairs.values[0]),
-        stderr=float(pairs.residuals[0]),
+        value=found.values[0],
+        stderr=found.residuals[0],
         by_layer=None,
         definition="lambda_max(H)",
-        matvecs=pairs.matvecs,
+        matvecs=found.matvecs,
         name="lambda_max",
         method="lanczos",
         seed=seed,
         seconds=time.perf_counter() - began,
-        status=pairs.status,
+        status=found.status,
     )
 
 
@@ -87,9 +85,8 @@ def condition_number(
     """
     began = time.perf_counter()
     A = _operator(objective, curvature)
-    pairs = eigsh(A, k=min(2, A.shape[0]), which="BE", tol=tol, seed=seed, return_eigenvectors=False)
-    low, high = float(pairs.values[0]), float(pairs.values[-1])
-    low_error, high_error = float(pairs.residuals[0]), float(pairs.residuals[-1])
+    found = extremes(A, tol, seed, both=True)
+    (low, high), (low_error, high_error) = found.values, found.residuals
     singular = abs(low) <= max(low_error, A.shape[0] * torch.finfo(A.dtype).eps * abs(high))
     value = math.inf if singular else high / low
     stderr = (
@@ -100,12 +97,12 @@ def condition_number(
         stderr=stderr,
         by_layer=None,
         definition="lambda_max(H) / lambda_min(H)",
-        matvecs=pairs.matvecs,
+        matvecs=found.matvecs,
         name="condition number",
         method="lanczos",
         seed=seed,
         seconds=time.perf_counter() - began,
-        status=pairs.status,
+        status=found.status,
         details={"lambda_max": high, "lambda_min": low},
     )
 
