@@ -414,6 +414,7 @@ class TestRefusals:
             ({"form": "2022"}, "form: expected"),
             ({"method": "guess"}, "method: expected"),
             ({"form": "max", "method": "exact"}, "method: form="),
+            ({"method": "closed"}, "method: 'closed' is for the last layer"),
             ({"layer": "1"}, "layer: expected a linear layer or convolution"),
             ({"layer": "9"}, "layer: expected a module path"),
             ({"rtol": 0}, "rtol: expected"),
