@@ -113,6 +113,48 @@ class TestWorst:
         found = measures.adaptive_sharpness_worst(objective, 0.3, norm="linf", adaptive=adaptive)
         assert 0.95 * exact <= found.value <= exact * (1 + EXACT)
 
+    @pytest.mark.parametrize("norm", ["l2", "linf"])
+    def test_the_published_ascent(self, norm: str) -> None:
+        """Croce and Hein's Auto-PGD once more, on a concave quadratic, where steps that are too long must be halved."""
+        convex, data = regression(at_minimum=False)
+        objective = fc.Objective(convex.model, lambda z, t: -half_squares(z, t), data)
+        w, g, H = parts(objective, data)
+        c, rho, steps = w.abs(), 3.0, 20
+
+        def project(e: Tensor) -> Tensor:
+            return e.clamp(-rho, rho) if norm == "linf" else e * min(1.0, rho / max(float(e.norm()), 1e-300))
+
+        def rise(e: Tensor) -> float:
+            return float(g @ (c * e) + (c * e) @ H @ (c * e) / 2)
+
+        points, step, halved_before, best_before = [torch.zeros_like(w)], 2 * rho, True, 0.0
+        x, before = points[0], points[0]
+        checkpoints, gap = (
+            [4],
+            4,
+        )  # 0.22 * 20, then each a step (0.03 * 20, at least one) shorter, down to 0.06 * 20
+        while checkpoints[-1] < steps:
+            gap = max(gap - 1, 1)
+            checkpoints.append(checkpoints[-1] + gap)
+        last = 0
+        for k in range(1, steps + 1):
+            slope = c * (g + H @ (c * x))
+            up = slope.sign() if norm == "linf" else slope / slope.norm()
+            ahead = project(x + step * up)
+            moved = ahead if k == 1 else project(x + 0.75 * (ahead - x) + 0.25 * (x - before))
+            before, x = x, moved
+            points.append(x)
+            if k in checkpoints:
+                values = [rise(p) for p in points]
+                rises = sum(values[i + 1] > values[i] for i in range(last, k))
+                halve = rises <= 0.75 * (k - last) or (not halved_before and max(values) <= best_before)
+                halved_before, best_before, last = halve, max(values), k
+                if halve:
+                    step, x = step / 2, points[values.index(max(values))]
+        exact = max(rise(p) for p in points)
+        found = measures.adaptive_sharpness_worst(objective, rho, norm=norm, steps=steps)
+        assert close(found.value, exact, EXACT)
+
     @pytest.mark.parametrize(("norm", "dual"), [("l2", 2), ("linf", 1)])
     def test_small_radius(self, norm: str, dual: int) -> None:
         """rho |c g|_dual + O(rho²)."""

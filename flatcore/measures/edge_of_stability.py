@@ -66,8 +66,8 @@ def edge_of_stability(
             )
     else:
         step = check_positive("lr", lr, 0.1)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: expected at least 0 and below 1, got {momentum}")
+    if not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+        raise ValueError(f"momentum: expected a number from 0 to below 1, got {momentum!r}")
     threshold = (2 + 2 * momentum) / (step * (1 + 2 * momentum if nesterov else 1))
     if beta1 is not None:
         threshold = (2 + 2 * beta1) / ((1 - beta1) * step)

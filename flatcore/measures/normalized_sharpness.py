@@ -142,8 +142,8 @@ def normalized_sharpness_bound(
     """
     n = check_count("examples", examples, 1)
     w = check_positive("weight", math.sqrt(n) if weight is None else weight, 100.0)
-    if not 0 < delta < 1:
-        raise ValueError(f"delta: expected a probability between 0 and 1, got {delta}")
+    if not (isinstance(delta, int | float) and 0 < delta < 1):
+        raise ValueError(f"delta: expected a probability between 0 and 1, got {delta!r}")
     if not (sharpness >= 0 and math.isfinite(sharpness)):
         raise ValueError(f"sharpness: expected a finite number that is not negative, got {sharpness}")
     return float(loss) + w / (2 * n) + math.log(1 / delta) / w + float(sharpness) / (2 * math.sqrt(w))
