@@ -440,5 +440,9 @@ class TestRefusals:
         model = mlp(5, 3)
         wide = nn.ModuleDict({"used": model, "spare": mlp(5, 3)})
         wide.forward = lambda x: wide["used"](x)
-        with pytest.raises(ValueError, match="no batch reaches"):
-            measures.relative_flatness(cross_entropy(wide, batch(6, 5, 3)), "spare.0")
+        objective = cross_entropy(wide, batch(6, 5, 3))
+        with pytest.raises(ValueError, match="not called by the model"):
+            measures.relative_flatness(objective, "spare.0")
+        with pytest.warns(fc.errors.FlatcoreWarning, match=r"left out: 'spare\.0'"):
+            found = measures.relative_flatness(objective, rtol=0.5)
+        assert list(found.by_layer) == ["used.0"]

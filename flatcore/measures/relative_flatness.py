@@ -107,6 +107,11 @@ def relative_flatness(
         closed = _closed(objective, layers[-1], weights, standardize, form, method)
         rest = [one for one in layers if one.path not in closed]
         spread = deviations(objective, rest) if standardize else {}
+        if standardize and len(spread) < len(rest):
+            silent = [one.path for one in rest if one.path not in spread]
+            _tell_silent(silent, layer == "all" and len(layers) > len(silent))
+            rest = [one for one in rest if one.path in spread]
+            layers = [one for one in layers if one.path not in silent]
         neurons = {one.path: Neurons.of(one, weights[one.weight], spread.get(one.path)) for one in rest}
         found, used = _found(objective, neurons, form, method, rtol, budget, seed)
     if found.status != "converged":
@@ -141,6 +146,15 @@ def relative_flatness(
         seconds=time.perf_counter() - began,
         status=found.status,
     )
+
+
+def _tell_silent(paths: list[str], may_go_on: bool) -> None:
+    """Of layers whose inputs are not seen, since the model takes their weights without calling them, or not at all."""
+    text = f"{paths[0]!r} is not called by the model, so its features are not known; pass standardize=False"
+    if not may_go_on:
+        raise ValueError(f"layer: expected a layer that the model calls, but {text}")
+    others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+    warnings.warn(f"relative_flatness: left out: {text}{others}", FlatcoreWarning, stacklevel=3)
 
 
 def _closed(
