@@ -76,9 +76,9 @@ def test_shift_of_the_loss_and_orthogonal_maps():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     x, y = random(20, 3), random(20, 2, seed=1)
-    a = measures.local_entropy(fc.Objective(net, half_mse, (x, y)), 3.0, 20.0, steps=60)
+    a = measures.local_entropy(fc.Objective(net, half_mse, (x, y)), 3.0, 20.0, steps=120)
     b = measures.local_entropy(
-        fc.Objective(net, lambda o, t: half_mse(o, t) + 7, (x, y)), 3.0, 20.0, steps=60
+        fc.Objective(net, lambda o, t: half_mse(o, t) + 7, (x, y)), 3.0, 20.0, steps=120
     )
     # Sums with 7 in them: its rounding, times beta in what is accepted, could decide otherwise only at 1e-13 odds.
     assert a.value == pytest.approx(b.value, abs=1e-11)
@@ -86,7 +86,7 @@ def test_shift_of_the_loss_and_orthogonal_maps():
         net[0].weight.mul_(8)
         net[0].bias.mul_(8)
         net[2].weight.div_(8)
-    c = measures.local_entropy(fc.Objective(net, half_mse, (x, y)), 3.0, 20.0, steps=60)
+    c = measures.local_entropy(fc.Objective(net, half_mse, (x, y)), 3.0, 20.0, steps=120)
     assert abs(a.value - c.value) > 4 * (a.stderr + c.stderr)
 
 
