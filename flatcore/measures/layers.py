@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatcore.objective import Objective
 from flatcore.parameters import did_you_mean
 
-__all__ = ["Layer", "find_layer", "find_layers"]
+__all__ = ["Layer", "find_layer", "find_layers", "layer_form"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -81,7 +81,7 @@ def find_layer(objective: Objective, path: str) -> Layer:
     layer = _layer(objective, path, module, {id(p): n for n, p in objective.parameters.items()})
     if layer is None:
         reason = type(module).__name__
-        if _form(module) is not None:
+        if layer_form(module) is not None:
             reason += " whose weight is not a selected parameter"
         raise ValueError(
             f"layer: expected a linear layer or convolution with a selected weight, got {path!r}, a {reason}"
@@ -90,7 +90,7 @@ def find_layer(objective: Objective, path: str) -> Layer:
 
 
 def _layer(objective: Objective, path: str, module: nn.Module, selected: dict[int, str]) -> Layer | None:
-    form = _form(module)
+    form = layer_form(module)
     weight = module._parameters.get("weight") if form is not None else None
     if form is None or weight is None or id(weight) not in selected:
         return None
@@ -100,7 +100,7 @@ def _layer(objective: Objective, path: str, module: nn.Module, selected: dict[in
     return Layer(path, module, name, selected.get(id(bias)), *form, uses)
 
 
-def _form(module: nn.Module) -> tuple[bool, int] | None:
+def layer_form(module: nn.Module) -> tuple[bool, int] | None:
     """(outputs first, groups) of a module that is a layer."""
     if isinstance(module, nn.Linear):
         return True, 1

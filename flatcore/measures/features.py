@@ -1,0 +1,99 @@
+"""What goes into the layers of a model, seen while it is evaluated on the data of an objective."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatcore import checks
+from flatcore.environment import exclusive
+from flatcore.evaluate import Evaluation, plain_torch
+from flatcore.measures.layers import Layer
+from flatcore.objective import Objective, WeightedBatch
+
+__all__ = ["Call", "deviations", "evaluated", "feature_rows", "layer_calls"]
+
+Call = tuple[Tensor, Any]  # what a module was given, and what it returned
+
+
+@exclusive
+def evaluated(
+    objective: Objective,
+    layers: Sequence[Layer],
+    see: Callable[[WeightedBatch, Evaluation, Mapping[str, list[Call]]], None],
+    differentiable: str | None = None,
+) -> None:
+    """Runs every batch; ``see`` gets the batch, its evaluation, and the calls of each layer, by path.
+
+    ``differentiable``: the one parameter that the values are functions of for autograd.
+    """
+    snapshot = objective.snapshot()
+    values = dict(snapshot.values)
+    with plain_torch(), torch.set_grad_enabled(differentiable is not None):
+        if differentiable is not None:
+            values[differentiable] = values[differentiable].detach().requires_grad_()
+        for batch in objective.batches():
+            with layer_calls(layers) as calls:
+                result = checks.evaluate(objective.evaluate, batch.batch, values, batch.index, twice=False)
+            see(batch, result, calls)
+
+
+def feature_rows(layer: Layer, given: Tensor) -> Tensor:
+    """The input of a layer as rows of features, those of a convolution for every place of the image: (rows, inputs)."""
+    if isinstance(layer.module, nn.modules.conv._ConvNd):
+        axis = given.dim() - 1 - len(layer.module.kernel_size)
+        return given.movedim(axis, -1).reshape(-1, given.shape[axis])
+    return given.reshape(-1, given.shape[-1])
+
+
+def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Standard deviation of each input feature of each layer over the data, float64 (inputs,), divided by the number.
+
+    Every row counts once: each example, of sequences and images each place of each example.
+    """
+    moments: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    def see(batch: WeightedBatch, result: Evaluation, calls: Mapping[str, list[Call]]) -> None:
+        for layer in layers:
+            for given, _ in calls[layer.path]:
+                rows = feature_rows(layer, given).double()
+                n, mean, squares = len(rows), rows.mean(0), (rows - rows.mean(0)).square().sum(0)
+                if layer.path in moments:  # Chan, Golub and LeVeque's update, which loses no digits
+                    old_n, old_mean, old_squares = moments[layer.path]
+                    away, total = mean - old_mean, n + old_n
+                    squares = squares + old_squares + away.square() * (n * old_n / total)
+                    n, mean = total, old_mean + away * (n / total)
+                moments[layer.path] = (n, mean, squares)
+
+    evaluated(objective, layers, see)
+    for layer in layers:
+        if layer.path not in moments:
+            raise ValueError(
+                f"layer: expected a layer that the model calls, got {layer.path!r}, which no batch reaches; "
+                "pass standardize=False"
+            )
+    return {path: (squares / n).sqrt() for path, (n, _, squares) in moments.items()}
+
+
+@contextlib.contextmanager
+def layer_calls(layers: Sequence[Layer]) -> Iterator[dict[str, list[Call]]]:
+    """What the layers are given and return while the block runs, by path."""
+    calls: dict[str, list[Call]] = {layer.path: [] for layer in layers}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            calls[path].append((given, output))
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(note(layer.path), with_kwargs=True) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
