@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -60,16 +59,15 @@ def generalization_gap(
     loss plus (lambda/2) |theta|².
 
     damping, optimizer, matrix: as in `soft_rank`. "hessian" has no meaning beyond the pole at -lambda, which raises.
-    gradients: what C is taken from. "data": the objective's. An Objective of the same model and parameters on
-    held-out
-        data: where training data are fitted, residuals and with them C shrink to nothing, and so does the estimate,
-        whatever the gap. "sampled": targets drawn from the model, once for each example, which is the Fisher matrix
-        in the mean.
+    gradients: what C is taken from. "data": the objective's. An Objective of the same model and parameters on other,
+        held-out data: where training data are fitted, residuals and with them C shrink to nothing, and so does the
+        estimate, whatever the gap. "sampled": targets drawn from the model, one for each target, which gives the
+        Fisher matrix in the mean.
     noise_variance: of the targets about the outputs, for a squared error with calibrated or "sampled".
-    method: "exact", dense matrices of at most 4096 parameters; "probes": u = sum_i s_i (g_i - g) / sqrt(n) with
-    random signs
-        s_i has the covariance C, so that u (H + lambda I)^-1 u is an unbiased sample (block conjugate gradients to a
-        residual of 1e-6); "auto": exact up to 256 parameters. With calibrated=True: of `flatcore.soft_rank`.
+    method: "exact", dense matrices of at most 4096 parameters; "probes": u = sum_i s_i (g_i - g) / sqrt(n) with random
+        signs s_i has the covariance C, so that uᵀ (H + lambda I)^-1 u is an unbiased sample (by block conjugate
+        gradients, whose error is of second order and bounded in the bar); "auto": exact up to 256 parameters. With
+        calibrated=True: as in `soft_rank`.
 
     ``value``, ``stderr`` of the estimate (not of the asymptotics). ``details``: ``damping``, ``matrix``,
     ``gradients``; when calibrated ``rank`` and ``coefficient``, its factor: 1/n for a mean cross-entropy, 1/(number
@@ -110,7 +108,8 @@ def generalization_gap(
     else:
         if matrix == "hessian":
             details["lowest"], used = check_pole(A, damping, "generalization_gap", seed)
-        value, stderr, status, products, passes = _probes(A, source, damping, rtol, limit, seed)
+        least = damping + min(details.get("lowest", 0.0), 0.0)
+        value, stderr, status, products, passes = _probes(A, source, damping, least, rtol, limit, seed)
         used, how = used + products, "probes"
     n = objective.examples
     if status != "converged":
@@ -205,46 +204,52 @@ def _dense(A: Operator, source: Objective, damping: float, details: dict[str, An
 
 @exclusive
 def _probes(
-    A: Operator, source: Objective, damping: float, rtol: float, limit: int, seed: int
+    A: Operator, source: Objective, damping: float, least: float, rtol: float, limit: int, seed: int
 ) -> tuple[float, float, str, int, int]:
-    """Mean of the samples, standard error, status, products, backward passes."""
+    """Mean of the samples, its error, status, products, backward passes. least: of the eigenvalues of A + damping I."""
+    tol = 1e-6 if A.dtype == torch.float64 else 1e-4
     samples: list[float] = []
-    used = 0
-    for block in _blocks(source, seed):
-        left = limit - used
+    bounds: list[float] = []
+    used, status = 0, ""
+    while not status:
+        left = limit - used - _BLOCK
         if left < 2 * _BLOCK + 2:
             break
+        block = sign_sums(source, seed, len(samples), _BLOCK)
         with warnings.catch_warnings():
-            warnings.simplefilter("error", FlatcoreWarning)
-            try:
-                solution = solve(A, block.to(A.dtype), damping=damping, max_matvecs=left)
-            except FlatcoreWarning as warning:
-                return _result(samples, str(warning), used)
-        used += solution.matvecs
-        samples += (block * solution.value.double()).sum(dim=0).tolist()
-        if len(samples) >= _LEAST:
-            values = torch.tensor(samples, dtype=torch.float64)
-            error = float(values.std()) / math.sqrt(len(samples)) * student(len(samples))
-            away = values - values.mean()
-            skewness = float((away**3).mean()) / max(float((away**2).mean()) ** 1.5, 1e-300)
-            if error * caution(len(samples), skewness) <= rtol * abs(float(values.mean())):
-                return _result(samples, "converged", used)
-    return _result(
-        samples, f"rtol = {rtol:g} not reached after {used} products; raise max_matvecs or rtol", used
-    )
-
-
-def _result(samples: list[float], status: str, used: int) -> tuple[float, float, str, int, int]:
-    n = len(samples)
-    if not n:
+            warnings.simplefilter("ignore", FlatcoreWarning)  # its status says the same
+            solution = solve(A, block.to(A.dtype), damping=damping, tol=tol, max_matvecs=left)
+        x = solution.value
+        # 2 uᵀx - xᵀ(A + damping I)x is below uᵀ(A + damping I)^-1 u by no more than |residual|² / least eigenvalue.
+        form = (x * (A @ x)).double().sum(dim=0) + damping * x.double().square().sum(dim=0)
+        values = 2 * (block * x.double()).sum(dim=0) - form
+        short = (solution.residuals.to(block) * block.norm(dim=0)).square() / least
+        used += solution.matvecs + _BLOCK
+        if bool((short > rtol / 2 * values).any()):
+            status = solution.status
+            break
+        samples += values.tolist()
+        bounds += short.tolist()
+        if _close_enough(torch.tensor(samples, dtype=torch.float64), rtol):
+            status = "converged"
+    if not status or "after" in status:
+        status = f"rtol = {rtol:g} not reached after {used} products; raise max_matvecs or rtol"
+    if not samples:
         return math.nan, math.nan, status, used, 0
-    values = torch.tensor(samples, dtype=torch.float64)
-    error = float(values.std()) / math.sqrt(n) * student(n) if n > 1 else math.nan
-    return float(values.mean()), error, status, used, n
+    found = torch.tensor(samples, dtype=torch.float64)
+    bias = sum(bounds) / len(bounds)
+    return float(found.mean()), math.hypot(_error(found), bias), status, used, len(found)
 
 
-def _blocks(source: Objective, seed: int) -> Iterator[Tensor]:
-    first = 0
-    while True:
-        yield sign_sums(source, seed, first, _BLOCK)
-        first += _BLOCK
+def _error(samples: Tensor) -> float:
+    n = len(samples)
+    return float(samples.std()) / math.sqrt(n) * student(n)
+
+
+def _close_enough(samples: Tensor, rtol: float) -> bool:
+    if len(samples) < _LEAST:
+        return False
+    away = samples - samples.mean()
+    squares = float((away**2).mean())
+    skewness = float((away**3).mean()) / squares**1.5 if squares > 0 else 0.0
+    return _error(samples) * caution(len(samples), skewness) <= rtol * abs(float(samples.mean()))

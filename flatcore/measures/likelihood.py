@@ -98,7 +98,7 @@ def with_sampled_targets(objective: Objective, noise_variance: float, seed: int)
     values = objective.snapshot().values
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    with plain_torch(), torch.no_grad():
+    with plain_torch():
         for batch in objective.batches():
             evaluation = objective.evaluate(batch.batch, values)
             batches.append(_replaced(batch.batch, _sampled(evaluation, noise_variance, generator)))

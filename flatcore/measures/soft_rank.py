@@ -44,8 +44,7 @@ def soft_rank(
     (lambda/2) |theta|² beside the objective's loss: weight_decay of torch's SGD on the mean loss, exactly.
 
     damping: lambda. optimizer: takes it from there instead, where weight decay is such a penalty: SGD, Adam and
-    others
-        that add it to the gradient. AdamW, several groups that differ, and sum losses are refused with the reason.
+        others that add it to the gradient. AdamW, groups that differ, and sum losses are refused with the reason.
     matrix: "ggn", for cross-entropies the Fisher matrix, as the source has it; or "hessian", refused where an
         eigenvalue lies at or below -lambda, beyond the pole, and warned of where one is negative (its least
         eigenvalue is searched for first).
