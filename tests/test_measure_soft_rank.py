@@ -272,6 +272,8 @@ def test_bad_input():
         measures.soft_rank(objective, 0)
     with pytest.raises(ValueError, match="matrix: expected 'ggn' or 'hessian', got 'fisher'"):
         measures.soft_rank(objective, 0.1, matrix="fisher")
+    with pytest.raises(ValueError, match=r"method: expected one of auto, .*, kfac, diagonal, got 'lanzcos'"):
+        measures.soft_rank(objective, 0.1, method="lanzcos")
     normed = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
     with pytest.raises(ValueError, match=r"for method='kfac', got '1.weight'"):
         measures.soft_rank(fc.Objective(normed, F.cross_entropy, classes()), 0.1, method="kfac")

@@ -49,7 +49,8 @@ def local_energy(
         smooth. With ``antithetic`` each draw is the mean over z and -z, whose first-order terms cancel, and costs two
         passes. All selected parameters are perturbed, biases and normalisation layers' too; buffers stay.
 
-    ``value`` (S,) and ``stderr`` (S,), float64: the mean over draws and its standard error (nan for one draw).
+    ``value`` (S,) and ``stderr`` (S,), float64: the mean over draws and its standard error (nan for one draw,
+    0 where no draw changed an error).
     ``details``: ``sigma``, ``base`` = E(w), ``samples`` (S, draws), ``error``. Units of E. Cost: draws * (2 with
     antithetic) * S forward passes, several at a time where that is faster, which changes the last digits at most.
 

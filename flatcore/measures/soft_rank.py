@@ -62,6 +62,9 @@ def soft_rank(
     began = time.perf_counter()
     A = curvature_operator(objective, matrix)
     damping = checked_damping(objective, damping, optimizer)
+    known = (*functionals._PROBES, "kfac", "diagonal")
+    if method not in known:
+        raise ValueError(f"method: expected one of {', '.join(known)}, got {method!r}")
     details: dict[str, Any] = {"damping": damping, "matrix": matrix}
     matvecs = 0
     by_layer = None
