@@ -15,7 +15,7 @@ from flatcore.evaluate import Evaluation, plain_torch
 from flatcore.measures.layers import Layer
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["Call", "deviations", "evaluated", "feature_rows", "layer_calls"]
+__all__ = ["Call", "Moments", "deviations", "evaluated", "feature_rows", "layer_calls"]
 
 Call = tuple[Tensor, Any]  # what a module was given, and what it returned
 
@@ -50,33 +50,49 @@ def feature_rows(layer: Layer, given: Tensor) -> Tensor:
     return given.reshape(-1, given.shape[-1])
 
 
+class Moments:
+    """Number, mean and sum of squared deviations of rows of features, float64."""
+
+    def __init__(self) -> None:
+        self._n, self._mean, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """By the update of Chan, Golub and LeVeque, which loses no digits."""
+        n, mean = len(rows), rows.mean(0)
+        squares = (rows - mean).square().sum(0)
+        if self._n:
+            away, total = mean - self._mean, n + self._n
+            squares = squares + self._squares + away.square() * (n * self._n / total)
+            n, mean = total, self._mean + away * (n / total)
+        self._n, self._mean, self._squares = n, mean, squares
+
+    @property
+    def deviations(self) -> Tensor:
+        """Standard deviations, divided by the number of rows."""
+        return (self._squares / self._n).sqrt()
+
+
 def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """Standard deviation of each input feature of each layer over the data, float64 (inputs,), divided by the number.
+    """Standard deviation of each input feature of each layer over the data, float64 (inputs,).
 
     Every row counts once: each example, of sequences and images each place of each example.
     """
-    moments: dict[str, tuple[int, Tensor, Tensor]] = {}
+    moments: dict[str, Moments] = {}
 
     def see(batch: WeightedBatch, result: Evaluation, calls: Mapping[str, list[Call]]) -> None:
         for layer in layers:
             for given, _ in calls[layer.path]:
-                rows = feature_rows(layer, given).double()
-                n, mean, squares = len(rows), rows.mean(0), (rows - rows.mean(0)).square().sum(0)
-                if layer.path in moments:  # Chan, Golub and LeVeque's update, which loses no digits
-                    old_n, old_mean, old_squares = moments[layer.path]
-                    away, total = mean - old_mean, n + old_n
-                    squares = squares + old_squares + away.square() * (n * old_n / total)
-                    n, mean = total, old_mean + away * (n / total)
-                moments[layer.path] = (n, mean, squares)
+                moments.setdefault(layer.path, Moments()).add(feature_rows(layer, given).double())
 
-    evaluated(objective, layers, see)
+    if layers:
+        evaluated(objective, layers, see)
     for layer in layers:
         if layer.path not in moments:
             raise ValueError(
                 f"layer: expected a layer that the model calls, got {layer.path!r}, which no batch reaches; "
                 "pass standardize=False"
             )
-    return {path: (squares / n).sqrt() for path, (n, _, squares) in moments.items()}
+    return {path: one.deviations for path, one in moments.items()}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatcore.evaluate import Evaluation, LossCall
-from flatcore.measures.features import Call, evaluated, feature_rows
+from flatcore.measures.features import Call, Moments, evaluated, feature_rows
 from flatcore.measures.layers import Layer
 from flatcore.objective import Objective, WeightedBatch
 
@@ -32,30 +32,33 @@ class LastLayer:
     Sums are taken in float64 in one pass, in which the features' moments come along.
     """
 
-    def __init__(self, objective: Objective, layer: Layer, weight: Tensor) -> None:
+    def __init__(self, layer: Layer, weight: Tensor) -> None:
         m = weight.shape[1]
         zeros = torch.zeros(m, dtype=torch.float64, device=weight.device)
         self._weight, self._layer = weight, layer
         self._gains, self._traces = zeros.new_zeros(m, m), zeros.clone()
+        self._moments = Moments()
 
     @staticmethod
     def of(objective: Objective, layer: Layer, weight: Tensor) -> LastLayer | None:
         """``weight``: (outputs, inputs), float64. None where the layer and the loss are not of that form."""
         if layer.uses > 1 or layer.groups > 1 or weight.dim() != 2:
             return None
-        self = LastLayer(objective, layer, weight)
+        self = LastLayer(layer, weight)
         try:
             evaluated(objective, [layer], self._see, differentiable=layer.weight)
         except _NotThisFormError:
             return None
         return self
 
-    def flatness(self, deviations: Tensor | None) -> tuple[float, float]:
-        """kappa_Tr, and the trace of the layer's Hessian; deviations of the features, where they are standardised."""
-        if deviations is None:
-            return float(self._gains.sum()), float(self._traces.sum())
+    def flatness(self, standardize: bool) -> tuple[float, float]:
+        """kappa, and |W|² times the trace of the layer's Hessian."""
+        if not standardize:
+            return float(self._gains.sum()), float(self._weight.square().sum() * self._traces.sum())
+        deviations = self._moments.deviations
         inverse = torch.where(deviations > 0, 1 / deviations, 1.0).square()
-        return float(inverse @ self._gains @ deviations.square()), float(inverse @ self._traces)
+        square = (self._weight * deviations).square().sum()
+        return float(inverse @ self._gains @ deviations.square()), float(square * (inverse @ self._traces))
 
     def _see(self, batch: WeightedBatch, result: Evaluation, calls: Mapping[str, list[Call]]) -> None:
         if len(calls[self._layer.path]) != 1:
@@ -77,6 +80,7 @@ class LastLayer:
         if bool(((z - expected).abs() > 1000 * eps * (1 + expected.abs().max())).any()):
             raise _NotThisFormError  # a hook, or a module that does more than its kind
         mass = batch.weight * row_masses(call)
+        self._moments.add(rows)
         squares = mass[:, None] * rows.square()
         variances, spread = _spread(z.softmax(1), self._weight)
         self._gains += squares.T @ variances

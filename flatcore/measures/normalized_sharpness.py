@@ -50,7 +50,8 @@ def normalized_sharpness(
 
     Args:
         form: "arxiv", as above; "icml", sum_i sqrt(A_i B_i) with the row scales eliminated: exactly half of it.
-        curvature: "hessian", with negative h_ij taken as zero; "ggn", never negative. In a net that is linear
+        curvature: "hessian", with negative h_ij taken as zero; "ggn", negative by estimation errors only. In a net
+        that is linear
             but for ReLUs and the like, with a convex loss, the two diagonals are one.
         normalize: the logits divided by their standard deviation over classes before the loss (`normalize_logits`).
             Much of the Hessian's diagonal is negative then; the Gauss-Newton matrix counts the division to the model.
@@ -106,10 +107,10 @@ def normalized_sharpness(
     if unconverged:
         status = f"the scales of {unconverged[0]!r} have not converged, so the value is an upper bound"
     elif clipped > _TOLD_ABOVE:
-        told = (
-            f"normalized_sharpness: {clipped:.1%} of the diagonal's mass is negative and was taken as zero; "
-            'pass curvature="ggn" for one without'
+        advice = (
+            'pass curvature="ggn" for one without' if curvature == "hessian" else "a smaller rtol leaves less"
         )
+        told = f"normalized_sharpness: {clipped:.1%} of the diagonal's mass is negative and was taken as zero; {advice}"
         warnings.warn(told, FlatcoreWarning, stacklevel=2)
     return Measure(
         value=sum(m.value for m in by_layer.values()),

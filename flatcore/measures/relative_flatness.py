@@ -17,7 +17,7 @@ from flatcore.measures.derived import check_objective, restricted
 from flatcore.measures.features import deviations
 from flatcore.measures.flatness_values import Found, exact, greatest, probed, quadratic_forms
 from flatcore.measures.last_layer import LastLayer
-from flatcore.measures.layers import find_layer, find_layers
+from flatcore.measures.layers import Layer, find_layer, find_layers
 from flatcore.measures.neurons import Neurons
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective
@@ -29,7 +29,7 @@ _FORMS = {
     "2021": "sum_ss' <w_s, w_s'> Tr H_ss'",
     "max": "sum_s |w_s|² lambda_max(H_ss)",
     "simplified": "|W|_F² Tr H_l",
-    "2019": "|W|_F² Tr H_l / (outputs · inputs)",
+    "2019": "|W|_F² Tr H_l / number of weights",
     "2019-max": "|W|_F² lambda_max(H_l)",
 }
 _EXACT_AT_ONCE = 64  # quadratic forms up to which "auto" does not estimate
@@ -61,7 +61,7 @@ def relative_flatness(
         standardize: in features divided by their standard deviation over the data, and weights multiplied by it, as
             the authors' experiments do. A deviation of 0 multiplies and does not divide.
         form: "2021", as above; "max", sum_s |w_s|² lambda_max(H_ss), of the same paper; "simplified", |W|² Tr H_l
-            (Adilova et al., TAG-ML at ICML 2023, arXiv 2307.02337); "2019", |W|² Tr H_l / (outputs · inputs), and
+            (Adilova et al., TAG-ML at ICML 2023, arXiv 2307.02337); "2019", |W|² Tr H_l over the number of weights, and
             "2019-max", |W|² lambda_max(H_l) (Petzka et al., arXiv 1912.00058). H_l: the layer's Hessian.
         method: of the first, third and fourth form. "closed": for the last linear layer under a cross-entropy,
             E[|phi|² Var_{s ~ p} w_s], exactly, from one pass forward. "exact": a quadratic form for each weight.
@@ -78,7 +78,8 @@ def relative_flatness(
     add has mean 0. rtol holds for the sum then; single layers can be less certain.
 
     Cost: closed one pass forward; exact one quadratic form (half a product) for each of min(outputs, inputs) · inputs;
-    probes one each, of the layer's weight alone; for "all" one product each. standardize: one pass forward more.
+    probes one each, of the layer's weight alone; for "all" one product each. standardize: a pass
+    forward more for layers that are not closed.
     L is the mean loss: with a sum over n examples, n times this (for all forms).
     Invariant to (form "2021"): scaling the layer against the one before or behind it; scaling single outputs where the
     next layer undoes it; rotations of the features (unless standardised). Scaling single inputs changes it unless
@@ -99,21 +100,23 @@ def relative_flatness(
     rtol, seed = check_positive("rtol", rtol, 0.01), check_seed(seed)
     budget = _MAX_MATVECS if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
     layers = find_layers(objective) if layer == "all" else [find_layer(objective, layer)]
+    if method == "closed" and layer == "all":
+        raise ValueError("method: 'closed' is for the last layer alone, got layer='all'; name the layer")
     weights = objective.snapshot().values
-    spread = deviations(objective, layers) if standardize else {}
     with full_precision():
-        neurons = {l.path: Neurons.of(l, weights[l.weight], spread.get(l.path)) for l in layers}
-        closed = _closed(objective, neurons, weights, spread, form, method)
-        rest = {path: one for path, one in neurons.items() if path not in closed}
-        found, used = _found(objective, rest, form, method, rtol, budget, seed)
+        closed = _closed(objective, layers[-1], weights, standardize, form, method)
+        rest = [one for one in layers if one.path not in closed]
+        spread = deviations(objective, rest) if standardize else {}
+        neurons = {one.path: Neurons.of(one, weights[one.weight], spread.get(one.path)) for one in rest}
+        found, used = _found(objective, neurons, form, method, rtol, budget, seed)
     if found.status != "converged":
         warnings.warn(f"relative_flatness: {found.status}", FlatcoreWarning, stacklevel=2)
     by_layer = {}
-    for path, one in neurons.items():
-        value, stderr = closed[path] if path in closed else found.values[path]
-        share = 1 / (one.outputs * one.columns) if form == "2019" else 1.0
-        kind = "closed" if path in closed else used
-        by_layer[path] = Measure(
+    for one in layers:
+        value, stderr = closed[one.path] if one.path in closed else found.values[one.path]
+        share = 1 / weights[one.weight].numel() if form == "2019" else 1.0
+        kind = "closed" if one.path in closed else used
+        by_layer[one.path] = Measure(
             share * value,
             share * stderr,
             None,
@@ -132,7 +135,7 @@ def relative_flatness(
         definition=_FORMS[form] + (", standardised features" if standardize else ""),
         matvecs=found.matvecs,
         name="relative flatness",
-        passes=bool(standardize) + bool(closed),
+        passes=bool(standardize and rest) + bool(closed),
         method=" and ".join(methods),
         seed=seed,
         seconds=time.perf_counter() - began,
@@ -142,25 +145,24 @@ def relative_flatness(
 
 def _closed(
     objective: Objective,
-    neurons: Mapping[str, Neurons],
+    layer: Layer,
     weights: Mapping[str, Tensor],
-    spread: Mapping[str, Tensor],
+    standardize: bool,
     form: str,
     method: str,
 ) -> dict[str, tuple[float, float]]:
-    """Of the last of these layers, where that closes the form."""
+    """Of this layer, where the form closes."""
     if form.endswith("max") or method not in ("auto", "closed"):
         return {}
-    path, last = list(neurons.items())[-1]
-    plain = Neurons.of(last.layer, weights[last.layer.weight], None).weight[0]
-    sums = LastLayer.of(objective, last.layer, plain)
+    plain = Neurons.of(layer, weights[layer.weight], None).weight[0]
+    sums = LastLayer.of(objective, layer, plain)
     if sums is not None:
-        kappa, trace = sums.flatness(spread.get(path))
-        return {path: (kappa if form == "2021" else float(last.weight.square().sum()) * trace, 0.0)}
+        kappa, simplified = sums.flatness(standardize)
+        return {layer.path: (kappa if form == "2021" else simplified, 0.0)}
     if method == "closed":
         raise ValueError(
-            f"method: the closed form is that of a last linear layer under torch's cross_entropy, got {path!r}, whose "
-            "outputs are not the loss's logits, or whose weight has other uses; pass method='auto'"
+            f"method: the closed form is that of a last linear layer under torch's cross_entropy, got {layer.path!r}, "
+            "whose outputs are not the loss's logits, or whose weight has other uses; pass method='auto'"
         )
     return {}
 
