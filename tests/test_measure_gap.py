@@ -1,6 +1,7 @@
 """The generalisation gap: against dense sums over examples, and against gaps of simulated regressions."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -305,3 +306,19 @@ def test_bad_input():
     mixing = fc.Objective(normed, F.cross_entropy, (x, y), allow_train_mode=True)
     with pytest.raises(ValueError, match="model: expected examples that do not interact"):
         gap(mixing, 0.1, method="probes")
+
+
+@pytest.mark.skipif(not os.environ.get("FLATCORE_LONG"), reason="FLATCORE_LONG=1: minutes")
+def test_bars_over_many_seeds():
+    """Two standard errors of the probes hold the exact value in 95 % of the runs, give or take four deviations."""
+    model, (x, y) = net(), classes()
+    objective = fc.Objective(model, F.cross_entropy, (x, y))
+    exact = measures.generalization_gap(objective, 0.05).value
+    runs = [
+        measures.generalization_gap(objective, 0.05, method="probes", rtol=0.1, seed=s) for s in range(200)
+    ]
+    inside = sum(abs(r.value - exact) <= 2 * r.stderr for r in runs) / 200
+    assert inside >= 0.95 - 4 * math.sqrt(0.95 * 0.05 / 200)
+    mean = sum(r.value for r in runs) / 200
+    spread = math.sqrt(sum((r.value - mean) ** 2 for r in runs) / 199 / 200)
+    assert abs(mean - exact) <= 4 * spread
