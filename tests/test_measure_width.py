@@ -196,6 +196,22 @@ def test_bound_holds_with_biases():
         assert result.status == "converged" and result.value >= 1 and not result.details["attained"]
 
 
+def test_bound_counts_the_spread_of_the_inputs_only():
+    """Where a bias takes the inputs' mean off, lambda_max = 2 t sqrt(1 + mean²) at best, below the 2 t (1 + mean²) that
+    the second moment would give."""
+    mean = 3.0
+    x = mean + torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    first, second = (1 + mean**2) ** 0.25, (1 + mean**2) ** -0.25  # product 1
+    net = chain(*(torch.tensor([[w]], dtype=torch.float64) for w in (first, second)), bias=True)
+    with torch.no_grad():
+        net[0].bias.fill_(-first * mean)
+        net[1].bias.zero_()
+    result = measures.width(fc.Objective(net, half_mse, (x, x - mean), "*.weight"))
+    assert result.status == "converged" and result.value >= 1
+    assert result.details["lambda_max"] <= 2 * (1 + mean**2) ** 0.5 * (1 + 1e-12)
+    assert result.details["least_lambda_max"] == pytest.approx(2, rel=1e-10)
+
+
 class LinearResidual(nn.Module):
     def __init__(self, matrices):
         super().__init__()
@@ -307,6 +323,10 @@ def test_couplings_of_convolutions():
     result = measures.width(fc.Objective(net, half_mse, (x, y)))
     first, second = result.details["couplings"]
     assert first.top == pytest.approx(1) and second.top == pytest.approx(1)
+    W, V = net[0].weight.detach().flatten(1), net[2].weight.detach()
+    before, after = W @ W.T, sum(V[:, :, k, l].T @ V[:, :, k, l] for k in range(2) for l in range(2))
+    scale = (before.norm() * after.norm()).sqrt()
+    assert first.imbalance == pytest.approx(float((after - before).norm() / scale))
     assert "Conv2d" in result.status
     assert "36" in result.details["table"]
 

@@ -4,6 +4,7 @@ from flatcore.measures.adaptive_sharpness import adaptive_sharpness_average, ada
 from flatcore.measures.derived import normalize_logits
 from flatcore.measures.edge_of_stability import edge_of_stability
 from flatcore.measures.fisher_rao import fisher_rao
+from flatcore.measures.generalization_gap import generalization_gap
 from flatcore.measures.layer_coupling import Coupling, Gain
 from flatcore.measures.layer_scales import minimum_sharpness, quotient_sharpness
 from flatcore.measures.layers import Layer, find_layer, find_layers
@@ -16,6 +17,7 @@ from flatcore.measures.path_norm import path_norm
 from flatcore.measures.relative_flatness import relative_flatness
 from flatcore.measures.result import Measure
 from flatcore.measures.sam import asam_sharpness, sam_sharpness
+from flatcore.measures.soft_rank import soft_rank
 from flatcore.measures.spectrum import (
     condition_number,
     effective_dimension,
@@ -41,6 +43,7 @@ __all__ = [
     "find_layer",
     "find_layers",
     "fisher_rao",
+    "generalization_gap",
     "lambda_max",
     "local_energy",
     "local_entropy",
@@ -57,6 +60,7 @@ __all__ = [
     "quotient_sharpness",
     "relative_flatness",
     "sam_sharpness",
+    "soft_rank",
     "trace",
     "width",
 ]

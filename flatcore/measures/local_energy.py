@@ -43,13 +43,14 @@ def local_energy(
 
     error: None counts an example as wrong where another class has the largest score (for cross-entropies; ignored
         targets do not count); "loss" is the objective itself; or a callable(output, target) giving one number an
-        example. sigma: one or several, positive, without unit for multiplicative noise, in the parameters' unit for
-        additive.
+        example.
+    sigma: one or several, positive, without unit for multiplicative noise, in the parameters' unit for additive.
     draws: samples of z, the same ones for every sigma, so that the points of the curve are correlated and the curve
         smooth. With ``antithetic`` each draw is the mean over z and -z, whose first-order terms cancel, and costs two
         passes. All selected parameters are perturbed, biases and normalisation layers' too; buffers stay.
 
-    ``value`` (S,) and ``stderr`` (S,), float64: the mean over draws and its standard error (nan for one draw).
+    ``value`` (S,) and ``stderr`` (S,), float64: the mean over draws and its standard error (nan for one draw,
+    0 where no draw changed an error).
     ``details``: ``sigma``, ``base`` = E(w), ``samples`` (S, draws), ``error``. Units of E. Cost: draws * (2 with
     antithetic) * S forward passes, several at a time where that is faster, which changes the last digits at most.
 

@@ -34,7 +34,11 @@ def plot_width(measure: Measure) -> Figure:
     axes[0].set_ylabel("singular value")
     axes[0].legend(fontsize="small", frameon=False)
     for ax, pair in zip(axes[1:], pairs, strict=True):
-        image = ax.imshow(pair.cosines, vmin=0, vmax=1, cmap="viridis")
+        rows, columns = pair.cosines.shape
+        image = ax.imshow(
+            pair.cosines, vmin=0, vmax=1, cmap="viridis", extent=(0.5, columns + 0.5, rows + 0.5, 0.5)
+        )
+        ax.locator_params(integer=True)
         ax.set_title(f"{pair.first} → {pair.second}\nchance {pair.chance:.2f}", fontsize="small")
         ax.set_xlabel("right singular vector")
     if pairs:
