@@ -15,7 +15,7 @@ from flatcore.evaluate import Evaluation, plain_torch
 from flatcore.measures.layers import Layer
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["Call", "Moments", "deviations", "evaluated", "feature_rows", "layer_calls"]
+__all__ = ["Call", "Moments", "deviations", "evaluated", "feature_rows", "input_axis", "layer_calls"]
 
 Call = tuple[Tensor, Any]  # what a module was given, and what it returned
 
@@ -44,10 +44,13 @@ def evaluated(
 
 def feature_rows(layer: Layer, given: Tensor) -> Tensor:
     """The input of a layer as rows of features, those of a convolution for every place of the image: (rows, inputs)."""
-    if isinstance(layer.module, nn.modules.conv._ConvNd):
-        axis = given.dim() - 1 - len(layer.module.kernel_size)
-        return given.movedim(axis, -1).reshape(-1, given.shape[axis])
-    return given.reshape(-1, given.shape[-1])
+    axis = input_axis(layer.module)
+    return given.movedim(axis, -1).reshape(-1, given.shape[axis])
+
+
+def input_axis(module: nn.Module) -> int:
+    """The axis of a layer's input that holds the features, counted from the last, -1."""
+    return -1 - len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else -1
 
 
 class Moments:

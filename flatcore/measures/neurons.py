@@ -26,6 +26,7 @@ class Neurons:
     weight: Tensor
     inverse: Tensor
     order: Tensor
+    standardized: bool
 
     @staticmethod
     def of(layer: Layer, weight: Tensor, deviations: Tensor | None) -> Neurons:
@@ -41,6 +42,7 @@ class Neurons:
             matrices.reshape(groups, outputs, -1) * by_column,
             torch.where(by_column > 0, 1 / by_column, 1.0),
             layer.matrices(numbers).reshape(-1),
+            deviations is not None,
         )
 
     @property

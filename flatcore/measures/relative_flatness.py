@@ -14,6 +14,7 @@ from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.derived import check_objective, restricted
+from flatcore.measures.example_flatness import by_example
 from flatcore.measures.features import deviations
 from flatcore.measures.flatness_values import Found, exact, greatest, probed, quadratic_forms
 from flatcore.measures.last_layer import LastLayer
@@ -32,6 +33,7 @@ _FORMS = {
     "2019": "|W|_F² Tr H_l / number of weights",
     "2019-max": "|W|_F² lambda_max(H_l)",
 }
+_METHODS = ("auto", "closed", "exact", "examples", "probes")
 _EXACT_AT_ONCE = 64  # quadratic forms up to which "auto" does not estimate
 _EXACT_AT_MOST = 4096  # up to which it may change over to "exact"
 _MAX_MATVECS = 2000
@@ -65,8 +67,9 @@ def relative_flatness(
             "2019-max", |W|² lambda_max(H_l) (Petzka et al., arXiv 1912.00058). H_l: the layer's Hessian.
         method: of the first, third and fourth form. "closed": for the last linear layer under a cross-entropy,
             E[|phi|² Var_{s ~ p} w_s], exactly, from one pass forward. "exact": a quadratic form for each weight.
-            "probes": means of <W A, H_l[W A]> over random signs A. "auto": closed where the layer and the loss are
-            seen to be of that form, else the cheaper of the others.
+            "examples": means of <W A, H[W A]> over random signs A of each example's own, which leaves little noise,
+            where examples do not interact and the model has a program. "probes": A shared by all examples. "auto":
+            closed where the layer and the loss are seen to be of that form, else the cheapest of the others.
         rtol, max_matvecs, seed: of the probes. For eigenvalues, rtol is the relative residual.
 
     A convolution is the matrix of its outputs by (inputs · places in the kernel), its features standardised by channel;
@@ -74,12 +77,13 @@ def relative_flatness(
     No term for weight decay is added, unlike in the authors' code: put a penalty into the loss to have it in H.
 
     stderr: of the mean over probes; 0 where it is exact; for eigenvalues, the bound from their residuals. Of "all", one
-    product serves all layers: each has signs of its own, and only v_lᵀ (H v)_l counts, in which what other layers
-    add has mean 0. rtol holds for the sum then; single layers can be less certain.
+    probe serves all layers: each has signs of its own, and only v_lᵀ (H v)_l counts, in which what other layers add has
+    mean 0. rtol holds for the sum then; single layers can be less certain.
 
     Cost: closed one pass forward; exact one quadratic form (half a product) for each of min(outputs, inputs) · inputs;
-    probes one each, of the layer's weight alone; for "all" one product each. standardize: a pass
-    forward more for layers that are not closed.
+    examples one sweep of activations, less than a product, for each probe, few of which are needed; probes a quadratic
+    form each, of the layer's weight alone, for "all" a product each. ``matvecs`` counts each of these as one.
+    standardize: a pass forward more for layers that are not closed, and for examples a copy of the model.
     L is the mean loss: with a sum over n examples, n times this (for all forms).
     Invariant to (form "2021"): scaling the layer against the one before or behind it; scaling single outputs where the
     next layer undoes it; rotations of the features (unless standardised). Scaling single inputs changes it unless
@@ -91,8 +95,8 @@ def relative_flatness(
     objective = check_objective(objective)
     if form not in _FORMS:
         raise ValueError(f"form: expected one of {', '.join(map(repr, _FORMS))}, got {form!r}")
-    if method not in ("auto", "closed", "exact", "probes"):
-        raise ValueError(f"method: expected 'auto', 'closed', 'exact' or 'probes', got {method!r}")
+    if method not in _METHODS:
+        raise ValueError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}")
     if method != "auto" and form.endswith("max"):
         raise ValueError(
             f"method: form={form!r} takes eigenvalues, for which there is 'auto' alone, got {method!r}"
@@ -193,20 +197,38 @@ def _found(
     """Values of the layers by quadratic forms or eigenvalues, and how they were got."""
     if not neurons:
         return Found({}, 0.0, 0), "closed"
+    forms = quadratic_forms(neurons, form)
+    small = method == "auto" and forms <= min(_EXACT_AT_ONCE, budget)
+    instead = forms if method == "auto" and forms <= min(_EXACT_AT_MOST, budget) else None
+    if method in ("auto", "examples") and not small and not form.endswith("max"):
+        sampled = by_example(objective, neurons, form, rtol, budget, seed, instead)
+        if isinstance(sampled, Found):
+            return _or_exact(
+                sampled, objective, neurons, form
+            ), "exact" if sampled.cheaper_exact else "examples"
+        if method == "examples":
+            raise ValueError(
+                f"method: there are no probes of each example's own: {sampled}; pass method='auto'"
+            )
     if len(neurons) == 1:  # nothing in front of the layer then needs derivatives
         objective = restricted(objective, [one.layer.weight for one in neurons.values()])
     hessian = Hessian(objective)
     if form.endswith("max"):
         return greatest(hessian, neurons, form, rtol, seed), "lanczos"
-    forms = quadratic_forms(neurons, form)
-    if method == "exact" or (method == "auto" and forms <= min(_EXACT_AT_ONCE, budget)):
+    if method == "exact" or small:
         return exact(hessian, neurons, form), "exact"
-    instead = forms if method == "auto" and forms <= min(_EXACT_AT_MOST, budget) else None
     found = probed(hessian, neurons, form, rtol, budget, seed, instead)
-    if found.cheaper_exact:
-        whole = exact(hessian, neurons, form)
-        return dataclasses.replace(whole, matvecs=whole.matvecs + found.matvecs), "exact"
-    return found, "probes"
+    return _or_exact(found, objective, neurons, form), "exact" if found.cheaper_exact else "probes"
+
+
+def _or_exact(found: Found, objective: Objective, neurons: Mapping[str, Neurons], form: str) -> Found:
+    """All quadratic forms where an estimate has shown them to be the cheaper way."""
+    if not found.cheaper_exact:
+        return found
+    if len(neurons) == 1:
+        objective = restricted(objective, [one.layer.weight for one in neurons.values()])
+    whole = exact(Hessian(objective), neurons, form)
+    return dataclasses.replace(whole, matvecs=whole.matvecs + found.matvecs)
 
 
 def _joint(by_layer: Mapping[str, Measure], found: Found, form: str) -> float:
