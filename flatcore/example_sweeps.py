@@ -76,6 +76,11 @@ class ExampleSweeps:
         """Does the Hessian's trace differ from that of the Gauss-Newton matrix? Not in piecewise linear models."""
         return any(c.engine.has_remainder() for c in self._compiled.values())
 
+    @property
+    def repeats(self) -> bool:
+        """Does a probed parameter have several uses? Relative probes of such a one are not to be had."""
+        return any(op.attrs.get("repeated") for c in self._compiled.values() for op in c.program.ops)
+
     def flops(self, mode: SweepMode) -> float:
         """Of one probe, or with "ggn" of about two outputs, over all batches."""
         return sum(self._of(batch).engine.flops(mode, 1) for batch in self._objective.batches())

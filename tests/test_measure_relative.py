@@ -271,7 +271,9 @@ class TestProbes:
 
     def test_no_probes_of_each_example(self) -> None:
         model, data = convolutional(groups=2)
-        with pytest.raises(ValueError, match=r"^method: there are no probes of each example's own: grouped"):
+        with pytest.raises(
+            ValueError, match=r"^method: there are no probes of each example's own: weights of grouped"
+        ):
             measures.relative_flatness(cross_entropy(model, data), "0", method="examples")
         torch.manual_seed(0)
         normed = nn.Sequential(nn.Linear(9, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 3)).double()
@@ -279,6 +281,29 @@ class TestProbes:
         with pytest.raises(ValueError, match=r"^method: there are no probes of each example's own"):
             measures.relative_flatness(objective, "0", method="examples")
         assert measures.relative_flatness(objective, "0", rtol=0.5).method in ("probes", "exact")
+
+    @pytest.mark.parametrize("kind", ["called twice", "functional", "tied"])
+    def test_weights_with_several_uses(self, kind: str) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second, self.last = mlp(9, 9)[0], mlp(9, 9)[0], mlp(9, 4)[0]
+                if kind == "tied":
+                    self.second.weight = self.first.weight
+
+            def forward(self, x: Tensor) -> Tensor:
+                h = torch.tanh(self.first(x))
+                if kind == "functional":
+                    return self.last(h @ self.first.weight)
+                return self.last(torch.tanh(self.first(h) if kind == "called twice" else self.second(h)))
+
+        objective = cross_entropy(Model(), batch(60, 9, 4), params=["first.weight"])
+        options = {"standardize": False, "rtol": 0.1}
+        exact = measures.relative_flatness(objective, "first", **options, method="exact")
+        found = measures.relative_flatness(objective, "first", **options)
+        assert found.method != "examples" and abs(found.value - exact.value) <= 4 * found.stderr + EXACT
+        with pytest.raises(ValueError, match="several uses"):
+            measures.relative_flatness(objective, "first", **options, method="examples")
 
     def test_constant_features_are_no_standardised_copy(self) -> None:
         """A feature that never changes and is not zero would lose its weight, and the function change."""

@@ -37,8 +37,8 @@ def by_example(
 
     A sentence where there are no such sweeps for these layers and this objective.
     """
-    if any(one.layer.groups > 1 or not one.layer.outputs_first for one in layers.values()):
-        return "grouped and transposed weights have no sweeps"
+    if any(one.layer.groups > 1 or _transposed_convolution(one) for one in layers.values()):
+        return "weights of grouped and of transposed convolutions are not rows of neurons"
     target = _standardized(objective, layers)
     if isinstance(target, str):
         return target
@@ -48,6 +48,8 @@ def by_example(
         return sweeps
     if sweeps.left or set(sweeps.probed) != {one.layer.weight for one in layers.values()}:
         return "examples share a weight in a way that sweeps do not follow"
+    if form == "2021" and sweeps.repeats:
+        return "a weight has several uses"
     try:
         return _sampled(sweeps, at, layers, form, rtol, max_probes, seed, instead)
     finally:
@@ -136,10 +138,11 @@ def _standardized(objective: Objective, layers: Mapping[str, Neurons]) -> Object
             module = model.get_submodule(path)
             weight = module._parameters["weight"]
             assert weight is not None
-            shape = weight.shape
+            groups, outputs, inputs, places = one.layer.matrices(weight).shape
+            scaled = one.weight.view(groups, outputs, inputs, places).to(weight.dtype)
             with torch.no_grad():
-                weight.copy_(one.weight.reshape(shape).to(weight.dtype))
-            by_input = one.inverse.view(shape[1], -1)[:, 0].to(weight.dtype)
+                weight.copy_(one.layer.from_matrices(scaled, weight))
+            by_input = one.inverse.view(inputs, places)[:, 0].to(weight.dtype)
             module.register_forward_pre_hook(_divider(by_input, input_axis(module)))
         found = Objective(
             model,
@@ -154,6 +157,10 @@ def _standardized(objective: Objective, layers: Mapping[str, Neurons]) -> Object
     if abs(found.loss() - objective.loss()) > rounding * (1 + abs(objective.loss())):
         return "standardised features change the function"
     return found
+
+
+def _transposed_convolution(one: Neurons) -> bool:
+    return isinstance(one.layer.module, nn.modules.conv._ConvTransposeNd)
 
 
 def _divider(by_input: Tensor, axis: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
