@@ -77,9 +77,15 @@ class ExampleSweeps:
         return any(c.engine.has_remainder() for c in self._compiled.values())
 
     @property
-    def repeats(self) -> bool:
-        """Does a probed parameter have several uses? Relative probes of such a one are not to be had."""
-        return any(op.attrs.get("repeated") for c in self._compiled.values() for op in c.program.ops)
+    def repeated(self) -> set[str]:
+        """The probed parameters that have several uses. Relative probes of such a one are not to be had."""
+        found: set[str] = set()
+        for compiled in self._compiled.values():
+            for op in compiled.program.ops:
+                number = op.attrs.get("parameter")
+                if op.attrs.get("repeated") and isinstance(number, int):
+                    found.add(compiled.program.probed[number])
+        return found
 
     def flops(self, mode: SweepMode) -> float:
         """Of one probe, or with "ggn" of about two outputs, over all batches."""

@@ -35,25 +35,31 @@ def by_example(
 ) -> Found | str:
     """As `flatness_values.probed`, with signs A of each example's own: their noise is averaged over the examples.
 
-    A sentence where there are no such sweeps for these layers and this objective.
+    Of those layers alone whose weights such probes reach; a sentence where these are none.
     """
-    if any(one.layer.groups > 1 or _transposed_convolution(one) for one in layers.values()):
-        return "weights of grouped and of transposed convolutions are not rows of neurons"
-    target = _standardized(objective, layers)
-    if isinstance(target, str):
-        return target
-    at = target.snapshot()
-    sweeps = sweeps_for(target, at)
-    if isinstance(sweeps, str):
-        return sweeps
-    if sweeps.left or set(sweeps.probed) != {one.layer.weight for one in layers.values()}:
-        return "examples share a weight in a way that sweeps do not follow"
-    if form == "2021" and sweeps.repeats:
-        return "a weight has several uses"
-    try:
-        return _sampled(sweeps, at, layers, form, rtol, max_probes, seed, instead)
-    finally:
-        sweeps.release()
+    reason = "weights of grouped and of transposed convolutions are not rows of neurons"
+    layers = {
+        path: one
+        for path, one in layers.items()
+        if one.layer.groups == 1 and not _transposed_convolution(one)
+    }
+    while layers:
+        target = _standardized(objective, layers)
+        if isinstance(target, str):
+            return target
+        at = target.snapshot()
+        sweeps = sweeps_for(target, at)
+        if isinstance(sweeps, str):
+            return sweeps
+        reached = set(sweeps.probed) - (sweeps.repeated if form == "2021" else set())
+        if all(one.layer.weight in reached for one in layers.values()):
+            try:
+                return _sampled(sweeps, at, layers, form, rtol, max_probes, seed, instead)
+            finally:
+                sweeps.release()
+        reason = "the weight has several uses, or one that such probes do not know"
+        layers = {path: one for path, one in layers.items() if one.layer.weight in reached}
+    return reason
 
 
 class _Tally:

@@ -117,14 +117,14 @@ def relative_flatness(
             rest = [one for one in rest if one.path in spread]
             layers = [one for one in layers if one.path not in silent]
         neurons = {one.path: Neurons.of(one, weights[one.weight], spread.get(one.path)) for one in rest}
-        found, used = _found(objective, neurons, form, method, rtol, budget, seed)
+        found, methods = _found(objective, neurons, form, method, rtol, budget, seed)
     if found.status != "converged":
         warnings.warn(f"relative_flatness: {found.status}", FlatcoreWarning, stacklevel=2)
     by_layer = {}
     for one in layers:
         value, stderr = closed[one.path] if one.path in closed else found.values[one.path]
         share = 1 / weights[one.weight].numel() if form == "2019" else 1.0
-        kind = "closed" if one.path in closed else used
+        kind = "closed" if one.path in closed else methods[one.path]
         by_layer[one.path] = Measure(
             share * value,
             share * stderr,
@@ -135,7 +135,6 @@ def relative_flatness(
             method=kind,
             seed=seed,
         )
-    methods = sorted({m.method for m in by_layer.values()})
     only = next(iter(by_layer.values())) if len(by_layer) == 1 else None
     return Measure(
         value=math.fsum(m.value for m in by_layer.values()),
@@ -145,7 +144,7 @@ def relative_flatness(
         matvecs=found.matvecs,
         name="relative flatness",
         passes=bool(standardize and rest) + bool(closed),
-        method=" and ".join(methods),
+        method=" and ".join(sorted({m.method for m in by_layer.values()})),
         seed=seed,
         seconds=time.perf_counter() - began,
         status=found.status,
@@ -193,32 +192,43 @@ def _found(
     rtol: float,
     budget: int,
     seed: int,
-) -> tuple[Found, str]:
-    """Values of the layers by quadratic forms or eigenvalues, and how they were got."""
+) -> tuple[Found, dict[str, str]]:
+    """Values of the layers by quadratic forms or eigenvalues, and how each was got."""
     if not neurons:
-        return Found({}, 0.0, 0), "closed"
+        return Found({}, 0.0, 0), {}
     forms = quadratic_forms(neurons, form)
     small = method == "auto" and forms <= min(_EXACT_AT_ONCE, budget)
     instead = forms if method == "auto" and forms <= min(_EXACT_AT_MOST, budget) else None
     if method in ("auto", "examples") and not small and not form.endswith("max"):
         sampled = by_example(objective, neurons, form, rtol, budget, seed, instead)
-        if isinstance(sampled, Found):
-            return _or_exact(
-                sampled, objective, neurons, form
-            ), "exact" if sampled.cheaper_exact else "examples"
+        if isinstance(sampled, Found) and (method == "auto" or len(sampled.values) == len(neurons)):
+            own = {path: one for path, one in neurons.items() if path in sampled.values}
+            rest = {path: one for path, one in neurons.items() if path not in own}
+            shared, methods = _found(objective, rest, form, "probes", rtol, budget, seed)
+            how = "exact" if sampled.cheaper_exact else "examples"
+            return _both(_or_exact(sampled, objective, own, form), shared), methods | dict.fromkeys(own, how)
         if method == "examples":
+            reason = sampled if isinstance(sampled, str) else "not of every layer's weight"
             raise ValueError(
-                f"method: there are no probes of each example's own: {sampled}; pass method='auto'"
+                f"method: there are no probes of each example's own: {reason}; pass method='auto'"
             )
     if len(neurons) == 1:  # nothing in front of the layer then needs derivatives
         objective = restricted(objective, [one.layer.weight for one in neurons.values()])
     hessian = Hessian(objective)
     if form.endswith("max"):
-        return greatest(hessian, neurons, form, rtol, seed), "lanczos"
-    if method == "exact" or small:
-        return exact(hessian, neurons, form), "exact"
-    found = probed(hessian, neurons, form, rtol, budget, seed, instead)
-    return _or_exact(found, objective, neurons, form), "exact" if found.cheaper_exact else "probes"
+        found, how = greatest(hessian, neurons, form, rtol, seed), "lanczos"
+    elif method == "exact" or small:
+        found, how = exact(hessian, neurons, form), "exact"
+    else:
+        found = probed(hessian, neurons, form, rtol, budget, seed, instead)
+        how = "exact" if found.cheaper_exact else "probes"
+    return _or_exact(found, objective, neurons, form), dict.fromkeys(neurons, how)
+
+
+def _both(one: Found, other: Found) -> Found:
+    status = one.status if one.status != "converged" else other.status
+    stderr = math.hypot(one.stderr, other.stderr)
+    return Found(one.values | other.values, stderr, one.matvecs + other.matvecs, status)
 
 
 def _or_exact(found: Found, objective: Objective, neurons: Mapping[str, Neurons], form: str) -> Found:
