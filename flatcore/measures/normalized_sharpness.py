@@ -50,9 +50,9 @@ def normalized_sharpness(
 
     Args:
         form: "arxiv", as above; "icml", sum_i sqrt(A_i B_i) with the row scales eliminated: exactly half of it.
-        curvature: "hessian", with negative h_ij taken as zero; "ggn", negative by estimation errors only. In a net
-        that is linear
-            but for ReLUs and the like, with a convex loss, the two diagonals are one.
+            (The two published forms as reimplementations have them; one that sums inside the root is another number.)
+        curvature: "hessian", with negative h_ij taken as zero; "ggn", negative by estimation errors only. In a
+            net that is linear but for ReLUs and the like, with a convex loss, the two diagonals are one.
         normalize: the logits divided by their standard deviation over classes before the loss (`normalize_logits`).
             Much of the Hessian's diagonal is negative then; the Gauss-Newton matrix counts the division to the model.
         diagonal: of that curvature, (P,), where it is known: a tensor, or what `flatcore.diagonal` gave.

@@ -83,6 +83,7 @@ def relative_flatness(
     Cost: closed one pass forward; exact one quadratic form (half a product) for each of min(outputs, inputs) · inputs;
     examples one sweep of activations, less than a product, for each probe, few of which are needed; probes a quadratic
     form each, of the layer's weight alone, for "all" a product each. ``matvecs`` counts each of these as one.
+    Eigenvalues: products of all neurons' Lanczos recurrences, which advance together (`flatcore.block_spectra`).
     standardize: a pass forward more for layers that are not closed, and for examples a copy of the model.
     L is the mean loss: with a sum over n examples, n times this (for all forms).
     Invariant to (form "2021"): scaling the layer against the one before or behind it; scaling single outputs where the
