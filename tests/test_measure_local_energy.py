@@ -210,3 +210,13 @@ def test_bad_input():
     own = fc.Objective(net, fc.ModelLoss(lambda m, b: m(b[0]).square().mean()), data)
     with pytest.raises(ValueError, match=r"error: expected a loss of torch.nn.functional in the ModelLoss"):
         measures.local_energy(own, 0.1, lambda output, target: output)
+
+
+def test_is_average_adaptive_sharpness():
+    """On the loss with rho = sigma, one batch and all parameters: two samplers of one number."""
+    objective = fc.Objective(relu_net(), F.cross_entropy, classes())
+    energy = measures.local_energy(objective, 0.2, "loss", draws=300)
+    sharpness = measures.adaptive_sharpness_average(objective, 0.2, draws=300, seed=9)
+    assert abs(float(energy.value[0]) - sharpness.value) <= 4 * math.hypot(
+        float(energy.stderr[0]), sharpness.stderr
+    )

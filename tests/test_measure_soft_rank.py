@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from untouched import untouched
 
 import flatcore as fc
-from flatcore import measures
+from flatcore import functionals, measures
 from flatcore.errors import FlatcoreWarning
 from flatcore.measures.kfac import kfac_eigenvalues
 from flatcore.optim import EntropySGD
@@ -74,9 +74,10 @@ def test_gram_matrix_and_limits():
     values, vectors = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
     rows = torch.einsum("nkc,nkp->ncp", vectors * values.clamp_min(0).sqrt()[:, None, :], J).reshape(9, -1)
     gram = torch.linalg.eigvalsh(rows @ rows.T / 3).clamp_min(0)
-    for damping in (1e-3, 0.1, 1e4):
-        result = measures.soft_rank(objective, damping, method="exact")
-        assert result.value == pytest.approx(rank(gram, damping), rel=1e-9)
+    for method in {"exact", "gram"} & set(functionals._PROBES):
+        for damping in (1e-3, 0.1, 1e4):
+            result = measures.soft_rank(objective, damping, method=method)
+            assert result.value == pytest.approx(rank(gram, damping), rel=1e-9)
     # Softmax's null vector leaves 2 rows an example: the rank. The least eigenvalue seen decides how close 1e-9 is.
     least = float(gram[gram > 1e-12][0])
     assert measures.soft_rank(objective, 1e-9, method="exact").value == pytest.approx(

@@ -380,3 +380,17 @@ def test_picture_and_bad_input():
         measures.width(objective, tol=0)
     with pytest.raises(ValueError, match="measure: expected the result of width"):
         measures.plot_width(measures.Measure(1.0, 0.0, None, "", 0, name="other"))
+
+
+def test_one_oracle_for_other_measures():
+    """The small matrix's eigenvalues against trace, largest eigenvalue and soft rank by the engine."""
+    net, x = chain(random(5, 4), random(6, 5, seed=1), random(3, 6, seed=2)), random(20, 4, seed=3)
+    objective = fc.Objective(net, half_mse, (x, targets(net, x, 3)))
+    values = measures.width(objective).details["eigenvalues"]
+    assert fc.trace(fc.Hessian(objective), method="exact").value == pytest.approx(
+        float(values.sum()), rel=1e-10
+    )
+    top = float(fc.eigsh(fc.Hessian(objective), 1, which="LA", tol=1e-10).values[0])
+    assert top == pytest.approx(float(values[0]), rel=1e-10)
+    expected = float((values / (values + 0.7)).sum())
+    assert measures.soft_rank(objective, 0.7, method="exact").value == pytest.approx(expected, rel=1e-9)

@@ -160,6 +160,19 @@ def test_resume_gives_the_same_bits():
     assert all(torch.equal(flat(a), flat(b)) for a, b in zip(nets, again, strict=True))
 
 
+def test_copies():
+    nets = [net(s) for s in range(2)]
+    optimizer = ReplicatedSGD(nets, 0.1, coupling=0.3)
+    optimizer.step(optimizer.closure(F.cross_entropy, [batch(0), batch(1)]))
+    other = copy.deepcopy(optimizer)
+    for o in (optimizer, other):
+        o.step(o.closure(F.cross_entropy, [batch(2), batch(3)]))
+    assert torch.equal(flat(optimizer.centre()), flat(other.centre()))
+    assert not {id(p) for r in optimizer.replicas for p in r.parameters()} & {
+        id(p) for r in other.replicas for p in r.parameters()
+    }
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match="replicas: expected a list of modules, got one Sequential"):
         ReplicatedSGD(net(0), 0.1)

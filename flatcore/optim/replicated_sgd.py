@@ -79,6 +79,10 @@ class ReplicatedSGD(Optimizer):
             )
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the replicas, whose parameters are those of the groups."""
+        return {**super().__getstate__(), "replicas": self.replicas}
+
     def coupling(self) -> float | None:
         """g of the next step; None before it has been set from the loss."""
         group = self.param_groups[0]
