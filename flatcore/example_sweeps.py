@@ -99,17 +99,6 @@ class ExampleSweeps:
         """Does the Hessian's trace differ from that of the Gauss-Newton matrix? Not in piecewise linear models."""
         return any(c.engine.has_remainder() for c in self._compiled.values())
 
-    @property
-    def repeated(self) -> set[str]:
-        """The probed parameters that have several uses. Relative probes of such a one are not to be had."""
-        found: set[str] = set()
-        for compiled in self._compiled.values():
-            for op in compiled.program.ops:
-                number = op.attrs.get("parameter")
-                if op.attrs.get("repeated") and isinstance(number, int):
-                    found.add(compiled.program.probed[number])
-        return found
-
     def flops(self, mode: SweepMode) -> float:
         """Floating-point operations of one probe, or with "ggn" of about two outputs, over all batches."""
         counts = self._native.counts()

@@ -51,7 +51,7 @@ def by_example(
         sweeps = sweeps_for(target, at)
         if isinstance(sweeps, str):
             return sweeps
-        reached = set(sweeps.probed) - (sweeps.repeated if form == "2021" else set())
+        reached = set(sweeps.probed) - set(sweeps.repeated if form == "2021" else ())
         if all(one.layer.weight in reached for one in layers.values()):
             try:
                 return _sampled(sweeps, at, layers, form, rtol, max_probes, seed, instead)
