@@ -68,7 +68,12 @@ def _outer(root: Tensor, columns: int) -> Iterator[Tensor]:
     groups, outputs, r = root.shape
     numbers = torch.arange(groups * r * columns, device=root.device)
     for part in numbers.split(_BLOCK):
-        at, g, k, t = torch.arange(len(part)), part // (r * columns), part // columns % r, part % columns
+        at, g, k, t = (
+            torch.arange(len(part), device=root.device),
+            part // (r * columns),
+            part // columns % r,
+            part % columns,
+        )
         U = root.new_zeros(len(part), groups, outputs, columns)
         U[at, g, :, t] = root[g, :, k]
         yield U
