@@ -2,7 +2,7 @@
 
 from flatcore import _load as _load  # isort: skip  # first: explains a torch that does not fit the build
 
-from flatcore import tuning
+from flatcore import measures, optim, tuning
 from flatcore.block_spectra import block_spectra
 from flatcore.density import spectral_density
 from flatcore.eigsh import eigsh
@@ -40,6 +40,8 @@ __all__ = [
     "functional",
     "hf_loss",
     "logdet",
+    "measures",
+    "optim",
     "participation_ratio",
     "report",
     "schatten",

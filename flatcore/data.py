@@ -86,6 +86,11 @@ class Data:
                 return
             yield _detached(raw, copy=not isinstance(self._source, list))
 
+    @property
+    def again(self) -> Any:
+        """What another objective takes for the same batches, without a second copy of those held in memory."""
+        return self if self._held is None else list(self._held)
+
     def versions(self) -> tuple[Any, ...]:
         """Changes when a batch held in memory is changed in place."""
         return tuple(version(leaf) for batch in self._held or () for leaf in batch_leaves(batch))

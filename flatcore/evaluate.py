@@ -105,6 +105,13 @@ class _LossCalls(TorchFunctionMode):
         return result
 
 
+def recorded_loss(loss: Callable[[], Tensor]) -> tuple[Tensor, LossCall | None]:
+    """loss(), and the call of a loss function that it is nothing but, if it is."""
+    with _LossCalls() as calls:
+        result = loss()
+    return result, calls.last if calls.last is not None and calls.last.result is result else None
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The loss of one batch, and the way from the model's outputs to it.

@@ -2,6 +2,7 @@
 
     kernels <- engine;  engine, krylov <- bindings <- flatcore
     foundation <- capture <- objective <- operators <- surface;  foundation <- estimators <- surface
+    operators, estimators <- measures <- optim <- surface
 
 Prints each violation as file:line and exits with 1 if there is one.
 """
@@ -39,6 +40,8 @@ PYTHON_LAYERS = {
     "operators": "tuning precision autograd native backend example_sweeps operators",
     "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace sampling projected automatic by_example "
     "solve block_spectra density density_plot adaptive functionals",
+    "measures": "measures",
+    "optim": "optim",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {
@@ -49,6 +52,8 @@ PYTHON_ALLOWED = {
     "objective": {"objective", "capture", "foundation"},
     "operators": {"operators", "objective", "capture", "foundation", "extension"},
     "estimators": {"estimators", "foundation", "extension"},
+    "measures": {"measures", "estimators", "operators", "objective", "capture", "foundation"},
+    "optim": {"optim", "measures", "estimators", "operators", "objective", "capture", "foundation"},
     "surface": set(PYTHON_LAYERS),
 }
 LAYER_OF = {module: layer for layer, modules in PYTHON_LAYERS.items() for module in modules.split()}

@@ -1,0 +1,120 @@
+"""How close training is to the step size at which it becomes unstable."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatcore.linear import check_positive
+from flatcore.measures.derived import check_objective
+from flatcore.measures.extremes import extremes
+from flatcore.measures.result import Measure
+from flatcore.measures.scaled_hessian import ScaledHessian
+from flatcore.objective import Objective
+from flatcore.operators import Hessian
+
+__all__ = ["edge_of_stability"]
+
+
+def edge_of_stability(
+    objective: Objective,
+    lr: float | torch.optim.Optimizer,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    tol: float = 1e-3,
+    seed: int = 0,
+) -> Measure:
+    """lambda_max(H) over the curvature at which full-batch descent with this step is just stable on a quadratic.
+
+    Cohen, Kaur, Li, Kolter and Talwalkar, "Gradient Descent on Neural Networks Typically Occurs at the Edge of
+    Stability", ICLR 2021: 2 / lr; with Polyak's momentum b (2 + 2 b) / lr, with Nesterov's (2 + 2 b) / (lr (1 + 2 b)).
+    Full-batch training is found to rise to about 1 and stay there. For Adam and AdamW with b1 the preconditioned
+    lambda_max(P^-1/2 H P^-1/2) over (2 + 2 b1) / ((1 - b1) lr), 38 / lr for b1 = 0.9, P = sqrt(v / (1 - b2^t)) + eps
+    (Cohen et al., "Adaptive Gradient Methods at the Edge of Stability", arXiv 2207.14484, with 1 - b1^t gone).
+
+    lr: the step, or an optimizer of torch: SGD, Adam or AdamW with one learning rate for the selected parameters,
+    Adam's with its state. (SGD's dampening is refused; torch's Nesterov is the above.) Weight decay counts
+    if it is in the loss; that of SGD and Adam is added to H, that of AdamW is not.
+
+    ``details``: "lambda_max" (of what is said above), "threshold". stderr: the bound from the residual. Cost: that of
+    `lambda_max`. Invariant, unlike lambda_max, to scaling the loss by c and lr by 1 / c. Not invariant to: scaling
+    neurons or layers, which changes the trajectory too.
+    Raises TypeError or ValueError, one sentence, for bad arguments.
+    """
+    began = time.perf_counter()
+    objective = check_objective(objective)
+    hessian, decay, beta1 = Hessian(objective), 0.0, None
+    A: Any = hessian
+    if isinstance(lr, torch.optim.Optimizer):
+        group = _group(objective, lr)
+        step = check_positive("lr", group["lr"], 0.1)
+        if isinstance(lr, torch.optim.SGD):
+            if group["dampening"]:
+                raise ValueError(f"lr: expected SGD without dampening, got {group['dampening']}")
+            momentum, nesterov, decay = group["momentum"], group["nesterov"], group["weight_decay"]
+        elif isinstance(lr, torch.optim.Adam | torch.optim.AdamW):
+            beta1 = float(group["betas"][0])
+            coupled = 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
+            A = ScaledHessian(hessian, _preconditioner(objective, lr, group).rsqrt(), coupled)
+        else:
+            raise TypeError(
+                f"lr: expected a number, SGD, Adam or AdamW, got {type(lr).__name__}; give its step size"
+            )
+    else:
+        step = check_positive("lr", lr, 0.1)
+    if not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+        raise ValueError(f"momentum: expected a number from 0 to below 1, got {momentum!r}")
+    threshold = (2 + 2 * momentum) / (step * (1 + 2 * momentum if nesterov else 1))
+    if beta1 is not None:
+        threshold = (2 + 2 * beta1) / ((1 - beta1) * step)
+    found = extremes(A, tol, seed, both=False)
+    top = found.values[0] + decay
+    return Measure(
+        value=top / threshold,
+        stderr=found.residuals[0] / threshold,
+        by_layer=None,
+        definition=f"lambda_max({'P^-1/2 H P^-1/2' if beta1 is not None else 'H'}) / {threshold:g}",
+        matvecs=found.matvecs,
+        name="edge of stability",
+        method="lanczos",
+        seed=seed,
+        seconds=time.perf_counter() - began,
+        status=found.status,
+        details={"lambda_max": top, "threshold": threshold},
+    )
+
+
+def _group(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The one parameter group that the selected parameters are in."""
+    found: dict[int, dict[str, Any]] = {}
+    for name, parameter in objective.parameters.items():
+        groups = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+        if not groups:
+            raise ValueError(
+                f"lr: expected an optimizer of the selected parameters, got one without {name!r}"
+            )
+        found[id(groups[0])] = groups[0]
+    groups = list(found.values())
+    if any(g["lr"] != groups[0]["lr"] for g in groups):
+        raise ValueError(
+            "lr: expected one learning rate for all selected parameters, got several; select fewer"
+        )
+    return groups[0]
+
+
+def _preconditioner(objective: Objective, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Tensor:
+    parts = []
+    for name, parameter in objective.parameters.items():
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" not in state:
+            raise ValueError(
+                f"lr: expected an optimizer with a state, got none for {name!r}; take a step first"
+            )
+        v = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+        corrected = v.detach() / (1 - group["betas"][1] ** float(state["step"]))
+        parts.append((corrected.sqrt() + group["eps"]).reshape(-1))
+    return torch.cat(parts).to(objective.layout.dtype)

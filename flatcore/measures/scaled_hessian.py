@@ -1,0 +1,23 @@
+"""diag(c) (H + shift I) diag(c): curvature in coordinates of other units."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flatcore.operators import Hessian
+
+__all__ = ["ScaledHessian"]
+
+
+class ScaledHessian:
+    """diag(c) (H + shift I) diag(c), for the estimators."""
+
+    def __init__(self, hessian: Hessian, c: Tensor, shift: float = 0.0) -> None:
+        self._hessian, self._c, self._shift = hessian, c[:, None], shift
+        self.shape, self.dtype, self.device = hessian.shape, hessian.dtype, hessian.device
+        self.parameter_slices = hessian.parameter_slices
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        scaled = self._c * V
+        product: Tensor = self._hessian @ scaled
+        return self._c * (product + self._shift * scaled)
