@@ -16,7 +16,9 @@ from flatcore.backend import backend_for
 from flatcore.environment import exclusive, full_precision
 from flatcore.linear import check_count, check_seed
 from flatcore.memory import free_bytes
+from flatcore.native import NativeBackend
 from flatcore.objective import Objective, Snapshot
+from flatcore.output_rows import OutputRows
 from flatcore.plan import Plan
 from flatcore.precision import Precision, measured, usable
 from flatcore.results import MeasuredError
@@ -199,6 +201,12 @@ class GGN(Operator):
     """
 
     mode = "ggn"
+
+    def output_rows(self) -> OutputRows:
+        """The factor R of G = Rᵀ diag(s) R, a row for every example and output, as the functionals take it."""
+        snapshot = self.objective.snapshot()
+        native = isinstance(backend_for(self.objective, self.mode), NativeBackend)
+        return OutputRows(self.objective, snapshot, logits_for_nll=native)
 
 
 class GradientCovariance(Operator):

@@ -36,9 +36,9 @@ PYTHON_LAYERS = {
     "foundation": "errors results progress memory environment parameters vectors plan linear quadrature means spectral",
     "capture": "capture",
     "objective": "data evaluate checks objective",
-    "operators": "tuning precision autograd native backend operators",
+    "operators": "tuning precision autograd native backend output_rows operators",
     "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace sampling projected automatic "
-    "solve block_spectra density density_plot adaptive functionals",
+    "solve block_spectra density density_plot adaptive gram functionals",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {
