@@ -116,12 +116,16 @@ def eigsh(
     status = _status(found, k, tol, operator.dtype)
     if status != "converged":
         warnings.warn(f"eigsh: {status}", FlatcoreWarning, stacklevel=2)
-    values = torch.tensor(found["values"], dtype=torch.float64)
-    residuals = torch.tensor(found["residuals"], dtype=torch.float64)
-    order = torch.argsort(values) if which == "BE" else torch.arange(len(values))
+    values = torch.tensor(found["values"], dtype=torch.float64, device="cpu")
+    residuals = torch.tensor(found["residuals"], dtype=torch.float64, device="cpu")
+    vectors = found["vectors"]
+    order = torch.arange(len(values), device="cpu")
+    if which == "BE":
+        order = torch.argsort(values)
+        vectors = vectors[order.to(operator.device)]
     return Eigenpairs(
         values=values[order],
-        vectors=found["vectors"][order.to(operator.device)].T if return_eigenvectors else None,
+        vectors=vectors.T if return_eigenvectors else None,
         residuals=residuals[order],
         converged=(residuals <= tol * found["scale"])[order],
         matvecs=found["products"] + timed,
@@ -162,6 +166,7 @@ class _Search:
             asymmetry=asymmetry,
             verify=verify,
             seed=self.seed,
+            file=basis.file,
         )
 
     def identity(self, operator: LinearView, start: torch.Tensor, drafted: bool) -> dict[str, Any]:

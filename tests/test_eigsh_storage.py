@@ -151,7 +151,7 @@ def test_the_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     basis.tail.fill_(1)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(krylov_basis.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9999))
-    with pytest.raises(ValueError, match=r"storage: expected 10,000 bytes free in .*, found 9,999.*TMPDIR"):
+    with pytest.raises(ValueError, match=r"storage: expected 11,200 bytes free in .*, found 9,999.*TMPDIR"):
         eigsh(torch.eye(50), 3, storage="file")
 
 

@@ -21,7 +21,7 @@ from flatcore.linear import as_full_operator
 from flatcore.output_rows import OutputRows
 
 Problem = tuple[nn.Module, Any, list[Any]]
-SIZES = (5, 3, 1)
+SIZES = (5, 2)
 
 
 def mlp(out: int = 4, *last: nn.Module) -> nn.Module:
@@ -109,7 +109,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     ),
     "no curvature": lambda: (mlp(), lambda z, y: (z * y).mean(), batches(lambda n: torch.randn(n, 4))),
 }
-INDEFINITE = ("two outputs", "interacting")
+INDEFINITE = ("two outputs",)
 
 
 def problem(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> fc.GGN:
