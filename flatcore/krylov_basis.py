@@ -167,7 +167,7 @@ def _made(operator: LinearView, rows: int, storage: str, k: int, kept: int) -> B
         tail = torch.empty(rows - len(head), P, dtype=_SHORT[storage], device=device)
         scale = math.sqrt(P) if storage == "float16" else 1.0
     elif storage == "host":
-        tail = torch.empty(rows, P, dtype=dtype, pin_memory=True)
+        tail = torch.empty(rows, P, dtype=dtype, pin_memory=True, device="cpu")
     else:
         file = _in_file(rows + 2 * kept, P, dtype)
         return Basis(storage, head, file[:rows], scale, file)
@@ -187,7 +187,7 @@ def _in_file(rows: int, P: int, dtype: torch.dtype) -> torch.Tensor:
     with tempfile.NamedTemporaryFile(prefix="flatcore-basis-", dir=folder) as file:
         # Space that is not there later would end the process by a signal.
         os.posix_fallocate(file.fileno(), 0, size)
-        return torch.from_file(file.name, shared=True, size=rows * P, dtype=dtype).view(rows, P)
+        return torch.from_file(file.name, shared=True, size=rows * P, dtype=dtype, device="cpu").view(rows, P)
 
 
 def _installed(device: torch.device) -> int:

@@ -121,7 +121,7 @@ class Operator:
             rows = torch.as_tensor(V, dtype=self.dtype, device=self.device)
             return (self @ rows).cpu().numpy()
 
-        kind = torch.empty(0, dtype=self.dtype).numpy().dtype
+        kind = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(
             shape=self.shape,
             dtype=kind,

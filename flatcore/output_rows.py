@@ -239,7 +239,7 @@ def _curvature(loss_of: Callable[[Sequence[Tensor]], Tensor], z: Sequence[Tensor
         )
         return _flat(found, parts)
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     v = torch.randn(numel, generator=generator, dtype=leaves[0].dtype, device="cpu").to(leaves[0].device)
     expected = product(v)
     eps = torch.finfo(v.dtype).eps
