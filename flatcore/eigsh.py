@@ -72,12 +72,12 @@ def eigsh(
     convergence it is removed. Arguments must be the same but for ``max_matvecs``, and so must A.
 
     Costs about block_size products a step, and k for the true residuals. Memory: max(64, 4 k + 6 block_size)
-    vectors for the basis, 2 k + 4 block_size besides. Not converged in max_matvecs: ``status`` says so, a
-    FlatcoreWarning too, and the residuals tell how far it got. Ctrl-C: the pairs found so far with the recurrence's
-    estimates for residuals, fewer than k where fewer exist, ``status`` "interrupted ..." and a FlatcoreWarning;
-    with none at all, KeyboardInterrupt. Raises ValueError or TypeError for bad arguments, for products that are not
-    finite and for an A that is not symmetric. Source: thick restart after Wu and Simon, SIAM J. Matrix Anal. Appl.
-    22 (2000) 602-616, for blocks.
+    vectors for the basis, 2 k + 4 block_size besides; a file takes the basis and the 2 k. Not converged in
+    max_matvecs: ``status`` says so, a FlatcoreWarning too, and the residuals tell how far it got. Ctrl-C: the pairs
+    found so far with the recurrence's estimates for residuals, fewer than k where fewer exist, ``status``
+    "interrupted ..." and a FlatcoreWarning; with none at all, KeyboardInterrupt. Raises ValueError or TypeError for
+    bad arguments, for products that are not finite and for an A that is not symmetric. Source: thick restart after
+    Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616, for blocks.
     """
     began = time.perf_counter()
     operator = as_operator(A)

@@ -57,8 +57,11 @@ def functional(
 
     ``method`` "lanczos": probes of random signs, each with a Gauss quadrature from at most ``steps`` (128) steps of
     Lanczos (Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099), until stderr <= rtol |value|.
-    "exact": all eigenvalues of the dense matrix, from P products. "auto": exact where P <= 64, else lanczos, changing
-    over to exact where the probes seen show that P products (P <= 2048) are the cheaper way to rtol.
+    "exact": all eigenvalues, from P products or, where it is cheaper, through "gram": those of a ``GGN`` from the
+    Gram matrix of its outputs on all data, an (N C, N C) matrix for N examples with C outputs, N C < P, which is
+    computed by plain torch and checked by one product; the result's ``method`` says which. "auto": exact where that
+    costs no more than 64 products, else lanczos, changing over to exact where the probes seen show that it is the
+    cheaper way to rtol (P products only for P <= 2048).
 
     ``stderr`` holds two things, added in squares: the standard error over the probes, moderated by a bound on their
     variance so that it holds with few of them (``flatcore/means.py``), and the error of the quadrature, estimated
@@ -174,7 +177,8 @@ def frobenius(
 
     "hutchinson": the mean of |A v|² over probes of random signs has no bias, whatever the spectrum. Of its root the
     bias is -stderr² / (2 |A|_F) to second order (delta method) and taken off: what is left is smaller than stderr by
-    a factor of the relative error. "exact": the squares of all P columns. "auto" and the rest as in ``trace``.
+    a factor of the relative error. "exact": the squares of all P columns, or "gram" as in ``functional``. "auto" and
+    the rest as in ``trace``.
     """
     options = Options.checked("frobenius", method, _ONE_PRODUCT, rtol, max_matvecs, seed, progress)
     return _from_products(A, _SquareSource, power(0.5), lambda t, q: float(np.sqrt(q)), options)

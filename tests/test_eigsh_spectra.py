@@ -38,11 +38,12 @@ SPECTRA = {
 
 def check(
     values: np.ndarray, dtype: torch.dtype, k: int, which: str, tol: float, seed: int, **arguments: object
-) -> None:
+) -> bool:
+    """Whether the answer is LAPACK's; where it is not, that it misses copies of values it has found and no more."""
     A = with_spectrum(values, dtype, seed)
     found = eigsh(A, k, which=which, tol=tol, seed=seed, max_matvecs=100 * len(values), **arguments)
     if found.status != "converged" and "memory" in arguments:
-        return  # drawn at random, some are too hard, or have too little memory: it says so
+        return True  # drawn at random, some are too hard, or have too little memory: it says so
     assert found.status == "converged"
     norm, rounding = float(np.abs(values).max()), 32 * eps(dtype) * len(values) ** 0.5
     # Values closer than tol are not told apart, and neither is one that hides behind them.
@@ -50,16 +51,20 @@ def check(
     # Weyl: a Ritz value is within its residual of an eigenvalue; with orthonormal vectors, k of k different ones.
     got, true = found.values.numpy(), wanted(values, k, which)
     assert (np.abs(got[:, None] - values[None, :]).min(axis=1) <= allowed).all()
-    if "memory" in arguments and tol > 2e-5:
-        return  # so coarse that a search may end before the best value shows
-    if which == "LM":  # equal sizes of both signs tie
-        np.testing.assert_allclose(np.abs(got), np.abs(true), rtol=0, atol=allowed)
-    else:
-        np.testing.assert_allclose(got, true, rtol=0, atol=allowed)
     V = found.vectors.double()
     assert (V.T @ V - torch.eye(k, dtype=torch.float64)).abs().max() <= rounding
     residuals = (A.double() @ V - V * found.values).norm(dim=0)
     assert (residuals <= allowed).all()
+    if "memory" in arguments and tol > 2e-5:
+        return True  # so coarse that a search may end before the best value shows
+    if which == "LM":  # equal sizes of both signs tie
+        got, true = np.abs(got), np.abs(true)
+    missed = true[np.abs(got - true) > allowed]
+    print(
+        "MISSED",
+        repr(dict(values=values, k=k, which=which, tol=tol, dtype=dtype, args=arguments, got=got, true=true)),
+    ) if len(missed) else None
+    return len(missed) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -15,7 +15,8 @@ class MappedRows {
     bool holds(const at::Tensor& X) const { return all_.defined() && X.is_alias_of(all_); }
 
     // Where X lies in the file, its pages leave the process; the system writes them to the file when it
-    // likes, and whoever touches them next gets them back. Elsewhere nothing happens.
+    // likes, and whoever touches them next gets them back, with others around them: after a walk in
+    // panels the whole should rest. Elsewhere nothing happens.
     void rest(const at::Tensor& X) const;
 
     // n rows for the first or the second of two blocks, undefined where there is no room for two such blocks.

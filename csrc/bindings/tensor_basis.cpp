@@ -109,6 +109,7 @@ void TensorBasis::for_each_panel(int64_t first, int64_t m,
         use(columns(first + above, m - above, column, n), above, column);
         rest(first + above, m - above, column, n);
     }
+    rest(first + above, m - above, 0, P);
 }
 
 krylov::Matrix TensorBasis::gram(int64_t m, const Block& W) const {
@@ -138,6 +139,7 @@ void TensorBasis::combine_into(Block X, const Matrix& B, int64_t m) const {
         part.addmm_(coefficients.narrow(1, row, V.size(0)), V);
         mapped_.rest(part);
     });
+    mapped_.rest(X);
 }
 
 std::vector<double> TensorBasis::rotate(int64_t first, int64_t m, const Matrix& B) {
@@ -152,6 +154,7 @@ std::vector<double> TensorBasis::rotate(int64_t first, int64_t m, const Matrix& 
         rest(first, m, column, n);
         for (size_t i = 0; i < errors.size(); ++i) squares[i] += errors[i] * errors[i];
     }
+    rest(first, m, 0, P);
     if (rounding() == 0.0) return {};
     for (double& square : squares) square = std::sqrt(square);
     return squares;

@@ -62,6 +62,8 @@ void TensorSpace::for_each_piece(const Block& X, const Block& Y,
         rest(x);
         rest(y);
     }
+    rest(X);
+    rest(Y);
 }
 
 krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const {
@@ -100,6 +102,7 @@ void TensorSpace::rotate(Block X, const Matrix& B) const {
         part.narrow(0, 0, B.rows).copy_(at::mm(coefficients, part));
         rest(part);
     }
+    rest(X);
 }
 
 krylov::Spectral TensorSpace::eigh(const Matrix& T) const {
