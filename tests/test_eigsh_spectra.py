@@ -60,10 +60,8 @@ def check(
     if which == "LM":  # equal sizes of both signs tie
         got, true = np.abs(got), np.abs(true)
     missed = true[np.abs(got - true) > allowed]
-    print(
-        "MISSED",
-        repr(dict(values=values, k=k, which=which, tol=tol, dtype=dtype, args=arguments, got=got, true=true)),
-    ) if len(missed) else None
+    # Another value than those found would be one that the search never saw, whatever tol.
+    assert (np.abs(missed[:, None] - got[None, :]).min(axis=1, initial=np.inf) <= allowed).all()
     return len(missed) == 0
 
 
@@ -73,13 +71,13 @@ def check(
 @pytest.mark.parametrize(("k", "block"), [(1, 1), (5, None), (14, 3)])
 def test_against_lapack(name: str, which: str, dtype: torch.dtype, k: int, block: int | None) -> None:
     tol = 1e-9 if dtype == torch.float64 else 2e-5
-    check(SPECTRA[name], dtype, k, which, tol, 0, block_size=block)
+    assert check(SPECTRA[name], dtype, k, which, tol, 0, block_size=block)
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
 def test_smallest(value: float) -> None:
     """2 x 2, the smallest matrix that has fewer pairs than rows; a 1 x 1 has none, which is said."""
-    check(np.array([value, 1.0]), torch.float64, 1, "LM", 1e-12, 0)
+    assert check(np.array([value, 1.0]), torch.float64, 1, "LM", 1e-12, 0)
     with pytest.raises(ValueError, match=r"k: expected fewer than P = 1 .*torch.linalg.eigh"):
         eigsh(torch.tensor([[value]]), 1)
 
@@ -104,11 +102,12 @@ def spectra(draw: st.DrawFn) -> np.ndarray:
     return values if len(values) > 1 else np.append(values, 0.0)
 
 
+AGREED: list[bool] = []
+
+
 @settings(max_examples=5000 if LONG else 60, deadline=None, derandomize=not LONG)
 @given(st.data())
-def test_random_spectra(data: st.DataObject) -> None:
-    """Random spectra, arguments and storage; 5000 with FLATCORE_LONG=1, of which a few in a thousand are such that a
-    copy is missed within a cluster that is hardly wider than tol."""
+def draw_and_check(data: st.DataObject) -> None:
     values = data.draw(spectra())
     P = len(values)
     k = data.draw(st.integers(1, min(P - 1, 20)))
@@ -123,10 +122,21 @@ def test_random_spectra(data: st.DataObject) -> None:
     memory = None if rows is None else (least + rows) * P * dtype.itemsize
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check(
+        agreed = check(
             values, dtype, k, data.draw(st.sampled_from(WHICH)), tol, data.draw(st.integers(0, 9)),
             block_size=block, storage=storage, memory=memory,
         )  # fmt: skip
+    AGREED.append(agreed)
+
+
+def test_random_spectra() -> None:
+    """Random spectra, arguments and storage, 5000 with FLATCORE_LONG=1 (some fifteen minutes). Every value returned is
+    an eigenvalue and stands for a pair of its own; what may be missing are copies, to within tol, of values that were
+    found, and that in no more than one answer of two hundred: a cluster about as wide as tol can end a search before
+    all of its vectors show (docs/design.md)."""
+    AGREED.clear()
+    draw_and_check()
+    assert AGREED.count(False) <= len(AGREED) / 200
 
 
 def test_long_float32_vectors() -> None:
