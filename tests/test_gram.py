@@ -32,6 +32,10 @@ def batches(target: Callable[[int], Tensor], width: int = 6) -> list[Any]:
     return [(torch.randn(n, width), target(n)) for n in SIZES]
 
 
+def batch(target: Callable[[int], Tensor]) -> list[Any]:
+    return batches(target)[:1]
+
+
 def classes(n: int) -> Tensor:
     return torch.randint(4, (n,))
 
@@ -87,27 +91,27 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "probabilities": lambda: (
         mlp(),
         nn.CrossEntropyLoss(label_smoothing=0.1),
-        batches(lambda n: torch.rand(n, 4).softmax(1)),
+        batch(lambda n: torch.rand(n, 4).softmax(1)),
     ),
-    "log-probabilities": lambda: (mlp(4, nn.LogSoftmax(dim=1)), nn.NLLLoss(), batches(classes)),
+    "log-probabilities": lambda: (mlp(4, nn.LogSoftmax(dim=1)), nn.NLLLoss(), batch(classes)),
     "squares": lambda: (mlp(), nn.MSELoss(), batches(lambda n: torch.randn(n, 4))),
-    "one number": lambda: (mlp(1, nn.Flatten(0)), nn.MSELoss(), batches(torch.randn)),
+    "one number": lambda: (mlp(1, nn.Flatten(0)), nn.MSELoss(), batch(torch.randn)),
     "binary": lambda: (mlp(), nn.BCEWithLogitsLoss(), batches(lambda n: torch.rand(n, 4))),
     "tokens": tokens,
     "pixels": lambda: (Pixels(), nn.CrossEntropyLoss(), batches(lambda n: torch.randint(3, (n, 2, 2)), 12)),
-    "two outputs": lambda: (Two(), coupled, batches(torch.randn)),
+    "two outputs": lambda: (Two(), coupled, batch(torch.randn)),
     "batch statistics": lambda: (
         nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 2)),
         nn.MSELoss(),
         batches(lambda n: torch.randn(n, 2))[:2],
     ),
-    "interacting": lambda: (mlp(), interacting, batches(lambda n: torch.randn(n, 4))),
+    "interacting": lambda: (mlp(), interacting, batch(lambda n: torch.randn(n, 4))),
     "model loss": lambda: (
         mlp(),
         fc.ModelLoss(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])),
-        batches(classes),
+        batch(classes),
     ),
-    "no curvature": lambda: (mlp(), lambda z, y: (z * y).mean(), batches(lambda n: torch.randn(n, 4))),
+    "no curvature": lambda: (mlp(), lambda z, y: (z * y).mean(), batch(lambda n: torch.randn(n, 4))),
 }
 INDEFINITE = ("two outputs",)
 
@@ -118,7 +122,7 @@ def problem(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> fc
     model = model.to(dtype)
     if isinstance(loss, nn.Module):
         loss = loss.to(dtype)
-    data = [tuple(t.to(dtype) if t.is_floating_point() else t for t in batch) for batch in data]
+    data = [tuple(t.to(dtype) if t.is_floating_point() else t for t in part) for part in data]
     train = name == "batch statistics"
     return fc.GGN(fc.Objective(model.train(train), loss, data, allow_train_mode=train, **options))
 
@@ -180,10 +184,9 @@ def functionals(x: np.ndarray) -> list[tuple[Callable[..., Any], float]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["cross-entropy", "tokens"])
-def test_float32(name: str) -> None:
+def test_float32() -> None:
     """Eigenvalues of float32 rows are those of the float64 net to float32's rounding, and the rank is bounded."""
-    A, exact = problem(name, torch.float32), problem(name)
+    A, exact = problem("tokens", torch.float32), problem("tokens")
     found = gram.gram_of(A, as_full_operator(A), asked=True)
     assert found is not None
     true = spectrum(exact)
@@ -202,7 +205,7 @@ def test_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = found._matrix()
     units = []
     monkeypatch.setattr(OutputRows, "_rows", lambda *a, old=OutputRows._rows: units.append(1) or old(*a))
-    for rows, swept in ((9, 9 + 6 + 3), (4, sum(range(1, 10)))):
+    for rows, swept in ((9, 7 + 4 + 1), (4, sum(range(1, 8)))):
         units.clear()
         free = 2 * (3 * 8 * found.rows.extent.most**2 + (rows + 4) * A.shape[0] * 8)
         monkeypatch.setattr(gram, "free_bytes", lambda device, free=free: free)
@@ -303,7 +306,7 @@ def test_refused(make: Callable[[], Any], text: str) -> None:
 def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "free_bytes", lambda device: 10_000)
     with pytest.raises(
-        ValueError, match=r"the Gram matrix of 36 outputs takes .* more than half of what is free"
+        ValueError, match=r"the Gram matrix of 28 outputs takes .* more than half of what is free"
     ):
         fc.logdet(problem("squares"), 1.0, method="gram")
     assert fc.logdet(problem("squares"), 1.0).method != "gram"
