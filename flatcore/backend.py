@@ -45,6 +45,9 @@ class Backends:
             self._reason = str(error)
             self._once = isinstance(error, NotTwiceDifferentiableError)
 
+    def native(self) -> NativeBackend | str:
+        return self._native or self._reason
+
     def choose(self, mode: Mode) -> Backend:
         reason = self._native.refusal(mode) if self._native else self._reason
         if self._native and not reason:
@@ -102,3 +105,10 @@ def backend_for(objective: Objective, mode: Mode) -> Backend:
     if not isinstance(objective.backends, Backends):
         objective.backends = Backends(objective)
     return objective.backends.choose(mode)
+
+
+def native_backend(objective: Objective) -> NativeBackend | str:
+    """The engine's backend of an objective, or why there is none."""
+    if not isinstance(objective.backends, Backends):
+        objective.backends = Backends(objective)
+    return objective.backends.native()

@@ -18,6 +18,7 @@ from torch import Tensor
 from flatcore import checks
 from flatcore._C import engine
 from flatcore.capture import (
+    ProbedProgram,
     Program,
     batch_leaves,
     capture,
@@ -69,9 +70,10 @@ class NativeBackend:
         self._held = 0
         self._most: dict[tuple[Mode, Precision], int] = {}  # directions at once
         self._mixes: str | None = None  # not tried yet
+        self.sweeps: object = None  # set by flatcore.example_sweeps
         with plain_torch():
             for batch in objective.batches():
-                key = _key(batch.batch)
+                key = key_of(batch.batch)
                 self._keys.append(key)
                 if key in self._compiled:
                     continue
@@ -93,11 +95,7 @@ class NativeBackend:
             rows = [program.values[i].shape for i in program.cut]
             if mode == "covariance" and not all(shape and shape[0] % batch == 0 for shape in rows):
                 return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
-        if mode != "covariance":
-            return ""
-        if self._mixes is None:
-            self._mixes = self._mixing()
-        return self._mixes
+        return self.mixing() if mode == "covariance" else ""
 
     @property
     def external(self) -> list[str]:
@@ -205,7 +203,11 @@ class NativeBackend:
             raise CaptureError(f"{type(error).__name__}: {first_line}") from error
         if program.reduction == "sum":
             objective.refuse_sum()
-        return Compiled(program, _engine_program(program, objective))
+        unknown = {op.kind for op in program.ops} - set(engine.op_kinds())
+        if unknown:
+            raise CaptureError("the engine has no rules for it", op=min(unknown))
+        offsets = {i: objective.layout.slices[name].start for i, name in program.parameters.items()}
+        return Compiled(program, engine_program(program, offsets, objective.layout.size))
 
     def _check_loss(self, batch: WeightedBatch) -> None:
         """A program that does not compute the model's loss must not be used, whatever the reason."""
@@ -224,7 +226,7 @@ class NativeBackend:
                     objective.evaluate, batch.batch, objective.snapshot().values, batch.index, twice=False
                 ).loss
             )
-        program = self._compiled[_key(batch.batch)].program
+        program = self._compiled[key_of(batch.batch)].program
         # Does the model cast to float32 inside?
         rounds = any(
             op.kind == "round" or op.attrs.get("round") or (op.external and op.external.rounds)
@@ -260,16 +262,35 @@ class NativeBackend:
         sources = [s for c in self._compiled.values() for s in c.program.prelude.sources]
         return [s.tensor for s in sources if s.tensor is not None]
 
+    def compiled(self, batch: WeightedBatch) -> Compiled:
+        """The program of a batch."""
+        return self._compiled[key_of(batch.batch)]
+
+    def programs(self) -> dict[Hashable, Compiled]:
+        """The programs by the `key_of` the batches they are for."""
+        return dict(self._compiled)
+
+    def mixing(self) -> str:
+        """Why the rows of the model's output are not the examples' own; empty if they are."""
+        if self._mixes is None:
+            self._mixes = self._mixing()
+        return self._mixes
+
+    def leaves(self, batch: WeightedBatch, snapshot: Snapshot) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Constants and parameters of a batch's program by value id."""
+        program = self.compiled(batch).program
+        frozen = named_tensors(self.objective.model, self.objective.loss_function)
+        constants = once_differentiable(partial(program.prelude.run, batch_leaves(batch.batch), frozen))
+        return constants, {i: snapshot.values[name] for i, name in program.parameters.items()}
+
     def _linearize(self, batch: WeightedBatch, snapshot: Snapshot) -> tuple[engine.Linearization, int]:
         """The state of a batch and the bytes it holds, constants included."""
-        compiled = self._compiled[_key(batch.batch)]
-        program = compiled.program
+        constants, parameters = self.leaves(batch, snapshot)
+        state = engine.Linearization(
+            self.compiled(batch).engine, constants | parameters, batch.weight
+        )
         frozen = named_tensors(self.objective.model, self.objective.loss_function)
-        given = batch_leaves(batch.batch)
-        constants = once_differentiable(partial(program.prelude.run, given, frozen))
-        parameters = {i: snapshot.values[name] for i, name in program.parameters.items()}
-        state = engine.Linearization(compiled.engine, constants | parameters, batch.weight)
-        known = {t.untyped_storage().data_ptr() for t in (*given, *frozen.values())}
+        known = {t.untyped_storage().data_ptr() for t in (*batch_leaves(batch.batch), *frozen.values())}
         own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in constants.values()}
         return state, state.bytes + sum(size for storage, size in own.items() if storage not in known)
 
@@ -300,7 +321,7 @@ class NativeBackend:
         return [slice(a, b) for a, b in pairwise(bounds)]
 
 
-def _key(batch: Batch) -> Hashable:
+def key_of(batch: Batch) -> Hashable:
     """Batches of one key share a program. Raises CaptureError where that could mix up two batches."""
     structure = flatten_batch(batch)[1]
     for _, leaf in structure.others:
@@ -311,11 +332,10 @@ def _key(batch: Batch) -> Hashable:
     return structure.key
 
 
-def _engine_program(program: Program, objective: Objective) -> engine.Program:
-    unknown = {op.kind for op in program.ops} - set(engine.op_kinds())
-    if unknown:
-        raise CaptureError("the engine has no rules for it", op=min(unknown))
-    slices = objective.layout.slices
+def engine_program(
+    program: Program | ProbedProgram, offsets: dict[int, int], parameters: int
+) -> engine.Program:
+    """The engine's form of a program whose parameters, by value id, begin there in the flat vector of that length."""
     try:
         return engine.Program(
             values=[(value.kind, value.shape) for value in program.values],
@@ -323,8 +343,8 @@ def _engine_program(program: Program, objective: Objective) -> engine.Program:
                 (op.kind, [-1 if i is None else i for i in op.inputs], op.output, op.attrs, op.path)
                 for op in program.ops
             ],
-            offsets={i: slices[name].start for i, name in program.parameters.items()},
-            parameters=objective.layout.size,
+            offsets=offsets,
+            parameters=parameters,
             loss=program.loss,
             cut=list(program.cut or ()),
         )

@@ -16,6 +16,7 @@
 #include "engine/workspace.h"
 #include "external.h"
 #include "kernels/parallel.h"
+#include "linearization.h"
 
 namespace py = pybind11;
 
@@ -27,13 +28,6 @@ ValueKind kind_named(const std::string& name) {
     if (name == "constant") return ValueKind::constant;
     if (name == "activation") return ValueKind::activation;
     throw py::value_error("value kind: expected parameter, constant or activation, got '" + name + "'");
-}
-
-Mode mode_named(const std::string& name) {
-    if (name == "hessian") return Mode::hessian;
-    if (name == "ggn") return Mode::ggn;
-    if (name == "covariance") return Mode::covariance;
-    throw py::value_error("mode: expected hessian, ggn or covariance, got '" + name + "'");
 }
 
 Precision precision_named(const std::string& name) {
@@ -91,13 +85,6 @@ void check_directions(const State& state, const at::Tensor& t, const char* name)
                      name, ": expected ", state.options().dtype(), " on ", state.options().device(), ", got ",
                      t.scalar_type(), " on ", t.device());
 }
-
-// A state keeps its program alive.
-struct Linearization {
-    std::shared_ptr<Program> program;
-    std::unique_ptr<State> state;
-    double seed;
-};
 
 std::unique_ptr<Linearization> make_linearization(std::shared_ptr<Program> program,
                                                   const std::unordered_map<int, at::Tensor>& leaves,
@@ -161,6 +148,14 @@ void run_gradient(const Linearization& self, const at::Tensor& y, bool accumulat
 }
 
 }  // namespace
+
+Mode mode_named(const std::string& name) {
+    if (name == "hessian") return Mode::hessian;
+    if (name == "ggn") return Mode::ggn;
+    if (name == "covariance") return Mode::covariance;
+    if (name == "remainder") return Mode::remainder;
+    throw py::value_error("mode: expected hessian, ggn, covariance or remainder, got '" + name + "'");
+}
 
 void bind_engine(py::module_ m) {
     auto engine = m.def_submodule("engine", "The second-order program and its sweeps.");
@@ -227,6 +222,7 @@ void bind_engine(py::module_ m) {
                 return p.rounded_flops(mode_named(mode), K);
             },
             py::arg("mode"), py::arg("K"))
+        .def("has_remainder", &Program::has_remainder)
         .def("state_bytes", &Program::state_bytes, py::arg("itemsize"))
         .def(
             "op_flops",
@@ -234,8 +230,8 @@ void bind_engine(py::module_ m) {
                 return p.rule(op).flops(K, p.second_order(mode_named(mode), op));
             },
             py::arg("op"), py::arg("mode"), py::arg("K"));
-    py::class_<Linearization>(engine, "Linearization")
-        .def(py::init(&make_linearization), py::arg("program"), py::arg("leaves"), py::arg("seed"))
+    py::class_<Linearization> linearization(engine, "Linearization");
+    linearization.def(py::init(&make_linearization), py::arg("program"), py::arg("leaves"), py::arg("seed"))
         .def_property_readonly("loss", [](const Linearization& self) { return self.state->loss(); })
         .def_property_readonly("bytes", [](const Linearization& self) { return self.state->bytes(); })
         .def(
@@ -248,6 +244,7 @@ void bind_engine(py::module_ m) {
         .def("quadratic_form", &run_quadratic_form, py::arg("V"), py::arg("q"), py::arg("mode"),
              py::arg("batch_examples"), py::arg("examples"), py::arg("precision") = "full")
         .def("gradient", &run_gradient, py::arg("y"), py::arg("accumulate"));
+    bind_example_probes(linearization);
 }
 
 }  // namespace flatcore

@@ -35,8 +35,14 @@ class Pass final : public Directions {
     // `visit(op, cotangent)` is called before each op's rule runs.
     template <class Visit>
     void adjoint_sweep(const Visit& visit) {
+        adjoint_sweep(visit, [this](size_t i) { return program_.in_adjoint(mode_, i); });
+    }
+
+    // Of the ops for which included(index).
+    template <class Visit, class Included>
+    void adjoint_sweep(const Visit& visit, const Included& included) {
         for (size_t i = program_.ops().size(); i-- > 0;) {
-            if (!program_.in_adjoint(mode_, i)) continue;
+            if (!included(i)) continue;
             const Op& op = program_.ops()[i];
             const Rule& rule = program_.rule(i);
             enter(op);
@@ -117,6 +123,10 @@ class Pass final : public Directions {
         return {current, fresh};
     }
 
+    ExampleProbes* probes() const override { return probes_; }
+    void set_probes(ExampleProbes* probes) { probes_ = probes; }
+
+    void set_tangent(int id, at::Tensor t) { tangents_[static_cast<size_t>(id)] = std::move(t); }
     const at::Tensor& tangent_of(int id) const { return tangents_[static_cast<size_t>(id)]; }
     at::Tensor& cotangent_of(int id) { return cotangents_[static_cast<size_t>(id)]; }
 
@@ -147,6 +157,7 @@ class Pass final : public Directions {
     const Precision precision_;
     const at::Tensor V_, Y_;
     const Op* op_ = nullptr;
+    ExampleProbes* probes_ = nullptr;
     std::vector<at::Tensor> tangents_, cotangents_;
     std::vector<bool> owned_;    // a cotangent buffer no one else holds
     std::vector<bool> written_;  // a parameter's slice of Y that holds something

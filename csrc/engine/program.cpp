@@ -34,7 +34,7 @@ Program::Program(std::vector<Value> values, std::vector<Op> ops, int64_t paramet
         for (int input : ops_[i].inputs)
             if (input >= 0) reaches_cut[static_cast<size_t>(input)] = true;
     }
-    for (Mode mode : {Mode::hessian, Mode::ggn, Mode::covariance, Mode::gradient})
+    for (Mode mode : {Mode::hessian, Mode::ggn, Mode::covariance, Mode::gradient, Mode::remainder})
         make_plan(mode, model_side);
     mark_kept();
 }
@@ -65,6 +65,8 @@ void Program::mark_active() {
             if (values_[static_cast<size_t>(input)].active)
                 values_[static_cast<size_t>(op.output)].active = true;
         }
+        // A probe stands for a parameter that is no value of the program's (example_probes.h).
+        if (op.kind.starts_with("probe_")) values_[static_cast<size_t>(op.output)].active = true;
         if (defined[static_cast<size_t>(op.output)])
             throw std::invalid_argument("value " + std::to_string(op.output) + " is computed twice");
         defined[static_cast<size_t>(op.output)] = true;
@@ -90,9 +92,10 @@ void Program::make_plan(Mode mode, const std::vector<bool>& model_side) {
     p.last_tangent_use.assign(m, -1);
     p.first_tangent_use.assign(m, -1);
     for (size_t i = n; i-- > 0;) {
-        p.second_order[i] = mode == Mode::hessian || (mode == Mode::ggn && !model_side[i]);
+        p.second_order[i] = mode == Mode::hessian || (mode == Mode::ggn && !model_side[i]) ||
+                            (mode == Mode::remainder && model_side[i]);
         p.curved[i] = p.second_order[i] || (mode == Mode::ggn && rules_[i]->holds_cut());
-        p.in_adjoint[i] = mode != Mode::covariance || model_side[i];
+        p.in_adjoint[i] = (mode != Mode::covariance && mode != Mode::remainder) || model_side[i];
         if (!p.curved[i]) continue;
         for (size_t j = 0; j < ops_[i].inputs.size(); ++j) {
             const int id = ops_[i].inputs[j];
@@ -127,6 +130,12 @@ void Program::mark_kept() {
         if (rules_[i]->reads_output_adjoint()) keeps_adjoint_[output] = true;
     }
     for (int id : cut_) keeps_adjoint_[static_cast<size_t>(id)] = true;
+}
+
+bool Program::has_remainder() const {
+    for (size_t i = 0; i < ops_.size(); ++i)
+        if (second_order(Mode::remainder, i) && rules_[i]->has_second_order()) return true;
+    return false;
 }
 
 double Program::flops(Mode mode, int64_t K) const {

@@ -16,9 +16,10 @@ class Rule;
 
 enum class ValueKind { parameter, constant, activation };
 
-// What a pass through the program computes. `gradient` is the backward sweep with the parameters included.
-enum class Mode { hessian, ggn, covariance, gradient };
-constexpr int kModes = 4;
+// What a pass through the program computes. `gradient` is the backward sweep with the parameters included,
+// `remainder` the Hessian without the Gauss-Newton matrix: second derivatives of the model alone.
+enum class Mode { hessian, ggn, covariance, gradient, remainder };
+constexpr int kModes = 5;
 
 // What the operands of a product's large matrix products are rounded to; everything else has the parameters'
 // precision.
@@ -71,6 +72,9 @@ class Program {
     // Values and adjoints that some mode's product reads after the backward sweep; the others are freed.
     bool keeps_value(int value) const { return keeps_value_[value]; }
     bool keeps_adjoint(int value) const { return keeps_adjoint_[value]; }
+
+    // Is there a second derivative on the model's side at all?
+    bool has_remainder() const;
 
     // Floating-point operations of one product with K directions.
     double flops(Mode mode, int64_t K) const;

@@ -6,6 +6,7 @@
 
 #include "rules/external.h"
 #include "rules/losses.h"
+#include "rules/probe.h"
 #include "rules/rules.h"
 
 namespace flatcore {
@@ -60,6 +61,10 @@ const std::unordered_map<std::string, Kind>& kinds() {
         {"where", kind<WhereRule>(3, 3)},
         {"round", kind<RoundRule>(1, 1)},
         {"external", kind<ExternalRule>(1, 1 << 20)},
+        {"probe_broadcast", kind<BroadcastProbeRule>(2, 3)},
+        {"probe_rows", kind<RowsProbeRule>(2, 2)},
+        {"probe_linear", kind<LinearProbeRule>(3, 3)},
+        {"probe_conv2d", kind<ConvolutionProbeRule>(3, 3)},
     };
     return table;
 }
@@ -78,7 +83,8 @@ std::unique_ptr<Rule> make_rule(const Program& program, const Op& op) {
 
 std::vector<std::string> rule_kinds() {
     std::vector<std::string> names;
-    for (const auto& [name, entry] : kinds()) names.push_back(name);
+    for (const auto& [name, entry] : kinds())
+        if (!name.starts_with("probe_")) names.push_back(name);
     return names;
 }
 

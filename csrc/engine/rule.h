@@ -18,6 +18,7 @@
 namespace flatcore {
 
 class State;
+struct ExampleProbes;
 
 // A buffer that a rule adds to: result = fresh ? written : added.
 struct Accumulator {
@@ -46,6 +47,8 @@ class Directions {
     virtual void add(int i, at::Tensor contribution, bool owned) = 0;
     // The buffer itself, for rules that write or add in place. Once taken it counts as written.
     virtual Accumulator accumulator(int i) = 0;
+    // Of a pass over probes of each example's own; null in any other.
+    virtual ExampleProbes* probes() const { return nullptr; }
 };
 
 // Of matrix products whose operands are rounded where that is asked for: their flops, and the elements that
@@ -112,6 +115,7 @@ class Rule {
 
 // Throws std::invalid_argument naming the kind when it is unknown, and on wrong attributes or arity.
 std::unique_ptr<Rule> make_rule(const Program& program, const Op& op);
+// Of the vocabulary: probes are none of it.
 std::vector<std::string> rule_kinds();
 
 }  // namespace flatcore

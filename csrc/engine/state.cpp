@@ -12,10 +12,14 @@ namespace flatcore {
 State::State(const Program& program, const std::unordered_map<int, at::Tensor>& leaves, double seed)
     : program_(program), values_(program.values().size()), adjoints_(program.values().size()),
       saved_(program.ops().size()) {
+    // Parameters come first among the values, whether they are the program's own or constants of it.
+    int first = static_cast<int>(values_.size());
     for (const auto& [id, tensor] : leaves) {
         values_[static_cast<size_t>(id)] = tensor;
-        if (program.values()[static_cast<size_t>(id)].kind == ValueKind::parameter)
+        if (id < first && tensor.is_floating_point()) {
+            first = id;
             options_ = tensor.options();
+        }
     }
     for (size_t i = 0; i < program.ops().size(); ++i) {
         const Op& op = program.ops()[i];

@@ -3,26 +3,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "counter.h"
 #include "parallel.h"
 
 namespace flatcore {
 namespace {
 
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ULL;
 constexpr int64_t kWordsPerPiece = 1024;  // fewer are not worth a thread
-
-uint64_t mix(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
-    return z ^ (z >> 31);
-}
-
-// The stream number keeps signs and normals of the same seed apart.
-uint64_t row_key(uint64_t seed, uint64_t stream, int64_t row) {
-    return mix(mix(mix(seed + kGolden) + stream * kGolden) + (static_cast<uint64_t>(row) + 1) * kGolden);
-}
-
-uint64_t word(uint64_t key, int64_t index) { return mix(key + (static_cast<uint64_t>(index) + 1) * kGolden); }
 
 // Uniform on (0, 1], 53 bits; never 0, so its logarithm is finite.
 double uniform(uint64_t bits) { return static_cast<double>((bits >> 11) + 1) * 0x1.0p-53; }
@@ -35,7 +22,7 @@ void rademacher_rows(uint64_t seed, int64_t first, int64_t K, int64_t P, T* out)
     parallel_for(0, K * words, kWordsPerPiece, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = i / words, index = i % words;
-            const uint64_t bits = word(row_key(seed, 0, first + row), index);
+            const uint64_t bits = word(row_key(seed, Stream::signs, first + row), index);
             T* target = out + row * P + index * 64;
             const int64_t count = std::min<int64_t>(64, P - index * 64);
             for (int64_t j = 0; j < count; ++j) target[j] = ((bits >> j) & 1) ? T(1) : T(-1);
@@ -49,7 +36,7 @@ void normal_rows(uint64_t seed, int64_t first, int64_t K, int64_t P, T* out) {
     parallel_for(0, K * pairs, kWordsPerPiece, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = i / pairs, pair = i % pairs;
-            const uint64_t key = row_key(seed, 1, first + row);
+            const uint64_t key = row_key(seed, Stream::normals, first + row);
             const double radius = std::sqrt(-2.0 * std::log(uniform(word(key, 2 * pair))));
             const double angle = 2.0 * M_PI * uniform(word(key, 2 * pair + 1));
             T* target = out + row * P + 2 * pair;

@@ -1,9 +1,4 @@
-// Counter-based random rows: an element depends on (seed, row, element) alone, so a probe is the same
-// whatever the block it is drawn in, the number of threads and the device.
-//
-// The generator is the output function of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom
-// number generators", OOPSLA 2014, figure 15) applied to a counter that starts from a hash of (seed, stream,
-// row).
+// Counter-based random rows (counter.h): an element depends on (seed, row, element) alone.
 #pragma once
 
 #include <cstdint>

@@ -2,9 +2,11 @@
 
 from .batch import batch_leaves, flatten_batch, split_batch
 from .cut import NO_VALUE
+from .examples import NotSeparable
 from .export import capture
 from .interpreter import cut_values, interpret
 from .prelude import Prelude, named_tensors
+from .probed import ProbedProgram, probe
 from .program import Op, Program, Value
 from .trial import NOT_DERIVATIVE
 from .verify import VerificationError, verify
@@ -12,8 +14,10 @@ from .verify import VerificationError, verify
 __all__ = [
     "NOT_DERIVATIVE",
     "NO_VALUE",
+    "NotSeparable",
     "Op",
     "Prelude",
+    "ProbedProgram",
     "Program",
     "Value",
     "VerificationError",
@@ -23,6 +27,7 @@ __all__ = [
     "flatten_batch",
     "interpret",
     "named_tensors",
+    "probe",
     "split_batch",
     "verify",
 ]

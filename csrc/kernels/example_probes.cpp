@@ -1,0 +1,105 @@
+#include "example_probes.h"
+
+#include <algorithm>
+
+#include "counter.h"
+#include "parallel.h"
+
+namespace flatcore {
+namespace {
+
+constexpr int64_t kSignsPerPiece = 1 << 14;  // fewer are not worth a thread
+
+uint64_t example_key(const ExampleBlock& block, int64_t probe, int64_t example) {
+    const uint64_t key = row_key(block.seed, Stream::examples, block.first_probe + probe);
+    return mix(key + (static_cast<uint64_t>(block.first_example + example) + 1) * kGolden);
+}
+
+// The signs of elements [first, first + count), 64 of which share a word.
+template <class T>
+void run(uint64_t key, int64_t first, int64_t count, T* out) {
+    while (count > 0) {
+        const int64_t bit = first % 64, length = std::min(count, 64 - bit);
+        const uint64_t bits = word(key, first / 64) >> bit;
+        if (length == 64)
+            for (int j = 0; j < 64; ++j) out[j] = T(1) - T(2) * static_cast<T>((bits >> j) & 1);
+        else
+            for (int j = 0; j < length; ++j) out[j] = T(1) - T(2) * static_cast<T>((bits >> j) & 1);
+        first += length;
+        count -= length;
+        out += length;
+    }
+}
+
+// body(key, probe, example, target) for every probe and example; `count` elements of the result each.
+template <class T, class Body>
+void for_each_example(const ExampleBlock& block, int64_t count, T* out, const Body& body) {
+    const int64_t grain = std::max<int64_t>(1, kSignsPerPiece / std::max<int64_t>(count, 1));
+    parallel_for(0, block.probes * block.examples, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t probe = i / block.examples, example = i % block.examples;
+            body(example_key(block, probe, example), example, out + i * count);
+        }
+    });
+}
+
+}  // namespace
+
+template <class T>
+void example_signs(const ExampleBlock& block, int64_t first, int64_t count, T* out) {
+    if (block.probes * block.examples == 1) {  // few and long: the elements are what threads share
+        const uint64_t key = example_key(block, 0, 0);
+        parallel_for(0, count, kSignsPerPiece,
+                     [&](int64_t begin, int64_t end) { run(key, first + begin, end - begin, out + begin); });
+        return;
+    }
+    for_each_example(block, count, out,
+                     [&](uint64_t key, int64_t, T* target) { run(key, first, count, target); });
+}
+
+template <class T>
+void example_signs_at(const ExampleBlock& block, int64_t offset, const int64_t* elements, int64_t count,
+                      T* out) {
+    for_each_example(block, count, out, [&](uint64_t key, int64_t, T* target) {
+        for (int64_t j = 0; j < count; ++j) run(key, offset + elements[j], 1, target + j);
+    });
+}
+
+template <class T>
+void example_row_signs(const ExampleBlock& block, int64_t offset, const int64_t* index, int64_t rows,
+                       int64_t width, int64_t frozen, T* out) {
+    for_each_example(block, rows * width, out, [&](uint64_t key, int64_t example, T* target) {
+        for (int64_t r = 0; r < rows; ++r, target += width) {
+            const int64_t row = index[example * rows + r];
+            if (row == frozen)
+                std::fill(target, target + width, T(0));
+            else
+                run(key, offset + row * width, width, target);
+        }
+    });
+}
+
+template <class T>
+void row_dots(int64_t rows, int64_t width, const T* a, const T* b, double* out) {
+    const int64_t grain = std::max<int64_t>(1, kSignsPerPiece / std::max<int64_t>(width, 1));
+    parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const T *x = a + r * width, *y = b + r * width;
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < width; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(y[j]);
+            out[r] = sum;
+        }
+    });
+}
+
+#define FLATCORE_INSTANTIATE(T)                                                                        \
+    template void example_signs<T>(const ExampleBlock&, int64_t, int64_t, T*);                         \
+    template void example_signs_at<T>(const ExampleBlock&, int64_t, const int64_t*, int64_t, T*);      \
+    template void example_row_signs<T>(const ExampleBlock&, int64_t, const int64_t*, int64_t, int64_t, \
+                                       int64_t, T*);                                                   \
+    template void row_dots<T>(int64_t, int64_t, const T*, const T*, double*);
+FLATCORE_INSTANTIATE(float)
+FLATCORE_INSTANTIATE(double)
+
+}  // namespace flatcore

@@ -1,0 +1,258 @@
+"""Sweeps over the examples of an objective one by one, all at once: probes of each example's own, exact sums over the
+outputs. For objectives that have programs and whose loss is a sum over examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flatcore import checks
+from flatcore._C import engine
+from flatcore.backend import native_backend
+from flatcore.capture import NotSeparable, ProbedProgram, probe
+from flatcore.environment import full_precision
+from flatcore.evaluate import plain_torch
+from flatcore.native import NativeBackend, engine_program, key_of
+from flatcore.objective import Objective, Snapshot, WeightedBatch
+
+# "remainder": the Hessian without the Gauss-Newton matrix, second derivatives of the model alone.
+SweepMode = Literal["hessian", "ggn", "remainder"]
+
+# Outputs of an example up to which each gets a sweep of its own.
+_MOST_OUTPUTS = 256
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sums over all examples, in all and for each parameter: entry 0 is the total, entry 1 + i parameter i.
+
+    mean: of K probes. variance: of that mean, from the spread of each example's K values. fourth: the sum of the
+    squares of what variance adds up, which tells how many terms make it. diagonal and its variance: (P,) or None.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    fourth: Tensor
+    K: int
+    diagonal: Tensor | None = None
+    diagonal_variance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    program: ProbedProgram
+    engine: engine.Program
+
+
+class ExampleSweeps:
+    """Traces and diagonals of an objective's curvature, example by example at once.
+
+    Raises NotSeparable, with the reason, where the loss is not seen to be a sum over examples or has no program.
+
+    probed: the parameters that each example's probes reach; left: those that need vectors shared by all examples.
+    """
+
+    def __init__(self, objective: Objective, native: NativeBackend) -> None:
+        self._objective, self._native = objective, native
+        offsets = {name: part.start for name, part in objective.layout.slices.items()}
+        self._compiled: dict[Hashable, _Compiled] = {}
+        for key, compiled in native.programs().items():
+            program = probe(compiled.program, offsets)
+            self._compiled[key] = _Compiled(program, engine_program(program, {}, 0))
+        names = list(objective.layout.slices)
+        left = {name for c in self._compiled.values() for name in c.program.left}
+        self.probed = tuple(name for name in names if name not in left)
+        self.left = tuple(name for name in names if name in left)
+        if any(len(c.program.cut) == 1 for c in self._compiled.values()) and (reason := native.mixing()):
+            raise NotSeparable(reason)
+        self._kept: tuple[Snapshot, int, engine.Linearization] | None = None
+
+    @property
+    def has_remainder(self) -> bool:
+        """Does the Hessian's trace differ from that of the Gauss-Newton matrix? Not in piecewise linear models."""
+        return any(c.engine.has_remainder() for c in self._compiled.values())
+
+    def flops(self, mode: SweepMode) -> float:
+        """Of one probe, or with "ggn" of about two outputs, over all batches."""
+        return sum(self._of(batch).engine.flops(mode, 1) for batch in self._objective.batches())
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of an example that an exact sum goes through; 0 where there is none."""
+        counts = []
+        for compiled in self._compiled.values():
+            program = compiled.program
+            if len(program.cut) != 1 or self.left or any(op.attrs.get("repeated") for op in program.ops):
+                return 0
+            counts.append(program.values[program.cut[0]].numel // program.examples)
+        return max(counts) if max(counts) <= _MOST_OUTPUTS else 0
+
+    def probe(
+        self,
+        mode: SweepMode,
+        at: Snapshot,
+        seed: int,
+        first: int,
+        K: int,
+        *,
+        relative: bool = False,
+        diagonal: bool = False,
+        note: Callable[[int], None] = lambda examples: None,
+    ) -> Samples:
+        """K >= 2 probes, numbers first to first + K - 1, of every example. The same for a seed however the data are cut
+        into batches.
+
+        relative: probes W A with random signs A, for weights alone, whose mean is sum_ss' <w_s, w_s'> tr H_ss' for the
+        rows w_s of each weight (Petzka et al. 2021, equation 4).
+        """
+        totals = torch.zeros(3, 1 + len(self.probed), dtype=torch.float64)
+        P = self._objective.layout.size
+        diag = torch.zeros(P, dtype=torch.float64) if diagonal else None
+        spread = torch.zeros(P, dtype=torch.float64) if diagonal else None
+        for batch, first_example, state, compiled in self._states(at):
+            sums = torch.zeros(K, len(compiled.program.probed), batch.examples, dtype=torch.float64)
+            pieces = [(0, K)] if diagonal else self._pieces(compiled, mode, K)
+            for begin, end in pieces:
+                state.example_pass(
+                    mode, sums[begin:end], seed, first + begin, first_example, relative, diag, spread
+                )
+            values = self._by_name(sums, compiled)
+            variance = values.var(0) / K
+            totals[0] += values.mean(0).sum(1)
+            totals[1] += variance.sum(1)
+            totals[2] += variance.square().sum(1)
+            note(first_example + batch.examples)
+        return Samples(totals[0], totals[1], totals[2], K, diag, spread)
+
+    def exact_ggn(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None] | None:
+        """tr G as `Samples.mean` holds it, and diag G (P,): one sweep of activations for each output of an example.
+
+        With S_n = sum_j a_nj a_nj^T the loss' second derivative in the outputs of example n, tr G is the sum of the
+        |J_n^T a_nj|². None where S_n is not positive semidefinite.
+        """
+        totals = torch.zeros(1 + len(self.probed), dtype=torch.float64)
+        diag = torch.zeros(self._objective.layout.size, dtype=torch.float64) if diagonal else None
+        for batch, _, state, compiled in self._states(at):
+            shape = compiled.program.values[compiled.program.cut[0]].shape
+            factors = _factors(state, shape, batch.examples, self._objective.layout.dtype)
+            if factors is None:
+                return None
+            sums = torch.zeros(
+                len(factors), len(compiled.program.probed), batch.examples, dtype=torch.float64
+            )
+            for begin, end in self._pieces(compiled, "ggn", len(factors)):
+                state.output_pass(factors[begin:end].contiguous(), sums[begin:end], diag)
+            totals += self._by_name(sums, compiled).sum((0, 2))
+        return totals, diag
+
+    def exact_covariance(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The trace of (1/N) sum_n g_n g_nᵀ, not centred, and its diagonal: one sweep."""
+        totals = torch.zeros(1 + len(self.probed), dtype=torch.float64)
+        diag = torch.zeros(self._objective.layout.size, dtype=torch.float64) if diagonal else None
+        for batch, _, state, compiled in self._states(at):
+            adjoint = state.adjoint(compiled.program.cut[0]).unsqueeze(0).contiguous()
+            sums = torch.zeros(1, len(compiled.program.probed), batch.examples, dtype=torch.float64)
+            state.output_pass(adjoint, sums, diag)
+            totals += self._by_name(sums, compiled).sum((0, 2))
+        N = self._objective.examples
+        return totals * N, None if diag is None else diag * N
+
+    def release(self) -> None:
+        """Gives back what is held between two sweeps."""
+        self._kept = None
+
+    def _by_name(self, sums: Tensor, compiled: _Compiled) -> Tensor:
+        """(K, 1 + probed, examples): the total first."""
+        if compiled.program.probed != self.probed:
+            places = [compiled.program.probed.index(name) for name in self.probed]
+            sums = sums[:, places]
+        return torch.cat([sums.sum(1, keepdim=True), sums], 1)
+
+    def _of(self, batch: WeightedBatch) -> _Compiled:
+        return self._compiled[key_of(batch.batch)]
+
+    def _states(
+        self, at: Snapshot
+    ) -> Iterator[tuple[WeightedBatch, int, engine.Linearization, _Compiled]]:
+        """Each batch with the number of its first example and its state, which goes with the next one's."""
+        examples = self._objective.data.examples
+        for batch in self._objective.batches():
+            compiled = self._of(batch)
+            if self._kept is not None and self._kept[:2] == (at, batch.index):
+                state = self._kept[2]
+            else:
+                self._kept = None
+                with plain_torch():
+                    state = self._linearize(batch, compiled, at)
+                self._kept = (at, batch.index, state)
+            with full_precision():
+                yield batch, sum(examples[: batch.index]), state, compiled
+
+    def _linearize(
+        self, batch: WeightedBatch, compiled: _Compiled, at: Snapshot
+    ) -> engine.Linearization:
+        constants, parameters = self._native.leaves(batch, at)
+        program = compiled.program
+        if op := program.crosses(constants):
+            raise NotSeparable(f"'{op.aten or op.kind}' in module '{op.path}' mixes the examples of a batch")
+        leaves = constants | parameters | program.element_constants(constants)
+        state = engine.Linearization(compiled.engine, leaves, batch.weight)
+        checks.check_finite_loss(state.loss, batch.index)
+        return state
+
+    def _pieces(self, compiled: _Compiled, mode: SweepMode, K: int) -> list[tuple[int, int]]:
+        """K directions in as few pieces as the memory budget allows."""
+        budget, itemsize = self._objective.budget.directions, self._objective.layout.dtype.itemsize
+        held = sum(
+            compiled.program.values[op.output].numel
+            for op in compiled.program.ops
+            if op.kind.startswith("probe_")
+        )
+
+        def fits(k: int) -> bool:
+            return compiled.engine.peak_bytes(mode, k, itemsize) + k * held * itemsize <= budget
+
+        most = next((k for k in range(K, 1, -1) if fits(k)), 1)
+        count = -(-K // most)
+        bounds = [K * i // count for i in range(count + 1)]
+        return list(zip(bounds, bounds[1:], strict=False))
+
+
+def sweeps_for(objective: Objective, at: Snapshot) -> ExampleSweeps | str:
+    """The sweeps of an objective, made at first use; a sentence that says why there are none. `at`: its snapshot."""
+    native = native_backend(objective)
+    if isinstance(native, str):
+        return native
+    if native.sweeps is None:
+        try:
+            native.sweeps = ExampleSweeps(objective, native)
+        except NotSeparable as error:
+            native.sweeps = str(error)
+    found: ExampleSweeps | str = native.sweeps
+    return found
+
+
+def _factors(
+    state: engine.Linearization, shape: tuple[int, ...], examples: int, dtype: torch.dtype
+) -> Tensor | None:
+    """a_nj with sum_j a_nj a_njᵀ = S_n, as cotangents (outputs, *shape); None where S_n is indefinite.
+
+    Of a semidefinite S_n that rounding makes slightly indefinite, as much is added to the diagonal as rounding is.
+    """
+    outputs = int(torch.Size(shape).numel()) // examples
+    columns = torch.eye(outputs, dtype=dtype).unsqueeze(1).expand(outputs, examples, outputs)
+    curvature = state.cut_curvature(columns.reshape(outputs, *shape).contiguous())
+    S = curvature.reshape(outputs, examples, outputs).permute(1, 0, 2).double()
+    S = (S + S.mT) / 2
+    rounding = 4 * outputs * torch.finfo(dtype).eps * S.abs().amax((1, 2))
+    factor, info = torch.linalg.cholesky_ex(S + torch.diag_embed(rounding.unsqueeze(1).expand(-1, outputs) + _TINY))
+    if info.any():
+        return None
+    return factor.permute(2, 0, 1).reshape(outputs, *shape).to(dtype)
+
+
+_TINY = torch.finfo(torch.float64).tiny
