@@ -181,9 +181,7 @@ def gram_of(A: Any, operator: LinearView, asked: bool) -> GramMatrix | None:
     rows = A.output_rows() if hasattr(A, "output_rows") else None
     reason = ""
     if rows is None:
-        reason = (
-            f"A is a {type(A).__name__}, which is known by its products alone; take fc.GGN or another method"
-        )
+        reason = f"A ({type(A).__name__}) is known by its products alone; take fc.GGN or another method"
     else:
         try:
             extent = rows.extent

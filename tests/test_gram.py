@@ -279,8 +279,8 @@ def test_rows_that_are_not_the_operators_are_noticed(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: fc.Hessian(problem("squares").objective), "A is a Hessian, which is known by its products"),
-        (lambda: torch.eye(5), "A is a Tensor"),
+        (lambda: fc.Hessian(problem("squares").objective), r"A \(Hessian\) is known by its products"),
+        (lambda: torch.eye(5), r"A \(Tensor\) is known"),
         (
             lambda: fc.GGN(fc.Objective(nn.Linear(2, 3), nn.MSELoss(), (torch.rand(3, 2), torch.rand(3, 3)))),
             r"the model has 9 outputs on all data, no fewer than the P = 9 parameters",
