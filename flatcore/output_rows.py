@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,10 +69,13 @@ class OutputRows:
 
     @cached_property
     def extent(self) -> Extent:
-        """Costs an evaluation of every batch, without derivatives."""
+        """Costs an evaluation of every batch, without derivatives.
+
+        Raises NoRowsError, as does `units`.
+        """
         most, largest, units, passes = 0, 0, 0, 0.0
         examples = self._objective.examples
-        with plain_torch():
+        with plain_torch(), _differentiable():
             for batch in self._objective.batches():
                 outputs = self._evaluate(batch.batch, batch.index)
                 size = sum(part.numel() for part in outputs.z)
@@ -85,7 +89,7 @@ class OutputRows:
     def units(self) -> Iterator[Unit]:
         """All rows in order; to be exhausted, since the random generators are set back at the end."""
         first = 0
-        with plain_torch():
+        with plain_torch(), _differentiable():
             for batch in self._objective.batches():
                 outputs = self._evaluate(batch.batch, batch.index)
                 count = self._parts(batch, outputs)
@@ -109,7 +113,9 @@ class OutputRows:
         leaves = [part.detach().requires_grad_() for part in evaluation.outputs]
         used = [0]
         if len(leaves) > 1:
-            gradients = autograd.grad(evaluation.loss_of(tuple(leaves)), leaves, allow_unused=True)
+            gradients = autograd.grad(
+                evaluation.loss_of(tuple(leaf.clone() for leaf in leaves)), leaves, allow_unused=True
+            )
             used = [i for i, gradient in enumerate(gradients) if gradient is not None]
         call = evaluation.call
 
@@ -155,9 +161,10 @@ class OutputRows:
     def _rows(self, batch: WeightedBatch, whole: _Outputs, n: int | None, u: Tensor) -> Tensor:
         """Jᵀ u of example n, or of the batch."""
         theta = {name: value.detach().requires_grad_() for name, value in self._at.values.items()}
-        if n is None:
-            return self._pull(self._evaluate(batch.batch, batch.index, theta).z, list(theta.values()), u)
-        return self._pull(self._alone(batch, whole, n, theta), list(theta.values()), u)
+        with _differentiable():
+            alone = [] if n is None else self._alone(batch, whole, n, theta)
+            z = alone or self._evaluate(batch.batch, batch.index, theta).z
+            return self._pull(z, list(theta.values()), u)
 
     def _pull(self, z: list[Tensor], theta: list[Tensor], u: Tensor) -> Tensor:
         """Jᵀ u for the rows of u."""
@@ -197,6 +204,18 @@ class OutputRows:
         return [torch.stack(parts) for parts in zip(*one_by_one, strict=True)]
 
 
+@contextlib.contextmanager
+def _differentiable() -> Iterator[None]:
+    """What the engine can do and plain torch cannot (it writes in place, say) leaves no rows."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        raise NoRowsError(f"torch could not differentiate model and loss: {first_line}") from error
+
+
 def _flat(z: Sequence[Tensor], parts: int) -> Tensor:
     """All entries as one vector, those of each of `parts` equal parts along axis 0 together."""
     return torch.cat([part.reshape(parts, -1) for part in z], dim=1).reshape(-1)
@@ -217,7 +236,8 @@ def _curvature(loss_of: Callable[[Sequence[Tensor]], Tensor], z: Sequence[Tensor
 
     def derivative(dtype: torch.dtype) -> tuple[list[Tensor], Sequence[Tensor]]:
         leaves = [part.detach().to(dtype).requires_grad_() for part in z]
-        return leaves, autograd.grad(loss_of(leaves), leaves, create_graph=True, materialize_grads=True)
+        value = loss_of([leaf.clone() for leaf in leaves])  # which it may write into
+        return leaves, autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
 
     try:
         leaves, dz = derivative(torch.float64)

@@ -77,6 +77,11 @@ class Two(nn.Module):
         return self.a(h), self.b(h), h.exp()
 
 
+def in_place(z: Tensor, target: Tensor) -> Tensor:
+    """A loss that writes into the model's output."""
+    return z.sub_(target).square().mean()
+
+
 def coupled(z: tuple[Tensor, ...], target: Tensor) -> Tensor:
     return ((z[0].sum(1) * z[1].square().sum(1) - target) ** 2).mean()
 
@@ -111,6 +116,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
         fc.ModelLoss(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])),
         batch(classes),
     ),
+    "in place": lambda: (mlp(), in_place, batch(lambda n: torch.randn(n, 4))),
     "no curvature": lambda: (mlp(), lambda z, y: (z * y).mean(), batch(lambda n: torch.randn(n, 4))),
 }
 INDEFINITE = ("two outputs",)
