@@ -179,8 +179,11 @@ def digits_net(rounds: int, threads: int) -> None:
     "--precision", default="full", show_default=True, help="Of a draft that the search starts with."
 )
 @click.option("--tol", default=1e-2, show_default=True)
+@click.option("--max-matvecs", default=None, type=int, help="Products, at most.")
 @click.option("--threads", default=2, show_default=True)
-def gpt2(storage: str | None, memory: int | None, precision: str, tol: float, threads: int) -> None:
+def gpt2(
+    storage: str | None, memory: int | None, precision: str, tol: float, max_matvecs: int | None, threads: int
+) -> None:
     """Five eigenpairs of GPT-2 small."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -198,6 +201,7 @@ def gpt2(storage: str | None, memory: int | None, precision: str, tol: float, th
                 storage=storage,
                 memory=memory,
                 draft=draft,
+                max_matvecs=max_matvecs,
                 progress=True,
             )
         )
