@@ -1,10 +1,9 @@
-"""Trace and diagonal from sweeps over the examples: probes of each example's own, exact sums over the outputs."""
+"""Trace and diagonal from sweeps over the examples: probes of each example's own, and exact sums over the outputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -12,47 +11,172 @@ from torch import Tensor
 
 from flatcore.linear import LinearView
 from flatcore.progress import Bar
-from flatcore.sampling import student
+from flatcore.sampling import BLOCK, LEAST_PROBES, DiagonalTally, Products, TraceTally, caution, student
 
-__all__ = ["Sampled", "Sweeps", "automatic_sweeps", "rest_of", "sampled", "sweeps_of"]
+__all__ = ["ByExample", "Sweeps"]
 
 _PILOT = 2  # probes of the first round, the fewest whose spread is seen
 _MOST_PROBES = 64  # of a round
-# Predicted work, in products, from which what is known of the whole matrix's products may serve better.
+# Products whose work is predicted from which what is known of the whole matrix may serve better: their pilot takes 16.
 _DEAR = 64
+_FEW_COLUMNS = 64  # of what is left without sweeps, up to which it is taken exactly
 
 
 class Sweeps(Protocol):
-    """What an operator whose loss is a sum over examples offers (flatcore.example_sweeps)."""
+    """What an operator offers whose loss is a sum over examples. Works are in floating-point operations.
+
+    left: parameters without probes of each example's own. exact: do the outputs give all of the operator, and not
+    only its Gauss-Newton part? outputs: sweeps of `from_outputs`, 0 where there are none.
+    """
 
     probed: tuple[str, ...]
     left: tuple[str, ...]
+    exact: bool
+    outputs: int
+    probe_work: float
+    remainder_work: float
+    output_work: float
+    product_work: float
+
+    def probe(self, remainder: bool, seed: int, first: int, K: int) -> Any: ...
+    def from_outputs(self) -> tuple[Tensor, Tensor | None]: ...
+    def release(self) -> None: ...
 
 
-@dataclass
-class Sampled:
-    """Sums over examples of independent probes: values and variances, in all (entry 0) and for each parameter.
+class ByExample:
+    """An estimate under way: what the sweeps have given, and what vectors shared by all examples give of the rest."""
+
+    def __init__(
+        self,
+        sweeps: Sweeps,
+        operator: LinearView,
+        diagonal: bool,
+        rtol: float,
+        budget: int,
+        seed: int,
+        bar: Bar,
+    ) -> None:
+        self.sweeps, self.P, self.rtol, self.budget, self.seed, self.bar = (
+            sweeps,
+            operator.P,
+            rtol,
+            budget,
+            seed,
+            bar,
+        )
+        self.used = 0
+        self.sums = Sums(len(sweeps.probed), operator.P if diagonal else None)
+        self.rest = Rest(operator, sweeps.left, diagonal, seed) if sweeps.left else None
+
+    def run(self, method: str) -> str | None:
+        """The method that was carried out; None where another one is called for, of the whole matrix."""
+        sweeps = self.sweeps
+        cheap = sweeps.outputs * sweeps.output_work <= 2 * _PILOT * sweeps.probe_work
+        if sweeps.exact and (method == "exact" or (method == "auto" and cheap)):
+            self._take_outputs()
+            return "exact"
+        if method == "exact":
+            return None
+        self._round(False, _PILOT)
+        if method == "auto" and not self.reached() and (choice := self._cheaper()) is not None:
+            if choice == "whole matrix":
+                return None
+            self._take_outputs()
+            return choice if choice == "exact" else self._probes(remainder=True, method=choice)
+        return self._probes(remainder=False, method="example")
+
+    def _cheaper(self) -> str | None:
+        """What promises less work than further probes of the whole."""
+        sweeps = self.sweeps
+        probing = (self.sums.needed(self.rtol) - self.sums.K) * sweeps.probe_work
+        outputs = sweeps.outputs * sweeps.output_work
+        if sweeps.outputs and sweeps.exact:
+            splitting = outputs
+        else:
+            splitting = outputs + _PILOT * sweeps.remainder_work if sweeps.outputs else math.inf
+        if min(probing, splitting) > _DEAR * sweeps.product_work:
+            return "whole matrix"
+        if splitting < probing:
+            return "exact" if sweeps.exact else "ggn+example"
+        return None
+
+    def _take_outputs(self) -> None:
+        self.used += self.sweeps.outputs
+        self.sums = Sums(len(self.sweeps.probed), self.P if self.sums.diagonal is not None else None)
+        self.sums.known, diagonal = self.sweeps.from_outputs()
+        if diagonal is not None:
+            self.sums.known_diagonal = diagonal
+
+    def _probes(self, remainder: bool, method: str) -> str:
+        while self.used < self.budget and (self.sums.K == 0 or not self.reached()):
+            if self.rest is not None and self._rest_is_worse(self.rest):
+                before = self.rest.products.used
+                self.rest.step(self.budget - self.used)
+                self.used += self.rest.products.used - before
+                continue
+            missing = self.sums.needed(self.rtol) * 1.1 - self.sums.K if self.sums.K else _PILOT
+            self._round(
+                remainder, max(_PILOT, math.ceil(min(missing, _MOST_PROBES, self.budget - self.used)))
+            )
+        return method
+
+    def _rest_is_worse(self, rest: Rest) -> bool:
+        if rest.exact:
+            return False
+        return not rest.begun or rest.error_and_size()[0] >= self.sums.error_and_size()[0]
+
+    def _round(self, remainder: bool, K: int) -> None:
+        self.sums.add(self.sweeps.probe(remainder, self.seed, self.sums.K, K))
+        self.used += K
+
+    def error_and_size(self) -> tuple[float, float]:
+        """What is compared: stderr <= rtol * size."""
+        error, size = self.sums.error_and_size()
+        if self.rest is None:
+            return error, abs(size)
+        other, other_size = self.rest.error_and_size()
+        if self.sums.diagonal is not None:
+            return math.hypot(error, other), math.hypot(size, other_size)
+        return math.hypot(error, other), abs(size + self.rest.value())
+
+    def reached(self) -> bool:
+        error, size = self.error_and_size()
+        text = f"{self.used} sweeps, relative error {error / size if size else math.nan:.2g}"
+        self.bar.update(self.used, text)
+        if self.rest is not None and not self.rest.begun:
+            return False
+        return error * caution(1 + self.sums.degrees(), 0.0) <= self.rtol * size
+
+    def results(self, slices: dict[str, slice]) -> dict[str, tuple[Any, Any]]:
+        """Value and standard error, in all under "" and by parameter; (P,) tensors for a diagonal."""
+        others = self.rest.tally.results(self.rest.exact) if self.rest is not None else {}
+        if self.sums.diagonal is None:
+            found = self.sums.of_parameters(self.sweeps.probed)
+            if others:
+                (value, error), (more, other) = found[""], others[""]
+                found |= others | {"": (value + more, math.hypot(error, other))}
+            return {name: found[name] for name in ("", *slices)}
+        values, errors = self.sums.of_entries()
+        if self.rest is not None:
+            places = self.rest.places.cpu()
+            values[places], errors[places] = (t.cpu() for t in others[""])
+        return {name: (values[part], errors[part]) for name, part in {"": slice(None), **slices}.items()}
+
+
+class Sums:
+    """Means over independent probes of sums over examples: in all (entry 0) and for each parameter, or entry by entry
+    of a diagonal, with the variances of these means.
 
     known: what was got without probes. K: probes so far, each of every example.
     """
 
-    parameters: int
-    P: int | None = None  # of a diagonal
-    K: int = 0
-    known: Tensor = field(init=False)
-    mean: Tensor = field(init=False)
-    variance: Tensor = field(init=False)
-    fourth: Tensor = field(init=False)
-    diagonal: Tensor | None = None
-    diagonal_variance: Tensor | None = None
-    known_diagonal: Tensor | None = None
+    def __init__(self, parameters: int, P: int | None) -> None:
+        def zeros(n: int) -> Tensor:
+            return torch.zeros(n, dtype=torch.float64, device="cpu")
 
-    def __post_init__(self) -> None:
-        zeros = torch.zeros(1 + self.parameters, dtype=torch.float64, device="cpu")
-        self.known, self.mean, self.variance, self.fourth = (zeros.clone() for _ in range(4))
-        if self.P is not None:
-            zeros = torch.zeros(self.P, dtype=torch.float64, device="cpu")
-            self.diagonal, self.diagonal_variance, self.known_diagonal = (zeros.clone() for _ in range(3))
+        self.K = 0
+        self.known, self.mean, self.variance, self.fourth = (zeros(1 + parameters) for _ in range(4))
+        self.diagonal = self.diagonal_variance = self.known_diagonal = None if P is None else zeros(P)
 
     def add(self, samples: Any) -> None:
         """Another round of probes: what was there and what comes count by their numbers."""
@@ -62,29 +186,19 @@ class Sampled:
         self.fourth = old**4 * self.fourth + new**4 * samples.fourth
         if self.diagonal is not None and self.diagonal_variance is not None:
             self.diagonal = old * self.diagonal + new * samples.diagonal
-            self.diagonal_variance = (
-                old**2 * self.diagonal_variance + new**2 * samples.diagonal_variance
-            )
+            self.diagonal_variance = old**2 * self.diagonal_variance + new**2 * samples.diagonal_variance
         self.K += samples.K
 
-    @property
-    def value(self) -> Tensor:
-        return self.known + self.mean
+    def degrees(self, entry: int = 0) -> float:
+        """Of freedom: a variance adds up one for each example, each of one degree or more, whose squares are on average
+        up to three times too large (Satterthwaite, Biometrics Bulletin 2 (1946) 110-114)."""
+        variance, fourth = float(self.variance[entry]), float(self.fourth[entry])
+        return max(1.0, 3 * variance**2 / fourth - 2) if fourth > 0 else math.inf
 
-    def stderr(self) -> Tensor:
-        """Of each sum: its variance adds up as many as there are examples, of a few probes each (Satterthwaite)."""
-        factors = [
-            student(1 + _degrees(float(v), float(f))) for v, f in zip(self.variance, self.fourth, strict=True)
-        ]
-        return self.variance.sqrt() * torch.tensor(factors, dtype=torch.float64, device="cpu")
-
-    def error_and_size(self) -> tuple[float, float]:
-        """What is compared: stderr <= rtol * size."""
-        if self.diagonal is not None:
-            assert self.diagonal_variance is not None and self.known_diagonal is not None
-            value = self.diagonal + self.known_diagonal
-            return float(self.diagonal_variance.sum().sqrt()), float(value.norm())
-        return float(self.stderr()[0]), abs(float(self.value[0]))
+    def variance_in_all(self) -> float:
+        if self.diagonal_variance is not None:
+            return float(self.diagonal_variance.sum())
+        return float(self.variance[0])
 
     def needed(self, rtol: float) -> float:
         """How many probes in all would reach rtol."""
@@ -93,8 +207,77 @@ class Sampled:
             return float(self.K)
         return self.K * (error / (rtol * size)) ** 2 if size else math.inf
 
+    def error_and_size(self) -> tuple[float, float]:
+        """Of the sum, or norms for a diagonal."""
+        error = math.sqrt(self.variance_in_all()) * student(1 + self.degrees())
+        if self.diagonal is not None and self.known_diagonal is not None:
+            return error, float((self.diagonal + self.known_diagonal).norm())
+        return error, float(self.known[0] + self.mean[0])
 
-def _degrees(variance: float, fourth: float) -> float:
-    """Of freedom of a sum of variances, each estimated with one degree, whose squares are on average three times too
-    large."""
-    return max(1.0, 3 * variance**2 / fourth - 2) if fourth > 0 else math.inf
+    def of_parameters(self, names: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+        """Value and standard error of the sums, in all under ""."""
+        value = self.known + self.mean
+        return {
+            name: (float(value[i]), math.sqrt(float(self.variance[i])) * student(1 + self.degrees(i)))
+            for i, name in enumerate(("", *names))
+        }
+
+    def of_entries(self) -> tuple[Tensor, Tensor]:
+        """Value and standard error of the diagonal, (P,)."""
+        assert self.diagonal is not None and self.known_diagonal is not None
+        assert self.diagonal_variance is not None
+        return self.diagonal + self.known_diagonal, self.diagonal_variance.sqrt() * student(
+            1 + self.degrees()
+        )
+
+
+class Rest:
+    """The diagonal block of the parameters that no example's own probes reach, by vectors shared by all examples."""
+
+    def __init__(self, operator: LinearView, names: tuple[str, ...], diagonal: bool, seed: int) -> None:
+        assert operator.parameter_slices is not None
+        parts = [operator.parameter_slices[name] for name in names]
+        self.places = torch.cat([torch.arange(p.start, p.stop, device=operator.device) for p in parts])
+        bounds = [0]
+        for part in parts:
+            bounds.append(bounds[-1] + part.stop - part.start)
+        slices = {name: slice(*pair) for name, pair in zip(names, pairwise(bounds), strict=True)}
+        size = len(self.places)
+
+        def product(rows: Tensor) -> Tensor:
+            whole = rows.new_zeros(len(rows), operator.P)
+            whole[:, self.places] = rows
+            return operator.apply(whole)[:, self.places]
+
+        self.products = Products(LinearView(size, operator.dtype, operator.device, product, slices))
+        self.view = LinearView(size, operator.dtype, operator.device, self.products, slices)
+        self.tally = (DiagonalTally if diagonal else TraceTally)(self.view)
+        self.seed, self.names, self.exact = seed, names, False
+
+    def step(self, most: int) -> None:
+        """A block of products; all columns at once where they are few."""
+        if min(_FEW_COLUMNS, most) >= self.view.P:
+            exact_diagonal(self)
+            return
+        count = max(1, min(BLOCK, most))
+        probes = self.products.probes(self.seed, self.tally.n, count)
+        self.tally.add(self.view.apply(probes) * probes)
+
+    @property
+    def begun(self) -> bool:
+        return self.exact or self.tally.n >= LEAST_PROBES
+
+    def error_and_size(self) -> tuple[float, float]:
+        if self.exact:
+            return 0.0, self.tally.error_and_size()[1]
+        error, size = self.tally.error_and_size()
+        return (math.inf if math.isnan(error) else error), size
+
+    def value(self) -> float:
+        return float(self.tally.value[0])
+
+
+def exact_diagonal(rest: Rest) -> None:
+    units = torch.eye(rest.view.P, dtype=rest.view.dtype, device=rest.view.device)
+    rest.tally.set_exact(rest.view.apply(units).diagonal().double())
+    rest.exact = True

@@ -3,8 +3,10 @@ outputs. For objectives that have programs and whose loss is a sum over examples
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from flatcore import checks
 from flatcore._C import engine
+from flatcore.autograd import Mode
 from flatcore.backend import native_backend
 from flatcore.capture import NotSeparable, ProbedProgram, probe
 from flatcore.environment import full_precision
@@ -71,25 +74,49 @@ class ExampleSweeps:
             raise NotSeparable(reason)
         self._kept: tuple[Snapshot, int, engine.Linearization] | None = None
 
+    def product_flops(self, mode: Mode) -> float:
+        """Of a product with one vector."""
+        counts, compiled = self._native.counts(), self._native.programs()
+        return sum(count * compiled[key].engine.flops(mode, 1) for key, count in counts.items())
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        return self._objective.layout.slices
+
+    @property
+    def repeated(self) -> tuple[str, ...]:
+        """Parameters with several uses in the program."""
+        found = {
+            compiled.program.probed[op.attrs["parameter"]]  # type: ignore[index]
+            for compiled in self._compiled.values()
+            for op in compiled.program.ops
+            if op.attrs.get("repeated")
+        }
+        return tuple(name for name in self.probed if name in found)
+
     @property
     def has_remainder(self) -> bool:
         """Does the Hessian's trace differ from that of the Gauss-Newton matrix? Not in piecewise linear models."""
         return any(c.engine.has_remainder() for c in self._compiled.values())
 
     def flops(self, mode: SweepMode) -> float:
-        """Of one probe, or with "ggn" of about two outputs, over all batches."""
-        return sum(self._of(batch).engine.flops(mode, 1) for batch in self._objective.batches())
+        """Floating-point operations of one probe, or with "ggn" of about two outputs, over all batches."""
+        counts = self._native.counts()
+        return sum(count * self._compiled[key].engine.flops(mode, 1) for key, count in counts.items())
+
+    @property
+    def outputs_are_apart(self) -> bool:
+        """Does what comes back from an output tell the gradient of each parameter? Not where one has several uses."""
+        return not self.repeated and all(len(c.program.cut) == 1 for c in self._compiled.values())
 
     @property
     def outputs(self) -> int:
         """Outputs of an example that an exact sum goes through; 0 where there is none."""
-        counts = []
-        for compiled in self._compiled.values():
-            program = compiled.program
-            if len(program.cut) != 1 or self.left or any(op.attrs.get("repeated") for op in program.ops):
-                return 0
-            counts.append(program.values[program.cut[0]].numel // program.examples)
-        return max(counts) if max(counts) <= _MOST_OUTPUTS else 0
+        if self.left or not self.outputs_are_apart:
+            return 0
+        programs = [c.program for c in self._compiled.values()]
+        most = max(p.values[p.cut[0]].numel // p.examples for p in programs)
+        return most if most <= _MOST_OUTPUTS else 0
 
     def probe(
         self,
@@ -116,37 +143,50 @@ class ExampleSweeps:
         for batch, first_example, state, compiled in self._states(at):
             sums = torch.zeros(K, len(compiled.program.probed), batch.examples, dtype=torch.float64)
             pieces = [(0, K)] if diagonal else self._pieces(compiled, mode, K)
+            outputs = _Outputs(compiled, state, batch.examples, self._objective.layout.dtype)
+            by_outputs = mode == "ggn" and self.outputs_are_apart and not (relative or diagonal)
             for begin, end in pieces:
+                if (
+                    by_outputs
+                    and (drawn := outputs.sampled(seed, first + begin, end - begin, first_example))
+                    is not None
+                ):
+                    state.output_pass(outputs.value, drawn, sums[begin:end])
+                    continue
                 state.example_pass(
                     mode, sums[begin:end], seed, first + begin, first_example, relative, diag, spread
                 )
             values = self._by_name(sums, compiled)
-            variance = values.var(0) / K
-            totals[0] += values.mean(0).sum(1)
+            mean = values.mean(0)
+            variance = (values - mean).square_().sum(0) / (K * (K - 1))
+            totals[0] += mean.sum(1)
             totals[1] += variance.sum(1)
             totals[2] += variance.square().sum(1)
             note(first_example + batch.examples)
         return Samples(totals[0], totals[1], totals[2], K, diag, spread)
 
-    def exact_ggn(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None] | None:
-        """tr G as `Samples.mean` holds it, and diag G (P,): one sweep of activations for each output of an example.
+    def exact_ggn(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
+        """tr G as `Samples.mean` holds it, and diag G (P,): one sweep for each output of an example.
 
-        With S_n = sum_j a_nj a_nj^T the loss' second derivative in the outputs of example n, tr G is the sum of the
-        |J_n^T a_nj|². None where S_n is not positive semidefinite.
+        With S_n = sum_j s_nj a_nj a_njᵀ the loss' second derivative in the outputs of example n, s_nj its signs, tr G is
+        the sum of the s_nj |J_nᵀ a_nj|².
         """
         totals = torch.zeros(1 + len(self.probed), dtype=torch.float64)
         diag = torch.zeros(self._objective.layout.size, dtype=torch.float64) if diagonal else None
         for batch, _, state, compiled in self._states(at):
-            shape = compiled.program.values[compiled.program.cut[0]].shape
-            factors = _factors(state, shape, batch.examples, self._objective.layout.dtype)
-            if factors is None:
-                return None
-            sums = torch.zeros(
-                len(factors), len(compiled.program.probed), batch.examples, dtype=torch.float64
-            )
-            for begin, end in self._pieces(compiled, "ggn", len(factors)):
-                state.output_pass(factors[begin:end].contiguous(), sums[begin:end], diag)
-            totals += self._by_name(sums, compiled).sum((0, 2))
+            outputs = _Outputs(compiled, state, batch.examples, self._objective.layout.dtype)
+            for sign, cotangents in outputs.factors():
+                sums = torch.zeros(
+                    len(cotangents), len(compiled.program.probed), batch.examples, dtype=torch.float64
+                )
+                part = None if diag is None else torch.zeros_like(diag)
+                for begin, end in self._pieces(compiled, "ggn", len(cotangents)):
+                    state.output_pass(
+                        outputs.value, cotangents[begin:end].contiguous(), sums[begin:end], part
+                    )
+                totals += sign * self._by_name(sums, compiled).sum((0, 2))
+                if diag is not None and part is not None:
+                    diag += sign * part
         return totals, diag
 
     def exact_covariance(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -154,9 +194,10 @@ class ExampleSweeps:
         totals = torch.zeros(1 + len(self.probed), dtype=torch.float64)
         diag = torch.zeros(self._objective.layout.size, dtype=torch.float64) if diagonal else None
         for batch, _, state, compiled in self._states(at):
-            adjoint = state.adjoint(compiled.program.cut[0]).unsqueeze(0).contiguous()
+            cut = compiled.program.cut[0]
+            adjoint = state.adjoint(cut).unsqueeze(0).contiguous()
             sums = torch.zeros(1, len(compiled.program.probed), batch.examples, dtype=torch.float64)
-            state.output_pass(adjoint, sums, diag)
+            state.output_pass(cut, adjoint, sums, diag)
             totals += self._by_name(sums, compiled).sum((0, 2))
         N = self._objective.examples
         return totals * N, None if diag is None else diag * N
@@ -175,9 +216,7 @@ class ExampleSweeps:
     def _of(self, batch: WeightedBatch) -> _Compiled:
         return self._compiled[key_of(batch.batch)]
 
-    def _states(
-        self, at: Snapshot
-    ) -> Iterator[tuple[WeightedBatch, int, engine.Linearization, _Compiled]]:
+    def _states(self, at: Snapshot) -> Iterator[tuple[WeightedBatch, int, engine.Linearization, _Compiled]]:
         """Each batch with the number of its first example and its state, which goes with the next one's."""
         examples = self._objective.data.examples
         for batch in self._objective.batches():
@@ -192,9 +231,7 @@ class ExampleSweeps:
             with full_precision():
                 yield batch, sum(examples[: batch.index]), state, compiled
 
-    def _linearize(
-        self, batch: WeightedBatch, compiled: _Compiled, at: Snapshot
-    ) -> engine.Linearization:
+    def _linearize(self, batch: WeightedBatch, compiled: _Compiled, at: Snapshot) -> engine.Linearization:
         constants, parameters = self._native.leaves(batch, at)
         program = compiled.program
         if op := program.crosses(constants):
@@ -219,7 +256,7 @@ class ExampleSweeps:
         most = next((k for k in range(K, 1, -1) if fits(k)), 1)
         count = -(-K // most)
         bounds = [K * i // count for i in range(count + 1)]
-        return list(zip(bounds, bounds[1:], strict=False))
+        return list(pairwise(bounds))
 
 
 def sweeps_for(objective: Objective, at: Snapshot) -> ExampleSweeps | str:
@@ -227,32 +264,122 @@ def sweeps_for(objective: Objective, at: Snapshot) -> ExampleSweeps | str:
     native = native_backend(objective)
     if isinstance(native, str):
         return native
-    if native.sweeps is None:
+    if not isinstance(native.sweeps, ExampleSweeps | str):
         try:
             native.sweeps = ExampleSweeps(objective, native)
         except NotSeparable as error:
             native.sweeps = str(error)
-    found: ExampleSweeps | str = native.sweeps
-    return found
+    return native.sweeps
 
 
-def _factors(
-    state: engine.Linearization, shape: tuple[int, ...], examples: int, dtype: torch.dtype
-) -> Tensor | None:
-    """a_nj with sum_j a_nj a_njᵀ = S_n, as cotangents (outputs, *shape); None where S_n is indefinite.
+class _Outputs:
+    """The loss' second derivative S_n in the outputs of the examples of one batch, taken apart.
 
-    Of a semidefinite S_n that rounding makes slightly indefinite, as much is added to the diagonal as rounding is.
+    value: the program's value that stands for the outputs: of a cross-entropy its logits, else the cut.
     """
-    outputs = int(torch.Size(shape).numel()) // examples
-    columns = torch.eye(outputs, dtype=dtype).unsqueeze(1).expand(outputs, examples, outputs)
-    curvature = state.cut_curvature(columns.reshape(outputs, *shape).contiguous())
-    S = curvature.reshape(outputs, examples, outputs).permute(1, 0, 2).double()
-    S = (S + S.mT) / 2
-    rounding = 4 * outputs * torch.finfo(dtype).eps * S.abs().amax((1, 2))
-    factor, info = torch.linalg.cholesky_ex(S + torch.diag_embed(rounding.unsqueeze(1).expand(-1, outputs) + _TINY))
-    if info.any():
-        return None
-    return factor.permute(2, 0, 1).reshape(outputs, *shape).to(dtype)
+
+    def __init__(
+        self, compiled: _Compiled, state: engine.Linearization, examples: int, dtype: torch.dtype
+    ) -> None:
+        self._state, self._examples, self._dtype = state, examples, dtype
+        self._loss = compiled.program.cross_entropy
+        self._number = compiled.program.ops.index(self._loss) if self._loss is not None else -1
+        head = self._loss.inputs[0] if self._loss is not None else compiled.program.cut[0]
+        assert head is not None
+        self.value, self._shape = head, compiled.program.values[head].shape
+
+    def factors(self) -> list[tuple[float, Tensor]]:
+        """Signs s and cotangents (outputs, *shape), sum over both of s a_nj a_njᵀ = S_n."""
+        if self._loss is not None:
+            rows, classes = self._roots()
+            # One row of an example at a time.
+            each = rows.reshape(self._examples, -1, classes, classes)
+            outputs = each.shape[1] * classes
+            apart = torch.zeros(*each.shape[1:3], self._examples, *each.shape[1:2], classes, dtype=each.dtype)
+            for row in range(each.shape[1]):
+                apart[row, :, :, row] = each[:, row].transpose(0, 1)
+            return [(1.0, apart.reshape(outputs, *self._shape).to(self._dtype))]
+        outputs = torch.Size(self._shape).numel() // self._examples
+        columns = torch.eye(outputs, dtype=self._dtype).unsqueeze(1).expand(outputs, self._examples, outputs)
+        curvature = self._state.cut_curvature(columns.reshape(outputs, *self._shape).contiguous())
+        S = curvature.reshape(outputs, self._examples, outputs).permute(1, 0, 2).double()
+        values, vectors = torch.linalg.eigh((S + S.mT) / 2)
+        rounding = 16 * outputs * torch.finfo(self._dtype).eps * values.abs().max()
+        roots = vectors * values.abs().sqrt().unsqueeze(1)  # (examples, outputs, j)
+        found = []
+        for sign, kept in ((1.0, values > 0), (-1.0, values < -rounding)):
+            used = kept.any(0)  # eigenvalues are in order: the same places in most examples
+            if used.any():
+                columns = (roots * kept.unsqueeze(1))[:, :, used].permute(2, 0, 1)
+                found.append((sign, columns.reshape(-1, *self._shape).to(self._dtype)))
+        return found
+
+    def sampled(self, seed: int, first: int, K: int, first_example: int) -> Tensor | None:
+        """Cotangents a_kn (K, *shape) of random signs, whose mean a_kn a_knᵀ is S_n; None where that takes more than
+        random signs."""
+        if self._loss is None:
+            return None
+        p, weights = self._probabilities()
+        count = p.numel() // self._examples
+        signs = engine.output_signs(p, seed, first, K, first_example, self._examples, count)
+        draws = signs.reshape(K, *p.shape) * (weights.unsqueeze(-1) * p).sqrt()
+        return (draws - p * draws.sum(-1, keepdim=True)).reshape(K, *self._shape).to(self._dtype)
+
+    def _roots(self) -> tuple[Tensor, int]:
+        """Of a cross-entropy's S = w (diag p - p pᵀ) = sum_j w p_j (e_j - p) (e_j - p)ᵀ in every row of logits:
+        (rows, j, classes)."""
+        p, weights = self._probabilities()
+        classes = p.shape[-1]
+        apart = torch.eye(classes, dtype=p.dtype) - p.reshape(-1, 1, classes)
+        return apart * (weights.unsqueeze(-1) * p).reshape(-1, classes, 1).sqrt(), classes
+
+    def _probabilities(self) -> tuple[Tensor, Tensor]:
+        assert self._loss is not None and self._loss.inputs[1] is not None
+        mass = self._state.value(self._loss.inputs[1])
+        mass = mass if self._loss.inputs[2] is not None else mass.sum(-1)
+        weights = self._state.adjoint(self._loss.output) * mass
+        return self._state.saved(self._number)[0].double(), weights.double()
 
 
-_TINY = torch.finfo(torch.float64).tiny
+class OperatorSweeps:
+    """The sweeps for one operator at one point, as `flatcore.by_example.Sweeps` wants them."""
+
+    def __init__(
+        self,
+        sweeps: ExampleSweeps,
+        kind: Mode,
+        at: Snapshot,
+        diagonal: bool,
+    ) -> None:
+        self._sweeps, self._kind, self._at, self._diagonal = sweeps, kind, at, diagonal
+        self.mean_gradient: Callable[[], Tensor] | None = None  # what a covariance is centred by
+        covariance = kind == "covariance"
+        self.probed = sweeps.probed
+        # Of a parameter with several uses the diagonal is not got use by use.
+        self.left = tuple(
+            {**dict.fromkeys(sweeps.left), **dict.fromkeys(sweeps.repeated if diagonal else ())}
+        )
+        self.outputs = (1 if sweeps.outputs else 0) if covariance else sweeps.outputs
+        self.exact = bool(self.outputs) and (kind != "hessian" or not sweeps.has_remainder)
+        self.product_work = sweeps.product_flops(kind)
+        self.probe_work = math.inf if covariance else sweeps.flops("hessian" if kind == "hessian" else "ggn")
+        self.remainder_work = sweeps.flops("remainder")
+        self.output_work = sweeps.flops("ggn") / 2
+
+    def probe(self, remainder: bool, seed: int, first: int, K: int) -> Samples:
+        mode: SweepMode = "remainder" if remainder else "hessian" if self._kind == "hessian" else "ggn"
+        return self._sweeps.probe(mode, self._at, seed, first, K, diagonal=self._diagonal)
+
+    def from_outputs(self) -> tuple[Tensor, Tensor | None]:
+        if self._kind == "covariance":
+            totals, diagonal = self._sweeps.exact_covariance(self._at, diagonal=self._diagonal)
+            if self.mean_gradient is not None:
+                square = self.mean_gradient().double().square()
+                slices = self._sweeps.slices
+                totals -= torch.stack([square.sum(), *(square[slices[name]].sum() for name in self.probed)])
+                diagonal = None if diagonal is None else diagonal - square
+            return totals, diagonal
+        return self._sweeps.exact_ggn(self._at, diagonal=self._diagonal)
+
+    def release(self) -> None:
+        self._sweeps.release()

@@ -270,6 +270,10 @@ class NativeBackend:
         """The programs by the `key_of` the batches they are for."""
         return dict(self._compiled)
 
+    def counts(self) -> Counter[Hashable]:
+        """How many batches each program serves."""
+        return Counter(self._keys)
+
     def mixing(self) -> str:
         """Why the rows of the model's output are not the examples' own; empty if they are."""
         if self._mixes is None:
@@ -286,9 +290,7 @@ class NativeBackend:
     def _linearize(self, batch: WeightedBatch, snapshot: Snapshot) -> tuple[engine.Linearization, int]:
         """The state of a batch and the bytes it holds, constants included."""
         constants, parameters = self.leaves(batch, snapshot)
-        state = engine.Linearization(
-            self.compiled(batch).engine, constants | parameters, batch.weight
-        )
+        state = engine.Linearization(self.compiled(batch).engine, constants | parameters, batch.weight)
         frozen = named_tensors(self.objective.model, self.objective.loss_function)
         known = {t.untyped_storage().data_ptr() for t in (*batch_leaves(batch.batch), *frozen.values())}
         own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in constants.values()}

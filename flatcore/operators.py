@@ -14,6 +14,7 @@ from flatcore._C import engine
 from flatcore.autograd import Mode
 from flatcore.backend import backend_for
 from flatcore.environment import exclusive, full_precision
+from flatcore.example_sweeps import OperatorSweeps, sweeps_for
 from flatcore.linear import check_count, check_seed
 from flatcore.memory import free_bytes
 from flatcore.native import NativeBackend
@@ -109,6 +110,17 @@ class Operator:
             return torch.zeros(0, dtype=torch.float64, device="cpu")
         with full_precision(), torch.inference_mode(False):
             return backend_for(self.objective, self.mode).quadratic_form(self.mode, V, at, self.precision)
+
+    def example_sweeps(self, diagonal: bool = False) -> OperatorSweeps | str:
+        """What `trace` and `diagonal` use where the loss is a sum over examples; a sentence that says why it is not
+        available."""
+        if self.precision != "full":
+            return f'precision="{self.precision}" is for products'
+        at = self.objective.snapshot()
+        found = sweeps_for(self.objective, at)
+        if isinstance(found, str):
+            return found
+        return OperatorSweeps(found, self.mode, at, diagonal)
 
     def to_scipy(self) -> LinearOperator:
         """As a `scipy.sparse.linalg.LinearOperator` over numpy arrays; each product goes through torch on "
@@ -249,6 +261,13 @@ class GradientCovariance(Operator):
             with full_precision():
                 q -= (V @ self._mean_gradient(at)).double().cpu().square()
         return q
+
+    def example_sweeps(self, diagonal: bool = False) -> OperatorSweeps | str:
+        self._check_examples()
+        found = super().example_sweeps(diagonal)
+        if self.centered and not isinstance(found, str):
+            found.mean_gradient = lambda: self._mean_gradient(self.objective.snapshot())
+        return found
 
     def _mean_gradient(self, at: Snapshot) -> Tensor:
         if self._mean is None or self._mean[0] is not at:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from flatcore.automatic import automatic
+from flatcore.by_example import ByExample
 from flatcore.environment import full_precision
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import LinearView, as_operator, check_count, check_positive, check_seed
-from flatcore.progress import progress_bar
+from flatcore.progress import Bar, progress_bar
 from flatcore.projected import hutch_plus_plus, known_basis, leave_one_out, remainder
 from flatcore.results import Estimate
 from flatcore.sampling import DiagonalTally, Products, Run, TraceTally, exact, hutchinson
@@ -93,8 +94,67 @@ def _estimate(
 ) -> Estimate:
     began = time.perf_counter()
     operator = as_operator(A)
-    method, rtol, seed = _checked_method(what, method), check_positive("rtol", rtol, 0.01), check_seed(seed)
+    method, rtol, seed = (
+        _checked_method(what, A, method),
+        check_positive("rtol", rtol, 0.01),
+        check_seed(seed),
+    )
     limit = None if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
+    sweeps = _sweeps(what, A, method) if deflate is None else None
+    swept, used_up = None, 0
+    with full_precision(), progress_bar(what, total=limit or _MAX_MATVECS, enabled=progress) as bar:
+        if sweeps is not None:
+            swept = ByExample(sweeps, operator, what == "diagonal", rtol, limit or _MAX_MATVECS, seed, bar)
+            used, used_up = swept.run(method), swept.used
+            sweeps.release()
+        if swept is None or used is None:
+            swept = None
+            run, used = _by_products(what, kind, operator, method, rtol, limit, deflate, seed, bar)
+            used_up += run.products.used
+    if swept is not None:
+        error, size = swept.error_and_size()
+        status = "converged" if error <= rtol * size else _unreached(what, error, size, used_up, rtol)
+        numbers = swept.results(operator.parameter_slices or {})
+    else:
+        status = "converged" if used == "exact" else _status(what, run)
+        numbers = run.tally.results(used == "exact")
+    if status != "converged":
+        warnings.warn(f"{what}: {status}", FlatcoreWarning, stacklevel=3)
+    seconds = time.perf_counter() - began
+
+    def result(numbers: tuple[Any, Any], parts: dict[str, Estimate] | None) -> Estimate:
+        return Estimate(*numbers, used_up, parts, method=used, seed=seed, seconds=seconds, status=status)
+
+    whole = numbers.pop("")
+    has_parts = operator.parameter_slices is not None
+    return result(whole, {name: result(n, None) for name, n in numbers.items()} if has_parts else None)
+
+
+def _sweeps(what: str, A: Any, method: str) -> Any:
+    """The sweeps over examples that an operator offers, where the method wants them; None where there are none."""
+    offer = getattr(A, "example_sweeps", None)
+    if method not in ("auto", "exact", "example") or offer is None:
+        return None
+    found = offer(what == "diagonal")
+    if not isinstance(found, str):
+        return found
+    if method == "example":
+        warnings.warn(f"{what}: {found}; so all examples share their probes", FlatcoreWarning, stacklevel=4)
+    return None
+
+
+def _by_products(
+    what: str,
+    kind: type[TraceTally],
+    operator: LinearView,
+    method: str,
+    rtol: float,
+    limit: int | None,
+    deflate: Any,
+    seed: int,
+    bar: Bar,
+) -> tuple[Run, str]:
+    """The estimate from products with the whole matrix, and the method that was carried out."""
     if method == "exact" and limit is not None and limit < operator.P:
         raise ValueError(
             f"max_matvecs: the exact {what} takes P = {operator.P} products, got {limit}; allow as many"
@@ -102,36 +162,20 @@ def _estimate(
     budget = limit or max(_MAX_MATVECS, operator.P if method == "exact" else 0)
     if method == "auto" and min(_EXACT_AT_ONCE, budget) >= operator.P:
         method = "exact"
-
+    if method == "example":
+        method = "hutchinson"
     products = Products(operator)
-    total = operator.P if method == "exact" else budget
-    with full_precision(), progress_bar(what, total=total, enabled=progress) as bar:
-        counted = LinearView(operator.P, operator.dtype, operator.device, products, operator.parameter_slices)
-        known = None
-        if deflate is not None and method != "exact":
-            basis = known_basis(deflate, counted, budget)
-            counted, known = remainder(counted, basis), basis.known_diagonal()
-        new_tally = functools.partial(_tally, kind, operator, known)
-        run = Run(counted, products, new_tally(None), new_tally, rtol, budget, seed, bar)
-        used = _run(run, method)
-        if used == "exact":
-            exact(run)
-
-    status = "converged" if used == "exact" else _status(what, run)
-    if status != "converged":
-        warnings.warn(f"{what}: {status}", FlatcoreWarning, stacklevel=3)
-    name = "xdiag" if used == "xtrace" and what == "diagonal" else used
-    seconds = time.perf_counter() - began
-
-    def result(numbers: tuple[Any, Any], parts: dict[str, Estimate] | None) -> Estimate:
-        return Estimate(
-            *numbers, products.used, parts, method=name, seed=seed, seconds=seconds, status=status
-        )
-
-    numbers = run.tally.results(used == "exact")
-    whole = numbers.pop("")
-    has_parts = operator.parameter_slices is not None
-    return result(whole, {name: result(n, None) for name, n in numbers.items()} if has_parts else None)
+    counted = LinearView(operator.P, operator.dtype, operator.device, products, operator.parameter_slices)
+    known = None
+    if deflate is not None and method != "exact":
+        basis = known_basis(deflate, counted, budget)
+        counted, known = remainder(counted, basis), basis.known_diagonal()
+    new_tally = functools.partial(_tally, kind, operator, known)
+    run = Run(counted, products, new_tally(None), new_tally, rtol, budget, seed, bar)
+    used = _run(run, method)
+    if used == "exact":
+        exact(run)
+    return run, "xdiag" if used == "xtrace" and what == "diagonal" else used
 
 
 def _run(run: Run, method: str) -> str:
@@ -147,8 +191,10 @@ def _run(run: Run, method: str) -> str:
     return "exact" if change else method
 
 
-def _checked_method(what: str, method: str) -> str:
+def _checked_method(what: str, A: Any, method: str) -> str:
     methods = ["auto", "exact", "hutchinson", "hutch++", "xtrace"] + ["xdiag"] * (what == "diagonal")
+    if hasattr(A, "example_sweeps"):
+        methods.insert(2, "example")
     if method not in methods:
         raise ValueError(f"method: this operator offers {', '.join(methods)}, got {method!r}")
     return "xtrace" if method == "xdiag" else method
@@ -166,7 +212,11 @@ def _status(what: str, run: Run) -> str:
     error, size = run.tally.error_and_size()
     if error <= run.rtol * size and run.tally.n > 1:
         return "converged"
+    return _unreached(what, error, size, run.products.used, run.rtol)
+
+
+def _unreached(what: str, error: float, size: float, used: int, rtol: float) -> str:
     return (
-        f"the standard error of the {what} is {error:.3g} at {size:.3g} after {run.products.used} products, "
-        f"above rtol = {run.rtol:g}; raise max_matvecs or rtol"
+        f"the standard error of the {what} is {error:.3g} at {size:.3g} after {used} products, "
+        f"above rtol = {rtol:g}; raise max_matvecs or rtol"
     )

@@ -239,12 +239,19 @@ void bind_engine(py::module_ m) {
         .def(
             "adjoint", [](const Linearization& self, int id) { return self.state->adjoint(id); },
             py::arg("id"))
+        .def(
+            "saved",
+            [](const Linearization& self, size_t op) {
+                TORCH_CHECK_INDEX(op < self.program->ops().size(), "op: expected the number of an op");
+                return self.state->saved(self.program->ops()[op]);
+            },
+            py::arg("op"))
         .def("product", &run_product, py::arg("V"), py::arg("Y"), py::arg("mode"), py::arg("accumulate"),
              py::arg("batch_examples"), py::arg("examples"), py::arg("precision") = "full")
         .def("quadratic_form", &run_quadratic_form, py::arg("V"), py::arg("q"), py::arg("mode"),
              py::arg("batch_examples"), py::arg("examples"), py::arg("precision") = "full")
         .def("gradient", &run_gradient, py::arg("y"), py::arg("accumulate"));
-    bind_example_probes(linearization);
+    bind_example_probes(engine, linearization);
 }
 
 }  // namespace flatcore

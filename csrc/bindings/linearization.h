@@ -21,6 +21,6 @@ struct Linearization {
 Mode mode_named(const std::string& name);
 
 // example_probes.cpp
-void bind_example_probes(pybind11::class_<Linearization>& linearization);
+void bind_example_probes(pybind11::module_ engine, pybind11::class_<Linearization>& linearization);
 
 }  // namespace flatcore

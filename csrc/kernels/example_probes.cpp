@@ -15,16 +15,29 @@ uint64_t example_key(const ExampleBlock& block, int64_t probe, int64_t example) 
     return mix(key + (static_cast<uint64_t>(block.first_example + example) + 1) * kGolden);
 }
 
+// The signs of every byte: looking them up is four times as fast as shifting bits where the processor's
+// vectors have no shifts of their own for each lane.
+template <class T>
+struct ByteSigns {
+    T of[256][8];
+    ByteSigns() {
+        for (int byte = 0; byte < 256; ++byte)
+            for (int j = 0; j < 8; ++j) of[byte][j] = (byte >> j) & 1 ? T(-1) : T(1);
+    }
+};
+
+template <class T>
+const ByteSigns<T> kSigns;
+
 // The signs of elements [first, first + count), 64 of which share a word.
 template <class T>
 void run(uint64_t key, int64_t first, int64_t count, T* out) {
     while (count > 0) {
         const int64_t bit = first % 64, length = std::min(count, 64 - bit);
-        const uint64_t bits = word(key, first / 64) >> bit;
-        if (length == 64)
-            for (int j = 0; j < 64; ++j) out[j] = T(1) - T(2) * static_cast<T>((bits >> j) & 1);
-        else
-            for (int j = 0; j < length; ++j) out[j] = T(1) - T(2) * static_cast<T>((bits >> j) & 1);
+        uint64_t bits = word(key, first / 64) >> bit;
+        int64_t j = 0;
+        for (; j + 8 <= length; j += 8, bits >>= 8) std::copy_n(kSigns<T>.of[bits & 255], 8, out + j);
+        std::copy_n(kSigns<T>.of[bits & 255], length - j, out + j);
         first += length;
         count -= length;
         out += length;
@@ -61,7 +74,10 @@ template <class T>
 void example_signs_at(const ExampleBlock& block, int64_t offset, const int64_t* elements, int64_t count,
                       T* out) {
     for_each_example(block, count, out, [&](uint64_t key, int64_t, T* target) {
-        for (int64_t j = 0; j < count; ++j) run(key, offset + elements[j], 1, target + j);
+        for (int64_t j = 0, end; j < count; j = end) {  // stretches of neighbours share words
+            for (end = j + 1; end < count && elements[end] == elements[end - 1] + 1;) ++end;
+            run(key, offset + elements[j], end - j, target + j);
+        }
     });
 }
 

@@ -1,4 +1,4 @@
-"""Which values of a program hold the examples of the batch apart along one axis, so that the loss is a sum over examples.
+"""Which values of a program hold the examples of a batch apart along one axis: is the loss a sum over examples?
 
 Read off the ops alone, one after another: each is asked whether group n of its output depends on no other group of what
 it reads, where N equal groups of consecutive positions along the examples' axis stand for the N examples.
@@ -34,13 +34,13 @@ class Separation:
 def separate(ops: Sequence[Op], values: Sequence[Value], program: Program) -> Separation:
     """Labels of all values that depend on a parameter. Raises NotSeparable, naming the op.
 
-    Where a parameter meets data whose first axis is as long as a multiple of the examples, or is copied along such an
-    axis, it is taken for the examples' axis. Where that turns out to be wrong, as for positions that all examples share,
-    it is not, and the labels are found anew.
+    Where a parameter meets data whose first axis is as long as a multiple of the examples, or is copied along such
+    an axis, it is taken for the examples' axis. Where that turns out to be wrong, as for positions that all examples
+    share, it is not, and the labels are found anew.
     """
     shared: set[int] = set()
     while True:
-        try:
+        try:  # noqa: PERF203
             return _separation(ops, values, program, shared)
         except _Mistaken as mistake:
             shared |= mistake.beginnings
@@ -53,9 +53,7 @@ class _Mistaken(Exception):
         self.beginnings = beginnings
 
 
-def _separation(
-    ops: Sequence[Op], values: Sequence[Value], program: Program, shared: set[int]
-) -> Separation:
+def _separation(ops: Sequence[Op], values: Sequence[Value], program: Program, shared: set[int]) -> Separation:
     labels: dict[int, Label] = dict.fromkeys(program.parameters, "shared")
     beginnings: dict[int, set[int]] = {}  # of a value: where on the way to it examples came in
     crossings: list[Op] = []

@@ -8,7 +8,7 @@ changes at y (csrc/engine/example_probes.h):
 | `probe_linear` | y, x, weight | `transposed` | x Wᵀ |
 | `probe_conv2d` | y, x, weight | `stride, padding, dilation, groups` | convolution of x |
 | `probe_rows` | y, index | `frozen` | rows of an embedding, by an index of each example's own |
-| `probe_broadcast` | y, elements, m? | `scale, size, distinct` | scale * parameter.flatten()[elements] * m, broadcast over examples |
+| `probe_broadcast` | y, elements, m? | `scale, size, distinct` | scale * p[elements] * m, the same p for all |
 
 `parameter` is a number among the probed ones, `offset` its place in the flat vector, `repeated`: it has several uses.
 """
@@ -26,6 +26,9 @@ from torch import Tensor
 from .examples import Separation, separate
 from .interpreter import meaning
 from .program import Attribute, Op, Program, Value
+
+# Ops without a second derivative in what they read along one way.
+_LINEAR = ("view", "permute", "slice", "expand", "rows", "affine", "sum", "round", "pad", "linear", "add")
 
 # What only moves the entries of a parameter, on its way to a use.
 _MOVES = ("view", "permute", "slice", "expand", "rows")
@@ -49,6 +52,24 @@ class ProbedProgram:
     left: tuple[str, ...]
     elements: dict[int, tuple[int, tuple[Op, ...]]]
     crossings: tuple[Op, ...]
+
+    def behind_cut(self) -> tuple[Op, ...]:
+        """The ops between the cut and the loss."""
+        found, reached = [], set(self.cut)
+        for op in self.ops:
+            if op.output not in reached and any(i in reached for i in op.present):
+                reached.add(op.output)
+                found.append(op)
+        return tuple(found)
+
+    @property
+    def cross_entropy(self) -> Op | None:
+        """The op whose second derivative is all of the loss' in the model's output: cut and logits differ by linear ops."""
+        behind = self.behind_cut()
+        curved = [op for op in behind if op.kind not in _LINEAR]
+        if len(curved) == 1 and curved[0].kind == "cross_entropy":
+            return curved[0]
+        return None
 
     def element_constants(self, constants: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The entries of a parameter that stand at each place of what is made of it."""
@@ -130,7 +151,11 @@ def probe(program: Program, offsets: Mapping[str, int]) -> ProbedProgram:
                 elements[index] = use.parameter, use.moves
                 inputs = (index, *inputs)
                 attrs |= {"size": size, "distinct": _distinct(use.moves)}
-            result = op.output if not left else _new(values, values[op.output].shape, values[op.output].dtype, op.path)
+            result = (
+                op.output
+                if not left
+                else _new(values, values[op.output].shape, values[op.output].dtype, op.path)
+            )
             out.append(Op(use.kind, (y, *inputs), result, attrs, op.path, op.aten))
             y = result
     values = [replace(v, kind="constant") if v.id in program.parameters else v for v in values]
@@ -276,10 +301,8 @@ def _moved_shape(use: _Use, values: Sequence[Value]) -> tuple[int, ...]:
     """Of the entries as they meet y."""
     if use.op.kind == "conv2d":  # a bias, over axis 1
         return (values[use.parameter].numel, 1, 1)
-    shape = values[use.moves[-1].output if use.moves else use.parameter].shape
-    return shape
+    return values[use.moves[-1].output if use.moves else use.parameter].shape
 
 
 def _distinct(moves: Sequence[Op]) -> bool:
     return not any(op.kind in ("expand", "rows") for op in moves)
-

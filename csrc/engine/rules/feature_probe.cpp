@@ -214,10 +214,12 @@ at::Tensor FeatureProbeRule::squares(const State& state, ExampleProbes& probes, 
     if (probes.diagonal.defined())
         diagonal = as_matrices(probes.diagonal.narrow(0, offset_, groups_ * out_ * in_));
     if (T == 1) {
-        const at::Tensor x2 = features(state, 0, N).squeeze(2).square();  // (N, groups, in)
-        const at::Tensor d2 = tdy.view({K, N, groups_, out_}).square();
-        if (diagonal.defined()) diagonal.add_(at::matmul(d2.sum(0).permute({1, 2, 0}), x2.transpose(0, 1)));
-        return (d2.sum(-1, false, at::kDouble) * x2.sum(-1, false, at::kDouble)).sum(-1);
+        const at::Tensor x = features(state, 0, N).squeeze(2);  // (N, groups, in)
+        const at::Tensor back = tdy.view({K, N * groups_, out_});
+        if (diagonal.defined())
+            diagonal.add_(at::matmul(back.square().sum(0).view({N, groups_, out_}).permute({1, 2, 0}),
+                                     x.square().transpose(0, 1)));
+        return (dots(back, back).view({K, N, groups_}) * dots(x, x)).sum(-1);
     }
     const bool gram = !diagonal.defined() && T * (in_ + out_) < in_ * out_;
     const int64_t step = chunk(groups_ * (gram ? (K + 1) * T * T : K * in_ * out_ + T * in_));

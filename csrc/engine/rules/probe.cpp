@@ -142,10 +142,9 @@ at::Tensor BroadcastProbeRule::collect(const Directions& d, ExampleProbes& probe
         back = at::zeros({d.K(), examples_, size_}, back.options()).index_add_(2, elements, back);
     if (by_element && !distinct_) elements = at::arange(size_, elements.options());
     if (probes.squares) {
-        const at::Tensor samples = back.square();
         if (probes.diagonal.defined())
-            probes.diagonal.index_add_(0, elements + offset_, samples.sum({0, 1}, false, at::kDouble));
-        return samples.sum(2, false, at::kDouble);
+            probes.diagonal.index_add_(0, elements + offset_, back.square().sum({0, 1}, false, at::kDouble));
+        return dots(back, back);
     }
     at::Tensor v;
     if (by_element && !distinct_) {
