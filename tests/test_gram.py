@@ -204,11 +204,15 @@ def test_float32() -> None:
 
 
 def test_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that do not fit are computed again, to the same matrix."""
+    """Rows that do not fit are computed again, and products are taken in strips and panels, to the same matrix."""
     A = problem("cross-entropy")
     found = gram.gram_of(A, as_full_operator(A), asked=True)
     assert found is not None
     whole = found._matrix()
+    monkeypatch.setattr(gram, "_STRIP", 2)
+    monkeypatch.setattr(gram, "_PANEL", 200)
+    K, _ = found._matrix()
+    assert np.abs(K - whole[0]).max() <= rounding(whole[0])
     units = []
     monkeypatch.setattr(OutputRows, "_rows", lambda *a, old=OutputRows._rows: units.append(1) or old(*a))
     for rows, swept in ((9, 7 + 4 + 1), (4, sum(range(1, 8)))):

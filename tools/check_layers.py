@@ -37,8 +37,8 @@ PYTHON_LAYERS = {
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning precision autograd native backend example_sweeps output_rows operators",
-    "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace sampling projected automatic by_example "
-    "solve block_spectra density density_plot adaptive gram functionals",
+    "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace sampling projected automatic "
+    "by_example solve block_spectra density density_plot adaptive gram functionals",
     "surface": "machine bench report factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {
