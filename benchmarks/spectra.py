@@ -9,12 +9,13 @@ digits: a tanh net 64-256-256-10 (85,002 parameters) on the 1,437 training digit
   A density of 8 probes and 64 steps: `spectral_density` against a loop of one Lanczos recurrence per probe, fully
   reorthogonalised, over curvlinops' products, one vector each.
 gpt2: GPT-2 small with random weights, one sequence of 128 tokens: the five eigenvalues largest in absolute value, with
-  the peak resident size of the process.
+  the peaks of the process's resident size and of its part that is no file's.
 """
 
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,30 @@ def lanczos(product: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], v: 
         beta[step] = np.linalg.norm(w)
         v = w / beta[step]
     np.linalg.eigh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
+
+
+class PeakMemory:
+    """Within: the peaks of the process's resident size and of its anonymous part, sampled a hundred times a second."""
+
+    def __enter__(self) -> PeakMemory:
+        self.resident = self.anonymous = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.01):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            sizes = {
+                line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("Vm", "Rss"))
+            }
+            self.resident = max(self.resident, 1024 * sizes["VmRSS"])
+            self.anonymous = max(self.anonymous, 1024 * sizes["RssAnon"])
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -154,33 +179,37 @@ def digits_net(rounds: int, threads: int) -> None:
     "--precision", default="full", show_default=True, help="Of a draft that the search starts with."
 )
 @click.option("--tol", default=1e-2, show_default=True)
+@click.option("--max-matvecs", default=None, type=int, help="Products, at most.")
 @click.option("--threads", default=2, show_default=True)
-def gpt2(storage: str | None, memory: int | None, precision: str, tol: float, threads: int) -> None:
+def gpt2(
+    storage: str | None, memory: int | None, precision: str, tol: float, max_matvecs: int | None, threads: int
+) -> None:
     """Five eigenpairs of GPT-2 small."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model, loss, batch = WORKLOADS["gpt2"].build()
-    objective = fc.Objective(model, loss, batch)
-    draft = fc.Hessian(objective, precision="bf16") if precision == "bf16" else None
     print(describe())
-    seconds, pairs = timed(
-        lambda: fc.eigsh(
-            fc.Hessian(objective),
-            5,
-            tol=tol,
-            block_size=2,
-            storage=storage,
-            memory=memory,
-            draft=draft,
-            progress=True,
+    with PeakMemory() as peak:
+        model, loss, batch = WORKLOADS["gpt2"].build()
+        objective = fc.Objective(model, loss, batch)
+        draft = fc.Hessian(objective, precision="bf16") if precision == "bf16" else None
+        seconds, pairs = timed(
+            lambda: fc.eigsh(
+                fc.Hessian(objective),
+                5,
+                tol=tol,
+                block_size=2,
+                storage=storage,
+                memory=memory,
+                draft=draft,
+                max_matvecs=max_matvecs,
+                progress=True,
+            )
         )
-    )
-    status = Path("/proc/self/status").read_text().splitlines()
-    (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM")]
     print(pairs.values, pairs.residuals / pairs.scale)
     print(
         f"{pairs.status}: {seconds:.0f} s, {pairs.matvecs} products (and {pairs.draft_matvecs} of the draft), "
-        f"basis of {pairs.basis_rows} rows in {pairs.storage}, peak resident size {int(peak) / 1e6:.2f} GB"
+        f"basis of {pairs.basis_rows} rows in {pairs.storage}, peak resident size {peak.resident / 1e9:.2f} GB, "
+        f"anonymous {peak.anonymous / 1e9:.2f} GB"
     )
 
 

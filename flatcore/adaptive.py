@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import FlatcoreWarning, NoRowsError
 from flatcore.linear import LinearView, check_count, check_positive, check_seed
 from flatcore.means import Samples, Smooth
 from flatcore.memory import free_bytes
@@ -53,11 +53,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Exact:
-    """An exact way: its products, and up to how many "auto" takes it where that is cheaper."""
+    """An exact way: the products it takes, all it does in products' worth, and whether "auto" may change over to it."""
 
     method: str
     products: int
-    at_most: int
+    cost: float
+    automatic: bool
     compute: Callable[[Bar], float]
 
 
@@ -90,16 +91,17 @@ class Options:
         )
 
 
-def run(source: Source, smooth: Smooth, exact: Exact, options: Options, began: float) -> Estimate:
-    """The estimate, or the exact value where it is asked for or cheaper."""
-    what, limit = options.what, options.max_matvecs
-    if options.method == "exact" and limit is not None and limit < exact.products:
+def run(source: Source, smooth: Smooth, ways: list[Exact], options: Options, began: float) -> Estimate:
+    """The estimate, or the exact value where it is asked for or cheaper, by the cheapest of the exact ``ways``."""
+    exact = min(ways, key=lambda way: way.cost)
+    what, limit, asked = options.what, options.max_matvecs, options.method in ("exact", "gram")
+    if asked and limit is not None and limit < exact.products:
         raise ValueError(
             f"max_matvecs: the exact {what} takes {exact.products} products, got {limit}; allow as many"
         )
-    budget = limit or max(MAX_MATVECS, exact.products if options.method == "exact" else 0)
-    small = exact.products <= min(EXACT_AT_ONCE, budget)
-    use_exact = options.method == "exact" or (options.method == "auto" and small)
+    budget = limit or max(MAX_MATVECS, exact.products if asked else 0)
+    small = exact.cost <= EXACT_AT_ONCE and exact.products <= budget
+    use_exact = asked or (options.method == "auto" and small)
     value, error, status, matvecs = 0.0, 0.0, "converged", 0
     with (
         full_precision(),
@@ -108,7 +110,15 @@ def run(source: Source, smooth: Smooth, exact: Exact, options: Options, began: f
         if not use_exact:
             value, error, status, matvecs, use_exact = _sample(source, smooth, exact, options, budget, bar)
         if use_exact:
-            value, error, status = exact.compute(bar), 0.0, "converged"
+            try:
+                value, error, status = exact.compute(bar), 0.0, "converged"
+            except NoRowsError as failure:
+                if len(ways) == 1:
+                    raise
+                warnings.warn(
+                    f'{what}: not by method "{exact.method}": {failure}', FlatcoreWarning, stacklevel=4
+                )
+                return run(source, smooth, [way for way in ways if way is not exact], options, began)
             matvecs += exact.products
     if status != "converged":
         warnings.warn(f"{what}: {status}", FlatcoreWarning, stacklevel=4)
@@ -133,7 +143,7 @@ def _sample(
     ``least_probes`` and the bound that the variance is moderated with keep that honest (tested over many seeds).
     """
     samples, used, per_probe = Samples(source.q), 0, 1
-    may_change = options.method == "auto" and exact.products <= exact.at_most
+    may_change = options.method == "auto" and exact.automatic
     value, error, bias = math.nan, math.nan, math.nan
     while used < budget:
         count = min(BLOCK, (budget - used) // per_probe)
@@ -154,7 +164,7 @@ def _sample(
             return value, math.hypot(error, bias), "converged", used, False
         # The error falls as 1 / sqrt(n): n (error / allowed)² probes would do. No number of them mends the bias.
         more = math.inf if bias >= allowed else samples.n * (error**2 / (allowed**2 - bias**2) - 1)
-        if may_change and used + exact.products <= budget and more * per_probe > exact.products:
+        if may_change and used + exact.products <= budget and more * per_probe > exact.cost:
             return value, error, "", used, True
         if bias >= allowed:
             break

@@ -163,8 +163,10 @@ class AutogradBackend:
 
     def _check_symmetry(self, apply: Callable[[Vectors], Vectors], theta: list[Tensor]) -> None:
         """Some second derivatives in torch are wrong (2.13: of weight_norm), which shows as a lack of symmetry."""
-        generator = torch.Generator().manual_seed(0)
-        u, v = ([torch.randn(t.shape, generator=generator).to(t) for t in theta] for _ in range(2))
+        generator = torch.Generator("cpu").manual_seed(0)
+        u, v = (
+            [torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in theta] for _ in range(2)
+        )
         Hu, Hv = apply(u), apply(v)
         a, b = _inner(u, Hv), _inner(v, Hu)
         scale = math.sqrt(_inner(Hu, Hu) * _inner(v, v)) + math.sqrt(_inner(Hv, Hv) * _inner(u, u))
@@ -248,8 +250,11 @@ class Outputs:
 
     def check_transpose(self) -> None:
         """A torch.autograd.Function may have a backward that is no derivative: <u, J v> = <J^T u, v> shows it."""
-        generator = torch.Generator().manual_seed(0)
-        v, u = ([torch.randn(t.shape, generator=generator).to(t) for t in ts] for ts in (self.theta, self.z))
+        generator = torch.Generator("cpu").manual_seed(0)
+        v, u = (
+            [torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in ts]
+            for ts in (self.theta, self.z)
+        )
         Jv = self.push(v)
         for size in gradient_sizes(self.theta[0].dtype):
             scaled = [size * x for x in u]

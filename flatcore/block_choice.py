@@ -32,8 +32,12 @@ def measured_block(
     """
     most = min(k + 2, operator.P)
     widths = [K for K in _WIDTHS if most >= K]
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    rows = torch.randn(widths[-1], operator.P, generator=generator).to(operator.dtype).to(operator.device)
+    generator = torch.Generator("cpu").manual_seed(seed % 2**63)
+    rows = (
+        torch.randn(widths[-1], operator.P, generator=generator, device="cpu")
+        .to(operator.dtype)
+        .to(operator.device)
+    )
     operator.apply(rows[:1])  # buffers, caches, states of the batches
     cost = {}
     for K in widths:

@@ -99,9 +99,9 @@ def block_spectra(
 
 
 def _eigenpairs(found: dict[str, Any], which: str, tol: float, seconds: float, seed: int) -> Eigenpairs:
-    values = torch.tensor(found["values"], dtype=torch.float64)
-    residuals = torch.tensor(found["residuals"], dtype=torch.float64)
-    order = torch.argsort(values) if which == "BE" else torch.arange(len(values))
+    values = torch.tensor(found["values"], dtype=torch.float64, device="cpu")
+    residuals = torch.tensor(found["residuals"], dtype=torch.float64, device="cpu")
+    order = torch.argsort(values) if which == "BE" else torch.arange(len(values), device="cpu")
     converged = residuals <= tol * found["scale"]
     missing = int((~converged).sum())
     return Eigenpairs(

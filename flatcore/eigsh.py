@@ -72,12 +72,12 @@ def eigsh(
     convergence it is removed. Arguments must be the same but for ``max_matvecs``, and so must A.
 
     Costs about block_size products a step, and k for the true residuals. Memory: max(64, 4 k + 6 block_size)
-    vectors for the basis, 2 k + 4 block_size besides. Not converged in max_matvecs: ``status`` says so, a
-    FlatcoreWarning too, and the residuals tell how far it got. Ctrl-C: the pairs found so far with the recurrence's
-    estimates for residuals, fewer than k where fewer exist, ``status`` "interrupted ..." and a FlatcoreWarning;
-    with none at all, KeyboardInterrupt. Raises ValueError or TypeError for bad arguments, for products that are not
-    finite and for an A that is not symmetric. Source: thick restart after Wu and Simon, SIAM J. Matrix Anal. Appl.
-    22 (2000) 602-616, for blocks.
+    vectors for the basis, 2 k + 4 block_size besides; a file takes the basis and the 2 k. Not converged in
+    max_matvecs: ``status`` says so, a FlatcoreWarning too, and the residuals tell how far it got. Ctrl-C: the pairs
+    found so far with the recurrence's estimates for residuals, fewer than k where fewer exist, ``status``
+    "interrupted ..." and a FlatcoreWarning; with none at all, KeyboardInterrupt. Raises ValueError or TypeError for
+    bad arguments, for products that are not finite and for an A that is not symmetric. Source: thick restart after
+    Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616, for blocks.
     """
     began = time.perf_counter()
     operator = as_operator(A)
@@ -116,12 +116,16 @@ def eigsh(
     status = _status(found, k, tol, operator.dtype)
     if status != "converged":
         warnings.warn(f"eigsh: {status}", FlatcoreWarning, stacklevel=2)
-    values = torch.tensor(found["values"], dtype=torch.float64)
-    residuals = torch.tensor(found["residuals"], dtype=torch.float64)
-    order = torch.argsort(values) if which == "BE" else torch.arange(len(values))
+    values = torch.tensor(found["values"], dtype=torch.float64, device="cpu")
+    residuals = torch.tensor(found["residuals"], dtype=torch.float64, device="cpu")
+    vectors = found["vectors"]
+    order = torch.arange(len(values), device="cpu")
+    if which == "BE":
+        order = torch.argsort(values)
+        vectors = vectors[order.to(operator.device)]
     return Eigenpairs(
         values=values[order],
-        vectors=found["vectors"][order.to(operator.device)].T if return_eigenvectors else None,
+        vectors=vectors.T if return_eigenvectors else None,
         residuals=residuals[order],
         converged=(residuals <= tol * found["scale"])[order],
         matvecs=found["products"] + timed,
@@ -162,6 +166,7 @@ class _Search:
             asymmetry=asymmetry,
             verify=verify,
             seed=self.seed,
+            file=basis.file,
         )
 
     def identity(self, operator: LinearView, start: torch.Tensor, drafted: bool) -> dict[str, Any]:

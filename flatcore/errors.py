@@ -25,3 +25,7 @@ class CaptureError(Exception):
 
 class NotTwiceDifferentiableError(CaptureError):
     """An operation that torch autograd cannot differentiate twice either."""
+
+
+class NoRowsError(ValueError):
+    """A Gauss-Newton matrix is not known by rows of the model's outputs; the message says why."""

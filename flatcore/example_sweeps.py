@@ -19,6 +19,7 @@ from flatcore.backend import native_backend
 from flatcore.capture import NotSeparable, ProbedProgram, probe
 from flatcore.environment import full_precision
 from flatcore.evaluate import plain_torch
+from flatcore.example_outputs import Outputs
 from flatcore.native import NativeBackend, engine_program, key_of
 from flatcore.objective import Objective, Snapshot, WeightedBatch
 
@@ -133,17 +134,19 @@ class ExampleSweeps:
         """K >= 2 probes, numbers first to first + K - 1, of every example. The same for a seed however the data are cut
         into batches.
 
-        relative: probes W A with random signs A, for weights with one use alone, whose mean is sum_ss' <w_s, w_s'> tr H_ss' for the
-        rows w_s of each weight (Petzka et al. 2021, equation 4).
+        relative: probes W A with random signs A, for weights with one use alone, whose mean is
+        sum_ss' <w_s, w_s'> tr H_ss' for the rows w_s of each weight (Petzka et al. 2021).
         """
-        totals = torch.zeros(3, 1 + len(self.probed), dtype=torch.float64)
+        totals = torch.zeros(3, 1 + len(self.probed), dtype=torch.float64, device="cpu")
         P = self._objective.layout.size
-        diag = torch.zeros(P, dtype=torch.float64) if diagonal else None
-        spread = torch.zeros(P, dtype=torch.float64) if diagonal else None
+        diag = torch.zeros(P, dtype=torch.float64, device="cpu") if diagonal else None
+        spread = torch.zeros(P, dtype=torch.float64, device="cpu") if diagonal else None
         for batch, first_example, state, compiled in self._states(at):
-            sums = torch.zeros(K, len(compiled.program.probed), batch.examples, dtype=torch.float64)
+            sums = torch.zeros(
+                K, len(compiled.program.probed), batch.examples, dtype=torch.float64, device="cpu"
+            )
             pieces = [(0, K)] if diagonal else self._pieces(compiled, mode, K)
-            outputs = _Outputs(compiled, state, batch.examples, self._objective.layout.dtype)
+            outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout.dtype)
             by_outputs = mode == "ggn" and self.outputs_are_apart and not (relative or diagonal)
             for begin, end in pieces:
                 if (
@@ -168,13 +171,15 @@ class ExampleSweeps:
     def exact_ggn(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
         """tr G as `Samples.mean` holds it, and diag G (P,): one sweep for each output of an example.
 
-        With S_n = sum_j s_nj a_nj a_njᵀ the loss' second derivative in the outputs of example n, s_nj its signs, tr G is
-        the sum of the s_nj |J_nᵀ a_nj|².
+        With S_n = sum_j s_nj a_nj a_njᵀ the loss' second derivative in the outputs of example n, s_nj its signs,
+        tr G is the sum of the s_nj |J_nᵀ a_nj|².
         """
-        totals = torch.zeros(1 + len(self.probed), dtype=torch.float64)
-        diag = torch.zeros(self._objective.layout.size, dtype=torch.float64) if diagonal else None
+        totals = torch.zeros(1 + len(self.probed), dtype=torch.float64, device="cpu")
+        diag = (
+            torch.zeros(self._objective.layout.size, dtype=torch.float64, device="cpu") if diagonal else None
+        )
         for batch, _, state, compiled in self._states(at):
-            outputs = _Outputs(compiled, state, batch.examples, self._objective.layout.dtype)
+            outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout.dtype)
             for sign, cotangents in outputs.factors():
                 sums = torch.zeros(
                     len(cotangents), len(compiled.program.probed), batch.examples, dtype=torch.float64
@@ -191,12 +196,16 @@ class ExampleSweeps:
 
     def exact_covariance(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
         """The trace of (1/N) sum_n g_n g_nᵀ, not centred, and its diagonal: one sweep."""
-        totals = torch.zeros(1 + len(self.probed), dtype=torch.float64)
-        diag = torch.zeros(self._objective.layout.size, dtype=torch.float64) if diagonal else None
+        totals = torch.zeros(1 + len(self.probed), dtype=torch.float64, device="cpu")
+        diag = (
+            torch.zeros(self._objective.layout.size, dtype=torch.float64, device="cpu") if diagonal else None
+        )
         for batch, _, state, compiled in self._states(at):
             cut = compiled.program.cut[0]
             adjoint = state.adjoint(cut).unsqueeze(0).contiguous()
-            sums = torch.zeros(1, len(compiled.program.probed), batch.examples, dtype=torch.float64)
+            sums = torch.zeros(
+                1, len(compiled.program.probed), batch.examples, dtype=torch.float64, device="cpu"
+            )
             state.output_pass(cut, adjoint, sums, diag)
             totals += self._by_name(sums, compiled).sum((0, 2))
         N = self._objective.examples
@@ -270,75 +279,6 @@ def sweeps_for(objective: Objective, at: Snapshot) -> ExampleSweeps | str:
         except NotSeparable as error:
             native.sweeps = str(error)
     return native.sweeps
-
-
-class _Outputs:
-    """The loss' second derivative S_n in the outputs of the examples of one batch, taken apart.
-
-    value: the program's value that stands for the outputs: of a cross-entropy its logits, else the cut.
-    """
-
-    def __init__(
-        self, compiled: _Compiled, state: engine.Linearization, examples: int, dtype: torch.dtype
-    ) -> None:
-        self._state, self._examples, self._dtype = state, examples, dtype
-        self._loss = compiled.program.cross_entropy
-        self._number = compiled.program.ops.index(self._loss) if self._loss is not None else -1
-        head = self._loss.inputs[0] if self._loss is not None else compiled.program.cut[0]
-        assert head is not None
-        self.value, self._shape = head, compiled.program.values[head].shape
-
-    def factors(self) -> list[tuple[float, Tensor]]:
-        """Signs s and cotangents (outputs, *shape), sum over both of s a_nj a_njᵀ = S_n."""
-        if self._loss is not None:
-            rows, classes = self._roots()
-            # One row of an example at a time.
-            each = rows.reshape(self._examples, -1, classes, classes)
-            outputs = each.shape[1] * classes
-            apart = torch.zeros(*each.shape[1:3], self._examples, *each.shape[1:2], classes, dtype=each.dtype)
-            for row in range(each.shape[1]):
-                apart[row, :, :, row] = each[:, row].transpose(0, 1)
-            return [(1.0, apart.reshape(outputs, *self._shape).to(self._dtype))]
-        outputs = torch.Size(self._shape).numel() // self._examples
-        columns = torch.eye(outputs, dtype=self._dtype).unsqueeze(1).expand(outputs, self._examples, outputs)
-        curvature = self._state.cut_curvature(columns.reshape(outputs, *self._shape).contiguous())
-        S = curvature.reshape(outputs, self._examples, outputs).permute(1, 0, 2).double()
-        values, vectors = torch.linalg.eigh((S + S.mT) / 2)
-        rounding = 16 * outputs * torch.finfo(self._dtype).eps * values.abs().max()
-        roots = vectors * values.abs().sqrt().unsqueeze(1)  # (examples, outputs, j)
-        found = []
-        for sign, kept in ((1.0, values > 0), (-1.0, values < -rounding)):
-            used = kept.any(0)  # eigenvalues are in order: the same places in most examples
-            if used.any():
-                columns = (roots * kept.unsqueeze(1))[:, :, used].permute(2, 0, 1)
-                found.append((sign, columns.reshape(-1, *self._shape).to(self._dtype)))
-        return found
-
-    def sampled(self, seed: int, first: int, K: int, first_example: int) -> Tensor | None:
-        """Cotangents a_kn (K, *shape) of random signs, whose mean a_kn a_knᵀ is S_n; None where that takes more than
-        random signs."""
-        if self._loss is None:
-            return None
-        p, weights = self._probabilities()
-        count = p.numel() // self._examples
-        signs = engine.output_signs(p, seed, first, K, first_example, self._examples, count)
-        draws = signs.reshape(K, *p.shape) * (weights.unsqueeze(-1) * p).sqrt()
-        return (draws - p * draws.sum(-1, keepdim=True)).reshape(K, *self._shape).to(self._dtype)
-
-    def _roots(self) -> tuple[Tensor, int]:
-        """Of a cross-entropy's S = w (diag p - p pᵀ) = sum_j w p_j (e_j - p) (e_j - p)ᵀ in every row of logits:
-        (rows, j, classes)."""
-        p, weights = self._probabilities()
-        classes = p.shape[-1]
-        apart = torch.eye(classes, dtype=p.dtype) - p.reshape(-1, 1, classes)
-        return apart * (weights.unsqueeze(-1) * p).reshape(-1, classes, 1).sqrt(), classes
-
-    def _probabilities(self) -> tuple[Tensor, Tensor]:
-        assert self._loss is not None and self._loss.inputs[1] is not None
-        mass = self._state.value(self._loss.inputs[1])
-        mass = mass if self._loss.inputs[2] is not None else mass.sum(-1)
-        weights = self._state.adjoint(self._loss.output) * mass
-        return self._state.saved(self._number)[0].double(), weights.double()
 
 
 class OperatorSweeps:

@@ -13,6 +13,7 @@ import torch
 from flatcore import _C
 from flatcore.adaptive import Block, Exact, Options, dense, eigenvalues, finite, run
 from flatcore.errors import FlatcoreWarning
+from flatcore.gram import GramMatrix, gram_of
 from flatcore.linear import LinearView, as_full_operator, check_count, check_positive
 from flatcore.means import Smooth, power, quotient, total
 from flatcore.memory import free_bytes
@@ -37,8 +38,8 @@ _COLUMNS_AT_MOST = 4096  # columns that "auto" may go through
 # After these steps the quadratures are looked at, whether they will do.
 _LOOKS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _FEWEST_STEPS = 12  # where no bound is known, two rules may agree by chance
-_PROBES = ("auto", "exact", "lanczos")
-_ONE_PRODUCT = ("auto", "exact", "hutchinson")
+_PROBES = ("auto", "exact", "lanczos", "gram")
+_ONE_PRODUCT = ("auto", "exact", "hutchinson", "gram")
 
 
 def functional(
@@ -56,8 +57,11 @@ def functional(
 
     ``method`` "lanczos": probes of random signs, each with a Gauss quadrature from at most ``steps`` (128) steps of
     Lanczos (Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099), until stderr <= rtol |value|.
-    "exact": all eigenvalues of the dense matrix, from P products. "auto": exact where P <= 64, else lanczos, changing
-    over to exact where the probes seen show that P products (P <= 2048) are the cheaper way to rtol.
+    "exact": all eigenvalues, from P products or, where it is cheaper, through "gram": those of a ``GGN`` from the
+    Gram matrix of its outputs on all data, an (N C, N C) matrix for N examples with C outputs, N C < P, which is
+    computed by plain torch and checked by one product; the result's ``method`` says which. "auto": exact where that
+    costs no more than 64 products, else lanczos, changing over to exact where the probes seen show that it is the
+    cheaper way to rtol (P products only for P <= 2048).
 
     ``stderr`` holds two things, added in squares: the standard error over the probes, moderated by a bound on their
     variance so that it holds with few of them (``flatcore/means.py``), and the error of the quadrature, estimated
@@ -173,7 +177,8 @@ def frobenius(
 
     "hutchinson": the mean of |A v|² over probes of random signs has no bias, whatever the spectrum. Of its root the
     bias is -stderr² / (2 |A|_F) to second order (delta method) and taken off: what is left is smaller than stderr by
-    a factor of the relative error. "exact": the squares of all P columns. "auto" and the rest as in ``trace``.
+    a factor of the relative error. "exact": the squares of all P columns, or "gram" as in ``functional``. "auto" and
+    the rest as in ``trace``.
     """
     options = Options.checked("frobenius", method, _ONE_PRODUCT, rtol, max_matvecs, seed, progress)
     return _from_products(A, _SquareSource, power(0.5), lambda t, q: float(np.sqrt(q)), options)
@@ -210,13 +215,21 @@ def _sum(A: Any, function: Function, smooth: Smooth, options: Options, steps: in
     operator = as_full_operator(A)
     steps = min(_STEPS if steps is None else check_count("steps", steps, 1), operator.P)
 
-    def compute(bar: Bar) -> float:
-        values = eigenvalues(operator, bar)
+    def sum_over(values: np.ndarray) -> float:
         function.check(values, rounding(operator.dtype, float(np.abs(values).max())))
         return smooth.at(np.array([function(values).sum()]))[0]
 
     source = _QuadratureSource(operator, function, steps, options.rtol, options.seed)
-    result = run(source, smooth, Exact("exact", operator.P, _DENSE_AT_MOST, compute), options, began)
+    ways = _exact_ways(
+        A,
+        operator,
+        options,
+        _DENSE_AT_MOST,
+        lambda bar: sum_over(eigenvalues(operator, bar)),
+        lambda gram: sum_over(gram.eigenvalues()),
+        gram_needs_eigenvalues=True,
+    )
+    result = run(source, smooth, ways, options, began)
     if function.lowest_negative < 0:
         warnings.warn(
             f"{options.what}: A has negative eigenvalues, down to {function.lowest_negative:.3g}, each of which counts "
@@ -247,8 +260,36 @@ def _from_products(
         dense(operator, bar, take)
         return combine(*sums)
 
-    exact = Exact("exact", operator.P, _COLUMNS_AT_MOST, compute)
-    return run(kind(operator, options.seed), smooth, exact, options, began)
+    ways = _exact_ways(
+        A,
+        operator,
+        options,
+        _COLUMNS_AT_MOST,
+        compute,
+        lambda gram: combine(*gram.power_sums()),
+        gram_needs_eigenvalues=False,
+    )
+    return run(kind(operator, options.seed), smooth, ways, options, began)
+
+
+def _exact_ways(
+    A: Any,
+    operator: LinearView,
+    options: Options,
+    columns_at_most: int,
+    from_columns: Callable[[Bar], float],
+    from_gram: Callable[[GramMatrix], float],
+    *,
+    gram_needs_eigenvalues: bool,
+) -> list[Exact]:
+    """Through all columns of A, and through the Gram matrix of an example's outputs where A has one."""
+    P, method = operator.P, options.method
+    ways = [Exact("exact", P, P, columns_at_most >= P, from_columns)]
+    gram = gram_of(A, operator, method == "gram") if method in ("auto", "exact", "gram") else None
+    if gram is not None:
+        cost = gram.products_worth(gram_needs_eigenvalues)
+        ways.append(Exact("gram", 1, cost, True, lambda bar: from_gram(gram)))
+    return ways[1:] if method == "gram" else ways
 
 
 class _QuadratureSource:

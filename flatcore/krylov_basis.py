@@ -26,12 +26,13 @@ _ROOM = 4.0
 @dataclass(frozen=True)
 class Basis:
     """``head`` (h, P) in A's dtype beside A, ``tail`` the rows behind it; ``scale`` is what stored rows were
-    multiplied by. ``bytes``: of memory, the rows a step works on included."""
+    multiplied by. ``file``: the mapped file whose first rows are the tail, with room for two blocks of Ritz vectors."""
 
     storage: str
     head: torch.Tensor
     tail: torch.Tensor
     scale: float
+    file: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -138,8 +139,8 @@ def allocate_basis(
                 f"blocks of {block} with P = {P} and storage {storage!r}, got {memory:,}; allow more, ask for fewer "
                 "pairs or take a smaller block_size"
             )
-        return _made(operator, need.least, storage, k)
-    return _made(operator, rows(storage), storage, k)
+        return _made(operator, need.least, storage, k, max(k, given))
+    return _made(operator, rows(storage), storage, k, max(k, given))
 
 
 def _least_bytes(P: int, itemsize: int, need: _Need, storage: str, k: int) -> int:
@@ -152,7 +153,7 @@ def _least_bytes(P: int, itemsize: int, need: _Need, storage: str, k: int) -> in
     return P * per_column
 
 
-def _made(operator: LinearView, rows: int, storage: str, k: int) -> Basis:
+def _made(operator: LinearView, rows: int, storage: str, k: int, kept: int) -> Basis:
     P, dtype, device = operator.P, operator.dtype, operator.device
     scale = 1.0
     head = torch.empty(0, P, dtype=dtype, device=device)
@@ -166,9 +167,10 @@ def _made(operator: LinearView, rows: int, storage: str, k: int) -> Basis:
         tail = torch.empty(rows - len(head), P, dtype=_SHORT[storage], device=device)
         scale = math.sqrt(P) if storage == "float16" else 1.0
     elif storage == "host":
-        tail = torch.empty(rows, P, dtype=dtype, pin_memory=True)
+        tail = torch.empty(rows, P, dtype=dtype, pin_memory=True, device="cpu")
     else:
-        tail = _in_file(rows, P, dtype)
+        file = _in_file(rows + 2 * kept, P, dtype)
+        return Basis(storage, head, file[:rows], scale, file)
     return Basis(storage, head, tail, scale)
 
 
@@ -185,7 +187,7 @@ def _in_file(rows: int, P: int, dtype: torch.dtype) -> torch.Tensor:
     with tempfile.NamedTemporaryFile(prefix="flatcore-basis-", dir=folder) as file:
         # Space that is not there later would end the process by a signal.
         os.posix_fallocate(file.fileno(), 0, size)
-        return torch.from_file(file.name, shared=True, size=rows * P, dtype=dtype).view(rows, P)
+        return torch.from_file(file.name, shared=True, size=rows * P, dtype=dtype, device="cpu").view(rows, P)
 
 
 def _installed(device: torch.device) -> int:

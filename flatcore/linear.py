@@ -25,8 +25,9 @@ class LinearView:
         device: torch.device,
         product: Callable[[torch.Tensor], torch.Tensor],
         parameter_slices: dict[str, slice] | None,
+        name: str = "A",
     ) -> None:
-        self.P, self.dtype, self.device = P, dtype, device
+        self.P, self.dtype, self.device, self.name = P, dtype, device, name
         self.parameter_slices = parameter_slices
         self._product = product
 
@@ -36,15 +37,16 @@ class LinearView:
         if not isinstance(result, torch.Tensor) or result.shape != rows.shape:
             got = tuple(reversed(result.shape)) if isinstance(result, torch.Tensor) else type(result).__name__
             raise ValueError(
-                f"A: expected A @ V of shape {tuple(reversed(rows.shape))} for V of that shape, got {got}; "
+                f"{self.name}: expected {self.name} @ V of shape {tuple(reversed(rows.shape))} for V of that shape, "
+                f"got {got}; "
                 "the operator must map (P, K) to (P, K)"
             )
         return result.detach().to(dtype=self.dtype, device=self.device).contiguous()
 
 
-def as_operator(A: Any) -> LinearView:
+def as_operator(A: Any, name: str = "A") -> LinearView:
     """Adapts a flatcore operator, a dense tensor or array, a scipy LinearOperator or anything with .shape and
-    @.
+    @. ``name``: of the argument, for what is said of it.
 
     Raises TypeError where A has no .shape and @ or is not float32 or float64, ValueError where it is not
     square or empty.
@@ -52,24 +54,24 @@ def as_operator(A: Any) -> LinearView:
     shape = getattr(A, "shape", None)
     if shape is None or not hasattr(A, "__matmul__"):
         raise TypeError(
-            f"A: expected an operator with .shape and @, got {type(A).__name__}; "
+            f"{name}: expected an operator with .shape and @, got {type(A).__name__}; "
             "give e.g. fc.Hessian(objective), a square tensor or a scipy LinearOperator"
         )
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(
-            f"A: expected a square operator of shape (P, P), got {tuple(shape)}; give a symmetric one"
+            f"{name}: expected a square operator of shape (P, P), got {tuple(shape)}; give a symmetric one"
         )
     P = int(shape[0])
     if P == 0:
-        raise ValueError("A: expected at least one row, got shape (0, 0); give a non-empty operator")
+        raise ValueError(f"{name}: expected at least one row, got shape (0, 0); give a non-empty operator")
     slices = getattr(A, "parameter_slices", None)
     if isinstance(A, torch.Tensor):
         dense = A.detach()
-        return LinearView(P, _torch_dtype(A.dtype), A.device, lambda rows: rows @ dense.T, slices)
-    dtype, is_torch = _arithmetic(A, P)
+        return LinearView(P, _torch_dtype(A.dtype, name), A.device, lambda rows: rows @ dense.T, slices, name)
+    dtype, is_torch = _arithmetic(A, P, name)
     device = torch.device(getattr(A, "device", "cpu")) if is_torch else torch.device("cpu")
-    product = (lambda rows: (A @ rows.T).T) if is_torch else _numpy_product(A)
-    return LinearView(P, dtype, device, product, slices)
+    product = (lambda rows: (A @ rows.T).T) if is_torch else _numpy_product(A, name)
+    return LinearView(P, dtype, device, product, slices, name)
 
 
 def as_full_operator(A: Any) -> LinearView:
@@ -86,37 +88,37 @@ def as_full_operator(A: Any) -> LinearView:
     return as_operator(A)
 
 
-def _torch_dtype(dtype: Any) -> torch.dtype:
+def _torch_dtype(dtype: Any, name: str) -> torch.dtype:
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise TypeError(
-            f"A: expected dtype float32 or float64, got {dtype}; convert it, e.g. A.to(torch.float64)"
+            f"{name}: expected dtype float32 or float64, got {dtype}; convert it, e.g. {name}.to(torch.float64)"
         )
     return found
 
 
-def _arithmetic(A: Any, P: int) -> tuple[torch.dtype, bool]:
+def _arithmetic(A: Any, P: int, name: str) -> tuple[torch.dtype, bool]:
     """A's precision, and whether it takes torch tensors; where it does not say, one product tells."""
     dtype = getattr(A, "dtype", None)
     if isinstance(dtype, torch.dtype):
-        return _torch_dtype(dtype), True
+        return _torch_dtype(dtype, name), True
     if isinstance(A, np.ndarray) or type(A).__module__.partition(".")[0] == "scipy":
-        return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype))), False
+        return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype), name)), False
     try:
-        answer = A @ torch.zeros(P, 1)
+        answer = A @ torch.zeros(P, 1, device="cpu")
     except (TypeError, AttributeError):
-        return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype))), False
+        return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype), name)), False
     if isinstance(answer, torch.Tensor):
-        return _torch_dtype(answer.dtype), True
-    return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype))), False
+        return _torch_dtype(answer.dtype, name), True
+    return (torch.float64 if dtype is None else _torch_dtype(np.dtype(dtype), name)), False
 
 
-def _numpy_product(A: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _numpy_product(A: Any, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     def product(rows: torch.Tensor) -> torch.Tensor:
         result = np.asarray(A @ rows.numpy().T)
         if not np.issubdtype(result.dtype, np.floating):
             raise TypeError(
-                f"A: expected real products in floating point, got dtype {result.dtype}; give a real operator"
+                f"{name}: expected real products in floating point, got dtype {result.dtype}; give a real operator"
             )
         return torch.from_numpy(np.ascontiguousarray(result.T))
 

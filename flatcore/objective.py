@@ -122,6 +122,10 @@ class Objective:
         self._weights: tuple[float, ...] = ()
         self.snapshot()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes programs and states of its own: the engine's cannot be copied."""
+        return {**vars(self), "backends": None, "_snapshot": None, "_loss": None}
+
     @exclusive
     def check_parameters(self) -> None:
         """Raises ValueError where the selected parameters are no longer those the objective was made for."""

@@ -17,7 +17,9 @@ from flatcore.environment import exclusive, full_precision
 from flatcore.example_sweeps import OperatorSweeps, sweeps_for
 from flatcore.linear import check_count, check_seed
 from flatcore.memory import free_bytes
+from flatcore.native import NativeBackend
 from flatcore.objective import Objective, Snapshot
+from flatcore.output_rows import OutputRows
 from flatcore.plan import Plan
 from flatcore.precision import Precision, measured, usable
 from flatcore.results import MeasuredError
@@ -131,7 +133,7 @@ class Operator:
             rows = torch.as_tensor(V, dtype=self.dtype, device=self.device)
             return (self @ rows).cpu().numpy()
 
-        kind = torch.empty(0, dtype=self.dtype).numpy().dtype
+        kind = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(
             shape=self.shape,
             dtype=kind,
@@ -211,6 +213,12 @@ class GGN(Operator):
     """
 
     mode = "ggn"
+
+    def output_rows(self) -> OutputRows:
+        """The factor R of G = Rᵀ diag(s) R, a row for every example and output, as the functionals take it."""
+        snapshot = self.objective.snapshot()
+        native = isinstance(backend_for(self.objective, self.mode), NativeBackend)
+        return OutputRows(self.objective, snapshot, logits_for_nll=native)
 
 
 class GradientCovariance(Operator):

@@ -18,6 +18,7 @@ from flatcore.results import MeasuredError
 from flatcore.vectors import Layout
 
 Precision = Literal["full", "bf16"]
+_VECTORS_AT_ONCE = 16
 Product = Callable[[Tensor], Tensor]  # of rows (K, P)
 
 
@@ -54,14 +55,22 @@ def usable(precision: Any, layout: Layout) -> Precision:
 def measured(
     lower: Product, full: Product, like: Tensor, precision: Precision, vectors: int, seed: int
 ) -> MeasuredError:
-    """Compares two products on ``vectors`` random signs like the rows (P,) of ``like``."""
+    """Compares two products on ``vectors`` random signs like the rows (P,) of ``like``, a few at a time."""
     started = time.perf_counter()
-    V = krylov.rademacher(seed, 0, vectors, like.numel(), like)
-    B, A = lower(V), full(V)
-    difference, size = _norms(B - A), _norms(A)
+    errors, differences, sizes = [], [], []
+    for first in range(0, vectors, _VECTORS_AT_ONCE):
+        count = min(_VECTORS_AT_ONCE, vectors - first)
+        V = krylov.rademacher(seed, first, count, like.numel(), like)
+        B = lower(V)
+        differences += _differences(V, B)
+        sizes.append(_norms(B))
+        A = full(V)
+        size = _norms(A)
+        difference = _norms(A.sub_(B))
+        errors.append(torch.where(difference == 0, 0.0, difference / size))
     return MeasuredError(
-        errors=torch.where(difference == 0, 0.0, difference / size),
-        asymmetry=_asymmetry(V, B),
+        errors=torch.cat(errors),
+        asymmetry=_asymmetry(differences, torch.cat(sizes)),
         precision=precision,
         matvecs=2 * vectors,
         seed=seed,
@@ -74,17 +83,21 @@ def _norms(rows: Tensor) -> Tensor:
     return norms.cpu()
 
 
-def _asymmetry(V: Tensor, B: Tensor) -> float:
-    """sqrt of the mean over i < j of (<v_i, B v_j> - <v_j, B v_i>)^2 over that of |B v|^2, from the rows of V and B V.
-
-    For random signs the expectations are |B - B^T|_F^2 and |B|_F^2.
-    """
+def _differences(V: Tensor, B: Tensor) -> list[float]:
+    """<v_i, B v_j> - <v_j, B v_i> for i < j, from the rows of V and B V."""
 
     def inner(i: int, j: int) -> float:
         return float((V[i] * B[j]).sum(dtype=torch.float64))
 
-    differences = [inner(i, j) - inner(j, i) for i, j in combinations(range(len(V)), 2)]
+    return [inner(i, j) - inner(j, i) for i, j in combinations(range(len(V)), 2)]
+
+
+def _asymmetry(differences: list[float], sizes: Tensor) -> float:
+    """sqrt of the mean of the squared differences over that of |B v|^2.
+
+    For random signs the expectations are |B - B^T|_F^2 and |B|_F^2.
+    """
     if not differences:
         return math.nan
-    size = float(_norms(B).square().mean())
+    size = float(sizes.square().mean())
     return math.sqrt(sum(d * d for d in differences) / len(differences) / size) if size else 0.0

@@ -56,7 +56,9 @@ class TraceTally:
         self.n = 0
         self.independent: float = 0  # samples whose spread would tell as much as what squares holds
         self.whole: list[float] = []  # the samples in all
-        self.known = self.collect(torch.zeros(operator.P, dtype=torch.float64) if known is None else known)
+        self.known = self.collect(
+            torch.zeros(operator.P, dtype=torch.float64, device="cpu") if known is None else known
+        )
         self.mean = torch.zeros_like(self.known)
         self.squares = torch.zeros_like(self.known)
 
@@ -83,7 +85,7 @@ class TraceTally:
 
     def skewness(self) -> float:
         """Of the samples in all; 0 where it is not known."""
-        away = torch.tensor(self.whole, dtype=torch.float64)
+        away = torch.tensor(self.whole, dtype=torch.float64, device="cpu")
         away -= away.mean()
         squares = float((away**2).mean()) if self.whole else 0.0
         return float((away**3).mean()) / squares**1.5 if squares > 0 else 0.0

@@ -63,8 +63,12 @@ class Function:
         if least <= self.pole + zero:
             raise ValueError(
                 f"damping: expected A + damping to be positive definite beyond the rounding {zero:.2g} of A's "
-                f"products, got damping {-self.pole:g} with an eigenvalue of A at or below {least:.6g}; raise damping, "
-                "or take fc.GGN, which has no negative eigenvalues for a convex loss"
+                f"products, got damping {-self.pole:g} with an eigenvalue of A at or below {least:.6g}; raise damping"
+                + (
+                    ", or take fc.GGN, which has no negative eigenvalues for a convex loss"
+                    if least < -zero
+                    else ""
+                )
             )
         if self._nonnegative and least < -zero:
             self.lowest_negative = min(self.lowest_negative, least)

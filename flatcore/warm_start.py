@@ -27,7 +27,7 @@ def start_rows(v0: torch.Tensor | Eigenpairs | None, operator: LinearView) -> to
             )
         v0 = v0.vectors
     try:
-        rows = torch.as_tensor(v0).detach()
+        rows = (v0 if isinstance(v0, torch.Tensor) else torch.as_tensor(v0, device="cpu")).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"v0: expected a torch.Tensor, got {type(v0).__name__}") from error
     shape = tuple(rows.shape)
@@ -55,9 +55,10 @@ def draft_rows(
 ) -> tuple[torch.Tensor, int]:
     """What a search of the draft found, as start rows for the operator, and its products.
 
-    A draft that fails is left out, with a FlatcoreWarning. Raises ValueError for one of another shape.
+    A draft that fails is left out, with a FlatcoreWarning. Raises TypeError for one that is no operator, ValueError for
+    one of another shape.
     """
-    view = as_operator(draft)
+    view = as_operator(draft, "draft")
     if operator.P != view.P:
         raise ValueError(
             f"draft: expected an operator of shape ({operator.P}, {operator.P}) like A, got ({view.P}, {view.P}); "
@@ -65,8 +66,27 @@ def draft_rows(
         )
     nothing = torch.empty(0, operator.P, dtype=operator.dtype, device=operator.device)
     try:
-        found = search(view)
-    except _C.krylov.OperatorError as error:
+        found = search(_telling(view))
+    except (_C.krylov.OperatorError, _ProductError) as error:
         warnings.warn(f"eigsh: the draft is of no use: {error}", FlatcoreWarning, stacklevel=3)
         return nothing, 0
     return found["vectors"].to(dtype=operator.dtype, device=operator.device).contiguous(), found["products"]
+
+
+class _ProductError(Exception):
+    """What a product of the draft raised."""
+
+
+def _telling(view: LinearView) -> LinearView:
+    """The same operator, whose errors can be told from those of the search."""
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        try:
+            return view.apply(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            first_line = (str(error).strip() or "no message").splitlines()[0]
+            raise _ProductError(f"its product raised {type(error).__name__}: {first_line}") from error
+
+    return LinearView(view.P, view.dtype, view.device, product, view.parameter_slices, view.name)

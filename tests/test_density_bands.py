@@ -6,10 +6,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from sampled_spectra import SEEDS, SPECTRA, P, least_covered, matrix
+from sampled_spectra import SEEDS, SPECTRA, P, least_covered
 
 from flatcore.density import Density, spectral_density
 from flatcore.means import score_interval, student
+from tests.spectra import with_spectrum as matrix
 
 matplotlib.use("Agg")
 

@@ -38,11 +38,12 @@ SPECTRA = {
 
 def check(
     values: np.ndarray, dtype: torch.dtype, k: int, which: str, tol: float, seed: int, **arguments: object
-) -> None:
+) -> bool:
+    """Whether the answer is LAPACK's; where it is not, that it misses copies of values it has found and no more."""
     A = with_spectrum(values, dtype, seed)
     found = eigsh(A, k, which=which, tol=tol, seed=seed, max_matvecs=100 * len(values), **arguments)
     if found.status != "converged" and "memory" in arguments:
-        return  # drawn at random, some are too hard, or have too little memory: it says so
+        return True  # drawn at random, some are too hard, or have too little memory: it says so
     assert found.status == "converged"
     norm, rounding = float(np.abs(values).max()), 32 * eps(dtype) * len(values) ** 0.5
     # Values closer than tol are not told apart, and neither is one that hides behind them.
@@ -50,16 +51,18 @@ def check(
     # Weyl: a Ritz value is within its residual of an eigenvalue; with orthonormal vectors, k of k different ones.
     got, true = found.values.numpy(), wanted(values, k, which)
     assert (np.abs(got[:, None] - values[None, :]).min(axis=1) <= allowed).all()
-    if "memory" in arguments and tol > 2e-5:
-        return  # so coarse that a search may end before the best value shows
-    if which == "LM":  # equal sizes of both signs tie
-        np.testing.assert_allclose(np.abs(got), np.abs(true), rtol=0, atol=allowed)
-    else:
-        np.testing.assert_allclose(got, true, rtol=0, atol=allowed)
     V = found.vectors.double()
     assert (V.T @ V - torch.eye(k, dtype=torch.float64)).abs().max() <= rounding
     residuals = (A.double() @ V - V * found.values).norm(dim=0)
     assert (residuals <= allowed).all()
+    if "memory" in arguments and tol > 2e-5:
+        return True  # so coarse that a search may end before the best value shows
+    if which == "LM":  # equal sizes of both signs tie
+        got, true = np.abs(got), np.abs(true)
+    missed = true[np.abs(got - true) > allowed]
+    # Another value than those found would be one that the search never saw, whatever tol.
+    assert (np.abs(missed[:, None] - got[None, :]).min(axis=1, initial=np.inf) <= allowed).all()
+    return len(missed) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -68,13 +71,13 @@ def check(
 @pytest.mark.parametrize(("k", "block"), [(1, 1), (5, None), (14, 3)])
 def test_against_lapack(name: str, which: str, dtype: torch.dtype, k: int, block: int | None) -> None:
     tol = 1e-9 if dtype == torch.float64 else 2e-5
-    check(SPECTRA[name], dtype, k, which, tol, 0, block_size=block)
+    assert check(SPECTRA[name], dtype, k, which, tol, 0, block_size=block)
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
 def test_smallest(value: float) -> None:
     """2 x 2, the smallest matrix that has fewer pairs than rows; a 1 x 1 has none, which is said."""
-    check(np.array([value, 1.0]), torch.float64, 1, "LM", 1e-12, 0)
+    assert check(np.array([value, 1.0]), torch.float64, 1, "LM", 1e-12, 0)
     with pytest.raises(ValueError, match=r"k: expected fewer than P = 1 .*torch.linalg.eigh"):
         eigsh(torch.tensor([[value]]), 1)
 
@@ -99,11 +102,12 @@ def spectra(draw: st.DrawFn) -> np.ndarray:
     return values if len(values) > 1 else np.append(values, 0.0)
 
 
+AGREED: list[bool] = []
+
+
 @settings(max_examples=5000 if LONG else 60, deadline=None, derandomize=not LONG)
 @given(st.data())
-def test_random_spectra(data: st.DataObject) -> None:
-    """Random spectra, arguments and storage; 5000 with FLATCORE_LONG=1, of which a few in a thousand are such that a
-    copy is missed within a cluster that is hardly wider than tol."""
+def draw_and_check(data: st.DataObject) -> None:
     values = data.draw(spectra())
     P = len(values)
     k = data.draw(st.integers(1, min(P - 1, 20)))
@@ -118,10 +122,21 @@ def test_random_spectra(data: st.DataObject) -> None:
     memory = None if rows is None else (least + rows) * P * dtype.itemsize
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check(
+        agreed = check(
             values, dtype, k, data.draw(st.sampled_from(WHICH)), tol, data.draw(st.integers(0, 9)),
             block_size=block, storage=storage, memory=memory,
         )  # fmt: skip
+    AGREED.append(agreed)
+
+
+def test_random_spectra() -> None:
+    """Random spectra, arguments and storage, 5000 with FLATCORE_LONG=1 (some fifteen minutes). Every value returned is
+    an eigenvalue and stands for a pair of its own; what may be missing are copies, to within tol, of values that were
+    found, and that in no more than one answer of two hundred: a cluster about as wide as tol can end a search before
+    all of its vectors show (docs/design.md)."""
+    AGREED.clear()
+    draw_and_check()
+    assert AGREED.count(False) <= len(AGREED) / 200
 
 
 def test_long_float32_vectors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -62,6 +63,34 @@ def test_full_and_file_agree_to_rounding() -> None:
     full, file = (eigsh(A, 6, tol=1e-9, storage=storage) for storage in ("full", "file"))
     assert (full.matvecs, full.restarts) == (file.matvecs, file.restarts)
     assert torch.allclose(full.values, file.values, rtol=0, atol=1e-13)
+
+
+class Watched:
+    """A diagonal matrix that notes the resident size of the process at each product, in vectors."""
+
+    def __init__(self, P: int) -> None:
+        self.shape, self.dtype, self.device = (P, P), torch.float32, torch.device("cpu")
+        self.d = torch.linspace(-0.9, 0.9, P)
+        self.d[:5] = torch.arange(5) + 2.0
+        self.sizes: list[float] = []
+
+    def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
+        Y = (V.T * self.d).T
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / (4 * len(self.d)))
+        return Y
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_pages_of_the_file_leave_the_process() -> None:
+    """During a product there are its block and its result, of another such block at most what the allocator keeps, and
+    nothing of the basis; at the true residuals nothing of the Ritz vectors either."""
+    A = Watched(1_000_000)
+    found = eigsh(A, 5, block_size=2, tol=1e-5, storage="file")
+    assert found.status == "converged"
+    assert found.matvecs > 25  # as many rows of a basis
+    assert max(A.sizes) - A.sizes[0] <= 4
+    np.testing.assert_allclose(found.values, [6, 5, 4, 3, 2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("storage", ["float16", "bf16"])
@@ -151,7 +180,7 @@ def test_the_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     basis.tail.fill_(1)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(krylov_basis.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9999))
-    with pytest.raises(ValueError, match=r"storage: expected 10,000 bytes free in .*, found 9,999.*TMPDIR"):
+    with pytest.raises(ValueError, match=r"storage: expected 11,200 bytes free in .*, found 9,999.*TMPDIR"):
         eigsh(torch.eye(50), 3, storage="file")
 
 

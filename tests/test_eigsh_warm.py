@@ -139,6 +139,38 @@ def test_useless_draft(kind: str) -> None:
     assert found.status == "converged"
 
 
+class Failing(Counting):
+    """Its third product fails."""
+
+    def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
+        if self.products >= 4:
+            raise RuntimeError("out of luck\nand of words")
+        return super().__matmul__(V)
+
+
+class Widening(Counting):
+    def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super().__matmul__(V)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Failing, "RuntimeError: out of luck$"),
+        (Widening, r"ValueError: draft: expected draft @ V of shape \(400"),
+    ],
+)
+def test_a_draft_that_raises_is_left_out(kind: type[Counting], said: str) -> None:
+    A = with_spectrum(OUTLIERS)
+    alone = eigsh(A, 6, which="LA", tol=1e-7)
+    with pytest.warns(FlatcoreWarning, match=f"eigsh: the draft is of no use: its product raised {said}"):
+        found = eigsh(A, 6, which="LA", tol=1e-7, draft=kind(A))
+    assert torch.equal(found.values, alone.values)
+    # What is wrong with A is an error still.
+    with pytest.raises(ValueError if kind is Widening else RuntimeError):
+        eigsh(kind(A), 6, draft=A, v0=None)
+
+
 def test_refused() -> None:
     A = with_spectrum(OUTLIERS)
     pairs = dataclasses.replace(eigsh(A, 2), vectors=None)
@@ -146,7 +178,9 @@ def test_refused() -> None:
         eigsh(A, 2, v0=pairs)
     with pytest.raises(ValueError, match=r"draft: expected an operator of shape \(400, 400\)"):
         eigsh(A, 2, draft=A[:5, :5])
-    with pytest.raises(TypeError, match=r"expected an operator with .shape"):
+    with pytest.raises(TypeError, match=r"draft: expected an operator with .shape"):
         eigsh(A, 2, draft="bf16")
+    with pytest.raises(TypeError, match=r"draft: expected dtype float32 or float64"):
+        eigsh(A, 2, draft=A.half())
     with pytest.raises(ValueError, match=r"max_matvecs: expected at least .* from 3 start vectors"):
         eigsh(A, 2, v0=torch.randn(400, 3), max_matvecs=6)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampled_spectra import SEEDS, SPECTRA, P, least_covered, matrix
+from sampled_spectra import SEEDS, SPECTRA, P, least_covered
 
 import flatcore as fc
 from flatcore.density import spectral_density
 from flatcore.errors import FlatcoreWarning
 from flatcore.functionals import _QuadratureSource
 from flatcore.spectral import Function
+from tests.spectra import with_spectrum as matrix
 
 # Name -> the call, the truth from eigenvalues, and the method that estimates.
 CASES: dict[str, tuple[Callable[..., Any], Callable[[np.ndarray], float], str]] = {

@@ -271,7 +271,7 @@ def test_the_measured_error_is_that_of_the_products(operator: type) -> None:
 
 
 def test_the_measured_asymmetry_is_that_of_the_matrix() -> None:
-    """Its square is a mean over 2016 pairs of 64 vectors: right to a few hundredths."""
+    """Its square is a mean over 480 pairs, those among 16 of the 64 vectors each: right to a few hundredths."""
     random = torch.Generator().manual_seed(0)
     A = torch.randn(200, 200, generator=random)
     B = (A + A.T) / 2 + 0.01 * (A - A.T)

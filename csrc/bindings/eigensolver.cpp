@@ -1,8 +1,11 @@
 // Python's view of the eigensolver: an object that is stepped, looked at, written down and taken up again.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <pybind11/stl.h>
 
 #include "../krylov/eigensolver.h"
+#include <optional>
+
 #include "products.h"
 
 namespace py = pybind11;
@@ -38,9 +41,10 @@ class Solver {
  public:
     Solver(py::function product, const at::Tensor& head, const at::Tensor& tail, double scale, int64_t k,
            const std::string& which, double tol, int64_t block, int64_t max_products, double asymmetry,
-           bool verify, uint64_t seed)
-        : space_(make_space(std::move(product), head.size(1), head.options(), seed)),
-          solver_(space_, TensorBasis(head, tail, scale),
+           bool verify, uint64_t seed, const std::optional<at::Tensor>& file)
+        : mapped_(file ? MappedRows(*file, tail.size(0)) : MappedRows()),
+          space_(make_space(std::move(product), head.size(1), head.options(), seed, mapped_)),
+          solver_(space_, TensorBasis(head, tail, scale, mapped_),
                   {k, which_named(which), tol, block, max_products, asymmetry, verify}) {}
 
     void start(const at::Tensor& rows) {
@@ -70,6 +74,7 @@ class Solver {
         {
             py::gil_scoped_release release;
             found = solver_.result();
+            if (!found.values.empty()) found.vectors = own(found.vectors);
         }
         py::dict out = look();
         out["values"] = found.values;
@@ -141,6 +146,17 @@ class Solver {
     }
 
  private:
+    // Not in the file, which is overwritten by what comes next and lives as long as any of its rows.
+    at::Tensor own(const at::Tensor& X) const {
+        if (!mapped_.holds(X)) return X;
+        at::Tensor copy = at::empty_like(X);
+        for (int64_t i = 0; i < X.size(0); ++i) {
+            copy.select(0, i).copy_(X.select(0, i));
+            mapped_.rest(X.narrow(0, i, 1));
+        }
+        return copy;
+    }
+
     template <class Action>
     void telling_where(Action action) {
         py::gil_scoped_release release;
@@ -155,6 +171,7 @@ class Solver {
         }
     }
 
+    MappedRows mapped_;
     TensorSpace space_;
     krylov::EigenSolver<TensorSpace> solver_;
 };
@@ -164,11 +181,12 @@ class Solver {
 void bind_eigensolver(py::module_ module) {
     py::module_ m = module.attr("krylov");
     py::class_<Solver>(m, "EigenSolver")
+        // file: mapped, with the rows of `tail` first and room for blocks behind them
         .def(py::init<py::function, at::Tensor, at::Tensor, double, int64_t, std::string, double, int64_t,
-                      int64_t, double, bool, uint64_t>(),
+                      int64_t, double, bool, uint64_t, std::optional<at::Tensor>>(),
              py::kw_only(), py::arg("product"), py::arg("head"), py::arg("tail"), py::arg("scale"),
              py::arg("k"), py::arg("which"), py::arg("tol"), py::arg("block"), py::arg("max_products"),
-             py::arg("asymmetry"), py::arg("verify"), py::arg("seed"))
+             py::arg("asymmetry"), py::arg("verify"), py::arg("seed"), py::arg("file") = py::none())
         .def("start", &Solver::start, py::arg("rows"))
         .def("step", &Solver::step)
         .def("look", &Solver::look)

@@ -14,12 +14,12 @@ namespace flatcore {
 // The GIL is held for the product alone; the recurrences run without it. The space itself, which owns the
 // callable, is made and destroyed with the GIL held.
 inline TensorSpace make_space(pybind11::function product, int64_t P, const at::TensorOptions& options,
-                              uint64_t seed) {
+                              uint64_t seed, MappedRows mapped = {}) {
     auto apply = [product = std::move(product)](const at::Tensor& X) {
         pybind11::gil_scoped_acquire acquire;
         return product(X).cast<at::Tensor>();
     };
-    return TensorSpace(std::move(apply), P, options, seed);
+    return TensorSpace(std::move(apply), P, options, seed, std::move(mapped));
 }
 
 inline void check_rows(const char* name, const at::Tensor& X) {

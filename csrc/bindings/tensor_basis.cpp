@@ -72,11 +72,21 @@ at::Tensor TensorBasis::columns(int64_t first_row, int64_t rows, int64_t first_c
 
 at::Tensor TensorBasis::load(int64_t first, int64_t n) const { return columns(first, n, 0, head_.size(1)); }
 
+// The tail's part of these rows and columns is not needed for a while.
+void TensorBasis::rest(int64_t first_row, int64_t rows, int64_t first_column, int64_t n) const {
+    const int64_t h = head_.size(0), from = std::max<int64_t>(first_row - h, 0);
+    const int64_t to = std::max<int64_t>(first_row + rows - h, 0);
+    mapped_.rest(narrow_columns(tail_.narrow(0, from, to - from), first_column, n));
+}
+
 std::vector<double> TensorBasis::store(int64_t first, const Block& X) {
     const int64_t h = head_.size(0), n = X.size(0), above = std::clamp<int64_t>(h - first, 0, n);
     if (above > 0) head_.narrow(0, first, above).copy_(X.narrow(0, 0, above));
     if (rounding() == 0.0) {
-        if (above < n) tail_.narrow(0, first + above - h, n - above).copy_(X.narrow(0, above, n - above));
+        for (int64_t i = above; i < n; ++i) {
+            tail_.select(0, first + i - h).copy_(X.select(0, i));
+            rest(first + i, 1, 0, X.size(1));
+        }
         return {};
     }
     std::vector<double> errors(static_cast<size_t>(n), 0.0);
@@ -94,8 +104,12 @@ void TensorBasis::for_each_panel(int64_t first, int64_t m,
     const int64_t h = head_.size(0), P = head_.size(1), above = std::clamp<int64_t>(h - first, 0, m);
     if (above > 0) use(head_.narrow(0, first, above), 0, 0);
     if (above == m) return;
-    for (int64_t column = 0, piece = piece_of(m - above); column < P; column += piece)
-        use(columns(first + above, m - above, column, std::min(piece, P - column)), above, column);
+    for (int64_t column = 0, piece = piece_of(m - above); column < P; column += piece) {
+        const int64_t n = std::min(piece, P - column);
+        use(columns(first + above, m - above, column, n), above, column);
+        rest(first + above, m - above, column, n);
+    }
+    rest(first + above, m - above, 0, P);
 }
 
 krylov::Matrix TensorBasis::gram(int64_t m, const Block& W) const {
@@ -116,13 +130,16 @@ void TensorBasis::update(Block& W, const Matrix& B, int64_t m) const {
     });
 }
 
-at::Tensor TensorBasis::combine(const Matrix& B, int64_t m) const {
+void TensorBasis::combine_into(Block X, const Matrix& B, int64_t m) const {
     const at::Tensor coefficients = to_tensor(B, head_.options());
-    at::Tensor X = at::zeros({B.rows, head_.size(1)}, head_.options());
+    X.zero_();
+    mapped_.rest(X);
     for_each_panel(0, m, [&](const at::Tensor& V, int64_t row, int64_t column) {
-        narrow_columns(X, column, V.size(1)).addmm_(coefficients.narrow(1, row, V.size(0)), V);
+        at::Tensor part = narrow_columns(X, column, V.size(1));
+        part.addmm_(coefficients.narrow(1, row, V.size(0)), V);
+        mapped_.rest(part);
     });
-    return X;
+    mapped_.rest(X);
 }
 
 std::vector<double> TensorBasis::rotate(int64_t first, int64_t m, const Matrix& B) {
@@ -134,8 +151,10 @@ std::vector<double> TensorBasis::rotate(int64_t first, int64_t m, const Matrix& 
         const at::Tensor rotated = at::mm(coefficients, columns(first, m, column, n));
         TensorBasis part(narrow_columns(head_, column, n), narrow_columns(tail_, column, n), scale_);
         const std::vector<double> errors = part.store(first, rotated);
+        rest(first, m, column, n);
         for (size_t i = 0; i < errors.size(); ++i) squares[i] += errors[i] * errors[i];
     }
+    rest(first, m, 0, P);
     if (rounding() == 0.0) return {};
     for (double& square : squares) square = std::sqrt(square);
     return squares;

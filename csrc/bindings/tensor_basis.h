@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../krylov/matrix.h"
+#include "mapped_rows.h"
 
 namespace flatcore {
 
@@ -18,9 +19,9 @@ class TensorBasis {
     using Matrix = krylov::Matrix;
 
     // head (h, P), with h >= 0, has the precision and device of all blocks. `scale`: stored is a row times
-    // it.
-    TensorBasis(at::Tensor head, at::Tensor tail, double scale)
-        : head_(std::move(head)), tail_(std::move(tail)), scale_(scale) {}
+    // it. `mapped`: the file that the tail lies in, if it does.
+    TensorBasis(at::Tensor head, at::Tensor tail, double scale, MappedRows mapped = {})
+        : head_(std::move(head)), tail_(std::move(tail)), scale_(scale), mapped_(std::move(mapped)) {}
 
     int64_t capacity() const { return head_.size(0) + tail_.size(0); }
     double rounding() const;
@@ -28,18 +29,20 @@ class TensorBasis {
     std::vector<double> store(int64_t first, const Block& X);
     Matrix gram(int64_t m, const Block& W) const;
     void update(Block& W, const Matrix& B, int64_t m) const;
-    Block combine(const Matrix& B, int64_t m) const;
+    void combine_into(Block X, const Matrix& B, int64_t m) const;
     std::vector<double> rotate(int64_t first, int64_t m, const Matrix& B);
 
  private:
     // The basis' first m rows part by part, in full precision: (rows, first row, first column).
     void for_each_panel(int64_t first, int64_t m,
                         const std::function<void(const at::Tensor&, int64_t, int64_t)>& use) const;
+    void rest(int64_t first_row, int64_t rows, int64_t first_column, int64_t n) const;
     at::Tensor columns(int64_t first_row, int64_t rows, int64_t first_column, int64_t n) const;
     bool plain() const { return tail_.size(0) == 0; }
 
     at::Tensor head_, tail_;
     double scale_;
+    MappedRows mapped_;
 };
 
 // X Yᵀ for (p, P) and (m, P) rows.

@@ -15,6 +15,11 @@ namespace flatcore {
 
 at::Tensor TensorSpace::allocate(int64_t p) const { return at::empty({p, P_}, options_); }
 
+at::Tensor TensorSpace::allocate_pair(int64_t which, int64_t p) const {
+    at::Tensor block = mapped_.block(which, p);
+    return block.defined() ? block : allocate(p);
+}
+
 at::Tensor TensorSpace::random(int64_t p) {
     at::Tensor host = at::empty({p, P_}, options_.device(at::kCPU));
     if (host.scalar_type() == at::kFloat)
@@ -45,19 +50,41 @@ at::Tensor TensorSpace::apply(const Block& X) const {
     return own && Y.is_contiguous() ? Y : Y.clone(at::MemoryFormat::Contiguous);
 }
 
-krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const { return gram_of(X, Y); }
+void TensorSpace::for_each_piece(const Block& X, const Block& Y,
+                                 const std::function<void(at::Tensor, at::Tensor)>& use) const {
+    if (!mapped_.holds(X) && !mapped_.holds(Y)) return use(X, Y);
+    const int64_t rows = std::max<int64_t>({X.size(0), Y.size(0), 1});
+    const int64_t piece = std::max<int64_t>(1, (int64_t{1} << 22) / rows);
+    for (int64_t first = 0; first < P_; first += piece) {
+        const int64_t n = std::min(piece, P_ - first);
+        const at::Tensor x = X.narrow(1, first, n), y = Y.narrow(1, first, n);
+        use(x, y);
+        rest(x);
+        rest(y);
+    }
+    rest(X);
+    rest(Y);
+}
+
+krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const {
+    Matrix sum(X.size(0), Y.size(0));
+    for_each_piece(X, Y, [&](const at::Tensor& x, const at::Tensor& y) { krylov::add(sum, gram_of(x, y)); });
+    return sum;
+}
 
 std::vector<double> TensorSpace::lengths(const Block& X) const {
     std::vector<double> result;
     for (int64_t i = 0; i < X.size(0); ++i) {
         const Block row = X.narrow(0, i, 1);
-        result.push_back(std::sqrt(gram_of(row, row)(0, 0)));
+        result.push_back(std::sqrt(gram(row, row)(0, 0)));
     }
     return result;
 }
 
 void TensorSpace::update(Block& X, const Matrix& B, const Block& Y) const {
-    if (B.rows > 0 && B.cols > 0) X.addmm_(to_tensor(B), Y, 1, -1);
+    if (B.rows == 0 || B.cols == 0) return;
+    const at::Tensor coefficients = to_tensor(B);
+    for_each_piece(X, Y, [&](at::Tensor x, const at::Tensor& y) { x.addmm_(coefficients, y, 1, -1); });
 }
 
 at::Tensor TensorSpace::combine(const Matrix& B, const Block& Y) const { return at::mm(to_tensor(B), Y); }
@@ -73,7 +100,9 @@ void TensorSpace::rotate(Block X, const Matrix& B) const {
     for (int64_t first = 0; first < P_; first += piece) {
         const at::Tensor part = X.narrow(1, first, std::min(piece, P_ - first));
         part.narrow(0, 0, B.rows).copy_(at::mm(coefficients, part));
+        rest(part);
     }
+    rest(X);
 }
 
 krylov::Spectral TensorSpace::eigh(const Matrix& T) const {

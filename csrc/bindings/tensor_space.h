@@ -20,13 +20,16 @@ class TensorSpace {
     // (p, P) contiguous -> (p, P), X -> X A
     using Apply = std::function<at::Tensor(const at::Tensor&)>;
 
-    TensorSpace(Apply apply, int64_t P, at::TensorOptions options, uint64_t seed)
-        : apply_(std::move(apply)), P_(P), options_(options), seed_(seed) {}
+    // mapped: a file with room for the blocks of `allocate_pair`.
+    TensorSpace(Apply apply, int64_t P, at::TensorOptions options, uint64_t seed, MappedRows mapped = {})
+        : apply_(std::move(apply)), P_(P), options_(options), seed_(seed), mapped_(std::move(mapped)) {}
 
     int64_t dimension() const { return P_; }
     double epsilon() const { return options_.dtype() == at::kFloat ? 0x1.0p-23 : 0x1.0p-52; }
     int64_t count(const Block& X) const { return X.size(0); }
     Block allocate(int64_t p) const;
+    Block allocate_pair(int64_t which, int64_t p) const;
+    void rest(const Block& X) const { mapped_.rest(X); }
     Block random(int64_t p);
     Block rows(const Block& X, int64_t first, int64_t n) const { return X.narrow(0, first, n); }
     Block select(const Block& X, const std::vector<int64_t>& indices) const;
@@ -56,11 +59,16 @@ class TensorSpace {
     at::Tensor to_tensor(const Matrix& B) const { return flatcore::to_tensor(B, options_); }
 
  private:
+    // In one piece, but where X or Y lie in the file in pieces of columns, each of which rests after its use.
+    void for_each_piece(const Block& X, const Block& Y,
+                        const std::function<void(at::Tensor, at::Tensor)>& use) const;
+
     Apply apply_;
     int64_t P_;
     at::TensorOptions options_;
     uint64_t seed_;
     int64_t random_rows_ = 0;
+    MappedRows mapped_;
 };
 
 }  // namespace flatcore

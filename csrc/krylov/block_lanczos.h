@@ -23,6 +23,8 @@
 //     dimension(), epsilon()    P; the unit roundoff of the vectors' precision
 //     count(X)                  p
 //     allocate(p), random(p)    new rows, with undefined and with independent standard normal entries
+//     allocate_pair(i, p)       rows for block 0 or 1 of a pair, which may lie where the last such block did
+//     rest(X)                   X is not needed for a while
 //     rows(X, first, n)         n consecutive rows, sharing memory
 //     select(X, i), scatter(X, i, Y), assign(X, Y)     X[i] as new rows; X[i] = Y; X = Y
 //     apply(X)                  X A
@@ -35,7 +37,7 @@
 //     capacity(), rounding()    rows; the relative error of a stored row, 0 if there is none
 //     load(first, n)            rows in full precision, maybe sharing memory
 //     store(first, X)           rounds X into the rows from `first`; the errors' lengths
-//     gram(m, W), update(W, B, m), combine(B, m)       V Wᵀ; W -= B V; B V as new rows; V the first m rows
+//     gram(m, W), update(W, B, m), combine_into(X, B, m)     V Wᵀ; W -= B V; X = B V; V the first m rows
 //     rotate(first, m, B)       the rows from `first` become B V, V the m rows from `first`; the errors'
 //     lengths
 //

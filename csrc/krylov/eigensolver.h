@@ -163,7 +163,8 @@ class EigenSolver {
     Block wanted_rows() {
         const int64_t n = std::min<int64_t>(options_.k, static_cast<int64_t>(order_.size()));
         const Matrix S = columns(ritz_.vectors, {order_.begin(), order_.begin() + n});
-        Block X = lanczos_.storage().combine(transpose(S), lanczos_.state().m);
+        Block X = space_.allocate_pair(0, n);
+        lanczos_.storage().combine_into(X, transpose(S), lanczos_.state().m);
         return lanczos_.storage().rounding() > 0.0 ? orthonormal_rows(space_, std::move(X)) : X;
     }
 

@@ -29,16 +29,19 @@ typename Space::Block orthonormal_rows(Space& space, typename Space::Block W) {
 
 // `X` (j, P) orthonormal, overwritten. j operator applications, `piece` at a time. <u, A v> and <A u, v> may
 // differ by `asymmetry` times the largest |x A|, of which `scale` was seen. `order` maps ascending values to
-// the positions they come out in.
+// the positions they come out in. The residuals lie in the second block of `allocate_pair`.
 template <class Space, class Order>
 RitzRows<typename Space::Block> rayleigh_ritz(Space& space, typename Space::Block X, int64_t piece,
                                               double asymmetry, double scale, Order order) {
     using Block = typename Space::Block;
     const int64_t j = space.count(X);
-    Block Y = space.allocate(j);
+    Block Y = space.allocate_pair(1, j);
     for (int64_t first = 0; first < j; first += piece) {
         const int64_t n = std::min(piece, j - first);
-        space.assign(space.rows(Y, first, n), space.apply(space.rows(X, first, n)));
+        Block some = space.rows(X, first, n), products = space.rows(Y, first, n);
+        space.assign(products, space.apply(some));
+        space.rest(some);
+        space.rest(products);
     }
     Matrix T = space.gram(X, Y);
     if (!all_finite(T)) throw OperatorError(kNotFinite);

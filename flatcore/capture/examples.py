@@ -39,21 +39,15 @@ def separate(ops: Sequence[Op], values: Sequence[Value], program: Program) -> Se
     share, it is not, and the labels are found anew.
     """
     shared: set[int] = set()
-    while True:
-        try:
-            return _separation(ops, values, program, shared)
-        except _Mistaken as mistake:
-            shared |= mistake.beginnings
+    while not isinstance(found := _separation(ops, values, program, shared), Separation):
+        shared |= found
+    return found
 
 
-class _Mistaken(Exception):
-    """Values that were taken for the examples' own and are shared."""
-
-    def __init__(self, beginnings: set[int]) -> None:
-        self.beginnings = beginnings
-
-
-def _separation(ops: Sequence[Op], values: Sequence[Value], program: Program, shared: set[int]) -> Separation:
+def _separation(
+    ops: Sequence[Op], values: Sequence[Value], program: Program, shared: set[int]
+) -> Separation | set[int]:
+    """The labels; or, where they were found wrong, the values taken for the examples' own that are shared by all."""
     labels: dict[int, Label] = dict.fromkeys(program.parameters, "shared")
     beginnings: dict[int, set[int]] = {}  # of a value: where on the way to it examples came in
     crossings: list[Op] = []
@@ -77,7 +71,7 @@ def _separation(ops: Sequence[Op], values: Sequence[Value], program: Program, sh
         if label is None:
             broadcast = [i for i in view.broadcast() if i in beginnings]
             if mistaken := set[int]().union(*(beginnings[i] for i in broadcast)) - shared:
-                raise _Mistaken(mistaken)
+                return mistaken
             raise NotSeparable(f"'{op.aten or op.kind}' in module '{op.path}' mixes the examples of a batch")
         labels[op.output] = label
         if isinstance(label, int):

@@ -64,7 +64,7 @@ class ProbedProgram:
 
     @property
     def cross_entropy(self) -> Op | None:
-        """The op whose second derivative is all of the loss' in the model's output: cut and logits differ by linear ops."""
+        """The op whose second derivative is all of the loss' in the model's output, up to linear ops."""
         behind = self.behind_cut()
         curved = [op for op in behind if op.kind not in _LINEAR]
         if len(curved) == 1 and curved[0].kind == "cross_entropy":
@@ -89,7 +89,9 @@ class ProbedProgram:
             assert x is not None and index is not None
             rows = self.values[x].shape[0] // self.examples
             owner = constants[index].reshape(self.examples, -1).div(rows, rounding_mode="floor")
-            if not torch.equal(owner, torch.arange(self.examples).unsqueeze(1).expand_as(owner)):
+            if not torch.equal(
+                owner, torch.arange(self.examples, device=owner.device).unsqueeze(1).expand_as(owner)
+            ):
                 return op
         return None
 

@@ -73,10 +73,10 @@ def _differentiated(
     y = function.forward(inputs)
     if tuple(y.shape) != function.shape or y.dtype != function.dtype:
         return f"gives {y.dtype} of shape {tuple(y.shape)} where export found {function.shape}", function
-    draw = torch.Generator().manual_seed(0)
-    u = torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y)
+    draw = torch.Generator("cpu").manual_seed(0)
+    u = torch.randn(y.shape, generator=draw, dtype=torch.float64, device="cpu").to(y)
     pairs = [
-        torch.randn((2, *x.shape), generator=draw, dtype=torch.float64).to(x) if a else None
+        torch.randn((2, *x.shape), generator=draw, dtype=torch.float64, device="cpu").to(x) if a else None
         for x, a in zip(inputs, active, strict=True)
     ]
     first = [None if t is None else t[:1] for t in pairs]
