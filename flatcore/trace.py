@@ -12,7 +12,7 @@ import torch
 from flatcore.automatic import automatic
 from flatcore.by_example import ByExample
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import FlatcoreWarning, NotSeparable
 from flatcore.linear import LinearView, as_operator, check_count, check_positive, check_seed
 from flatcore.progress import Bar, progress_bar
 from flatcore.projected import hutch_plus_plus, known_basis, leave_one_out, remainder
@@ -100,13 +100,21 @@ def _estimate(
         check_seed(seed),
     )
     limit = None if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
+    if method == "auto" and min(_EXACT_AT_ONCE, limit or _MAX_MATVECS) >= operator.P:
+        method = "exact"
     sweeps = _sweeps(what, A, method) if deflate is None else None
     swept, used_up = None, 0
     with full_precision(), progress_bar(what, total=limit or _MAX_MATVECS, enabled=progress) as bar:
         if sweeps is not None:
             swept = ByExample(sweeps, operator, what == "diagonal", rtol, limit or _MAX_MATVECS, seed, bar)
-            used, used_up = swept.run(method), swept.used
-            sweeps.release()
+            try:
+                used = swept.run(method)
+            except NotSeparable as mixes:  # as only the data of some batch showed
+                used = None
+                _say_shared(what, str(mixes), stacklevel=4)
+            finally:
+                sweeps.release()
+            used_up = swept.used
         if swept is None or used is None:
             swept = None
             run, used = _by_products(what, kind, operator, method, rtol, limit, deflate, seed, bar)
@@ -139,8 +147,14 @@ def _sweeps(what: str, A: Any, method: str) -> Any:
     if not isinstance(found, str):
         return found
     if method == "example":
-        warnings.warn(f"{what}: {found}; so all examples share their probes", FlatcoreWarning, stacklevel=4)
+        _say_shared(what, found, stacklevel=5)
     return None
+
+
+def _say_shared(what: str, reason: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"{what}: {reason}; so all examples share their probes", FlatcoreWarning, stacklevel=stacklevel
+    )
 
 
 def _by_products(
@@ -160,8 +174,6 @@ def _by_products(
             f"max_matvecs: the exact {what} takes P = {operator.P} products, got {limit}; allow as many"
         )
     budget = limit or max(_MAX_MATVECS, operator.P if method == "exact" else 0)
-    if method == "auto" and min(_EXACT_AT_ONCE, budget) >= operator.P:
-        method = "exact"
     if method == "example":
         method = "hutchinson"
     products = Products(operator)
