@@ -223,21 +223,33 @@ at::Tensor FeatureProbeRule::squares(const State& state, ExampleProbes& probes, 
                                      x.square().transpose(0, 1)));
         return (dots(back, back).view({K, N, groups_}) * dots(x, x)).sum(-1);
     }
-    const bool gram = !diagonal.defined() && T * (in_ + out_) < in_ * out_;
-    const int64_t step = chunk(groups_ * (gram ? (K + 1) * T * T : K * in_ * out_ + T * in_));
-    for (int64_t n = 0; n < N; n += step) {
-        const int64_t count = std::min(step, N - n);
-        const at::Tensor x = features(state, n, count);  // (count, groups, T, in)
-        const at::Tensor back = tdy.narrow(1, n, count).view({K, count, T, groups_, out_}).transpose(2, 3);
-        at::Tensor product;
-        if (gram) {
-            product = at::matmul(back, back.transpose(-2, -1)).mul_(at::matmul(x, x.transpose(-2, -1)));
-        } else {
-            product = at::matmul(back.transpose(-2, -1), x).square_();
-            if (diagonal.defined()) diagonal.add_(product.sum({0, 1}, false, at::kDouble));
+    if (diagonal.defined()) {
+        const int64_t step = chunk(groups_ * (K * in_ * out_ + T * in_));
+        for (int64_t n = 0; n < N; n += step) {
+            const int64_t count = std::min(step, N - n);
+            const at::Tensor back =
+                tdy.narrow(1, n, count).view({K, count, T, groups_, out_}).permute({0, 1, 3, 4, 2});
+            const at::Tensor squared = at::matmul(back, features(state, n, count)).square_();
+            diagonal.add_(squared.sum({0, 1}, false, at::kDouble));
+            sums.narrow(1, n, count).copy_(squared.sum({2, 3, 4}, false, at::kDouble));
         }
-        sums.narrow(1, n, count).copy_(product.sum({2, 3, 4}, false, at::kDouble));
+        return sums;
     }
+    const bool gram = T * (in_ + out_) < in_ * out_;
+    each_example([&](int64_t n) {
+        const at::Tensor x = features(state, n, 1).select(0, 0);  // (groups, T, in)
+        const at::Tensor back = tdy.select(1, n).view({K, T, groups_, out_}).transpose(1, 2);
+        const at::Tensor xx = gram ? at::matmul(x, x.transpose(-2, -1)) : at::Tensor();
+        for (int64_t k = 0; k < K; ++k) {
+            const at::Tensor one = back.select(0, k);  // (groups, T, out)
+            const at::Tensor product =
+                at::matmul(gram ? one : one.transpose(-2, -1), gram ? one.transpose(-2, -1) : x);
+            sums.select(0, k).select(0, n).copy_(
+                dots(product.reshape({1, 1, -1}), (gram ? xx : product).reshape({1, 1, -1}))
+                    .select(0, 0)
+                    .select(0, 0));
+        }
+    });
     return sums;
 }
 

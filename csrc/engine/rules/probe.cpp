@@ -127,15 +127,15 @@ at::Tensor BroadcastProbeRule::gather(const at::Tensor& directions) const {
 
 at::Tensor BroadcastProbeRule::inject(const Directions& d, const ExampleProbes& probes) const {
     if (probes.relative) return {};
-    const at::Tensor e = spread(signs(d, probes)) * scale_;
+    const at::Tensor e = spread(signs(d, probes).mul_(scale_));
     return has(2) ? e * d.state().value(op_.inputs[2]) : e;
 }
 
 at::Tensor BroadcastProbeRule::collect(const Directions& d, ExampleProbes& probes) const {
     if (probes.relative) return {};
-    at::Tensor back = d.cotangent() * scale_;
+    at::Tensor back = d.cotangent();
     if (has(2)) back = back * d.state().value(op_.inputs[2]);
-    back = gather(back);
+    back = gather(back).mul_(scale_);
     at::Tensor elements = d.state().value(op_.inputs[1]).reshape({-1});
     const bool by_element = probes.squares || wants_diagonal(probes);
     if (by_element && !distinct_)
