@@ -39,7 +39,7 @@ def track(
     every: int = 1,
     eigenvalues: int = 1,
     trace: bool = True,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | float | None = None,
     measures: Any = (),
     tol: float = 1e-3,
     rtol: float = 0.05,
@@ -53,7 +53,7 @@ def track(
         every: `step` measures where the step is a multiple of this.
         eigenvalues: how many of the largest, 0 for none; each search starts from the vectors of the last one.
         trace: whether to estimate the trace, to rtol.
-        optimizer: SGD, Adam or AdamW: its stability threshold, 2 / lr for plain SGD, and "edge", the largest
+        optimizer: SGD, Adam or AdamW, or the step of plain SGD: its stability threshold, 2 / lr for plain SGD, and "edge", the largest
             eigenvalue over it (`flatcore.measures.edge_of_stability`; of Adam's a search of its own).
         measures: names of `flatcore.measures`, functions of the objective that give a number or a Measure, or a mapping
             from name to such a function.
@@ -95,7 +95,7 @@ class Tracker:
         every: int,
         eigenvalues: int,
         trace: bool,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: torch.optim.Optimizer | float | None,
         measures: Mapping[str, Callable[[Objective], Any]],
         tol: float,
         rtol: float,
@@ -114,7 +114,7 @@ class Tracker:
         self._hessian = Hessian(objective)
         self._found: dict[str, Eigenpairs] = {}
         self._calls = self._products = 0
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: torch.optim.Optimizer | float | None = None
         self._parts: dict[str, tuple[tuple[str, ...], Callable[[], Columns]]] = {
             "loss": (("loss",), lambda: {"loss": objective.loss()})
         }
@@ -129,10 +129,14 @@ class Tracker:
         if optimizer is not None:
             self.follow(optimizer)
         for name, function in measures.items():
+            if any(name in names for names, _ in self._parts.values()):
+                raise ValueError(
+                    f"measures: {name} is followed already; leave it out or give it another name"
+                )
             columns = (name, f"{name}_error")
             self._parts[f"measure {name}"] = (columns, partial(self._measure, name, function))
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def follow(self, optimizer: torch.optim.Optimizer | float) -> None:
         """Compares the largest eigenvalue with this optimizer's stability threshold from now on."""
         try:
             stability_limit(self.objective, optimizer)

@@ -31,16 +31,17 @@ def table(columns: dict[str, list[Any]]) -> Table:
 
 
 def plot(columns: dict[str, list[Any]]) -> Figure:
-    """A panel for each number; bars of one standard error; the threshold of the step size beside lambda_max."""
+    """A panel for each number; bars of one standard error; a dashed line where the edge is reached."""
     from matplotlib.figure import Figure
 
     names = [name for name in _shown(columns) if name != "threshold"]
     if not names:
         raise ValueError("history: expected at least one measurement to draw, got none; call step() first")
     figure = Figure(figsize=(3.6 * min(3, len(names)), 2.7 * math.ceil(len(names) / 3)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(names) / 3), min(3, len(names)), squeeze=False).flat
+    axes = figure.subplots(math.ceil(len(names) / 3), min(3, len(names)), squeeze=False)
     steps = columns["step"]
-    for ax, name in zip(axes, names, strict=False):
+    panels = list(axes.flat)
+    for ax, name in zip(panels, names, strict=False):
         errors = columns.get(f"{name}_error")
         bars = None if errors is None else [0.0 if math.isnan(e) else e for e in errors]
         ax.errorbar(steps, columns[name], bars, marker=".", markersize=4, linewidth=1.2)
@@ -48,7 +49,7 @@ def plot(columns: dict[str, list[Any]]) -> Figure:
             ax.axhline(1.0, color="0.5", linestyle="--", linewidth=1)
         ax.set_title(name, fontsize="medium")
         ax.set_xlabel("step")
-    for ax in list(axes):  # the panels that are left over
+    for ax in panels[len(names) :]:
         ax.set_visible(False)
     return figure
 

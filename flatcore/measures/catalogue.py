@@ -197,6 +197,10 @@ def chosen(argument: str, names: Any) -> list[str]:
     for name in found:
         if not (isinstance(name, str) and name in CATALOGUE):
             near = difflib.get_close_matches(str(name), CATALOGUE, n=1)
+            if name == "edge_of_stability":
+                raise ValueError(
+                    f"{argument}: edge_of_stability needs a step size; call it, or track with an optimizer"
+                )
             advice = f"did you mean {near[0]!r}?" if near else f"the measures are {', '.join(CATALOGUE)}"
             raise ValueError(f"{argument}: {name!r} is no measure by name; {advice}")
     return list(dict.fromkeys(found))
@@ -207,7 +211,9 @@ def by_name(measures: Any, seed: int) -> dict[str, Callable[[Objective], Any]]:
     if isinstance(measures, Mapping):
         found = dict(measures)
     else:
-        given = [measures] if isinstance(measures, str) or callable(measures) else list(measures)
+        given = [measures] if isinstance(measures, str) or callable(measures) else measures
+        if not isinstance(given, Iterable):
+            raise TypeError(f"measures: expected names or functions, got {type(measures).__name__}")
         found = {m if isinstance(m, str) else getattr(m, "__name__", ""): m for m in given}
     functions: dict[str, Callable[[Objective], Any]] = {}
     for name, function in found.items():
