@@ -53,8 +53,8 @@ def track(
         every: `step` measures where the step is a multiple of this.
         eigenvalues: how many of the largest, 0 for none; each search starts from the vectors of the last one.
         trace: whether to estimate the trace, to rtol.
-        optimizer: SGD, Adam or AdamW, or the step of plain SGD: its stability threshold, 2 / lr for plain SGD, and "edge", the largest
-            eigenvalue over it (`flatcore.measures.edge_of_stability`; of Adam's a search of its own).
+        optimizer: SGD, Adam or AdamW, or a step size: its stability threshold, 2 / lr for plain SGD, and "edge", the
+            largest eigenvalue over it (`flatcore.measures.edge_of_stability`; Adam's is a search of its own).
         measures: names of `flatcore.measures`, functions of the objective that give a number or a Measure, or a mapping
             from name to such a function.
         tol: of the eigenvalues. rtol: of the trace. seed: of all random probes.
