@@ -139,7 +139,7 @@ def test_table_picture_and_json(tmp_path):
         ({"measures": [lambda o: 1.0]}, ValueError, "expected a function with a name"),
         ({"measures": {"two": lambda a, b: 1.0}}, TypeError, "expected two to take the objective alone"),
         ({"optimizer": -0.1}, ValueError, "optimizer: expected"),
-        ({"optimizer": "sgd"}, ValueError, "optimizer: expected a positive number, got 'sgd'"),
+        ({"optimizer": "sgd"}, TypeError, "optimizer: expected a positive number, got 'sgd'"),
     ],
 )
 def test_wrong_arguments(arguments, kind, message):
