@@ -107,8 +107,7 @@ class Tracker:
             )
         if optimizer is not None and not eigenvalues:
             raise ValueError("eigenvalues: expected at least 1 for an optimizer's threshold, got 0")
-        self.objective = objective
-        self.history: list[dict[str, Any]] = []
+        self.objective, self.history = objective, list[dict[str, Any]]()
         self._every, self._tol, self._rtol, self._seed = every, tol, rtol, seed
         self._modes = {m: m.training for m in objective.model.modules()} if objective.allow_train_mode else {}
         self._hessian = Hessian(objective)
@@ -129,12 +128,10 @@ class Tracker:
         if optimizer is not None:
             self.follow(optimizer)
         for name, function in measures.items():
-            if any(name in names for names, _ in self._parts.values()):
-                raise ValueError(
-                    f"measures: {name} is followed already; leave it out or give it another name"
-                )
-            columns = (name, f"{name}_error")
-            self._parts[f"measure {name}"] = (columns, partial(self._measure, name, function))
+            taken = {n for names, _ in self._parts.values() for n in names}
+            if name in (*taken, *self._parts, "step", "products", "seconds", "status"):
+                raise ValueError(f"measures: {name} is a column already; give it another name")
+            self._parts[name] = ((name, f"{name}_error"), partial(self._measure, name, function))
 
     def follow(self, optimizer: torch.optim.Optimizer | float) -> None:
         """Compares the largest eigenvalue with this optimizer's stability threshold from now on."""

@@ -134,7 +134,7 @@ def test_table_picture_and_json(tmp_path):
         ({"measures": "fisher_roa"}, ValueError, "did you mean 'fisher_rao'"),
         ({"measures": 3}, TypeError, "measures: expected names or functions, got int"),
         ({"measures": [3]}, TypeError, "measures: expected names or functions, got int"),
-        ({"measures": ["trace"]}, ValueError, "trace is followed already"),
+        ({"measures": ["trace"]}, ValueError, "trace is a column already"),
         ({"measures": ["edge_of_stability"]}, ValueError, "track with an optimizer"),
         ({"measures": [lambda o: 1.0]}, ValueError, "expected a function with a name"),
         ({"measures": {"two": lambda a, b: 1.0}}, TypeError, "expected two to take the objective alone"),

@@ -182,8 +182,8 @@ def report(
         k: how many of the largest eigenvalues, fewer than the parameters.
         rtol: relative standard error of the trace.
         test: held-out data in any form an Objective takes, for a loss and an accuracy beside the training ones.
-        measures: "cheap", "all", "none", or names of `flatcore.measures`. What does not apply to the model is listed with the
-            reason.
+        measures: "cheap", "all", "none", or names of `flatcore.measures`. What does not apply to the model is listed
+            with the reason.
         compare_autograd: compute it all a second time through a loop of double backward passes, for the time it takes.
         progress: a bar on a terminal.
 

@@ -73,6 +73,6 @@ def _numbers(measure: Measure) -> dict[str, Any]:
         for path, m in (measure.by_layer or {}).items()
     }
     if "curve" in measure.details:
-        keys = ("sigma", "curve", "curve_stderr")
-        result["curve"] = {key.removeprefix("curve_"): measure.details[key].tolist() for key in keys}
+        keys = {"sigma": "sigma", "value": "curve", "stderr": "curve_stderr"}
+        result["curve"] = {name: measure.details[key].tolist() for name, key in keys.items()}
     return result
