@@ -127,7 +127,7 @@ def digits_net(rounds: int, threads: int) -> None:
     size = sum(p.numel() for p in model.parameters())
     print(describe())
     print(f"P = {size:,}, loss {loss(model(batch[0]), batch[1]).item():.4f}, {threads} threads, float32")
-    theirs = Counted(peers.curvlinops(model, loss, batch), size)
+    theirs = Counted(peers.curvlinops_hessian(model, loss, batch), size)
 
     def ours() -> fc.Hessian:
         return fc.Hessian(fc.Objective(model, loss, batch))

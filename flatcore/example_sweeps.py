@@ -16,8 +16,9 @@ from flatcore import checks
 from flatcore._C import engine
 from flatcore.autograd import Mode
 from flatcore.backend import native_backend
-from flatcore.capture import NotSeparable, ProbedProgram, probe
+from flatcore.capture import ProbedProgram, probe
 from flatcore.environment import full_precision
+from flatcore.errors import NotSeparable
 from flatcore.evaluate import plain_torch
 from flatcore.example_outputs import Outputs
 from flatcore.native import NativeBackend, engine_program, key_of
@@ -137,14 +138,12 @@ class ExampleSweeps:
         relative: probes W A with random signs A, for weights with one use alone, whose mean is
         sum_ss' <w_s, w_s'> tr H_ss' for the rows w_s of each weight (Petzka et al. 2021).
         """
-        totals = torch.zeros(3, 1 + len(self.probed), dtype=torch.float64, device="cpu")
+        totals = _zeros(3, 1 + len(self.probed))
         P = self._objective.layout.size
-        diag = torch.zeros(P, dtype=torch.float64, device="cpu") if diagonal else None
-        spread = torch.zeros(P, dtype=torch.float64, device="cpu") if diagonal else None
+        diag = _zeros(P) if diagonal else None
+        spread = _zeros(P) if diagonal else None
         for batch, first_example, state, compiled in self._states(at):
-            sums = torch.zeros(
-                K, len(compiled.program.probed), batch.examples, dtype=torch.float64, device="cpu"
-            )
+            sums = _zeros(K, len(compiled.program.probed), batch.examples)
             pieces = [(0, K)] if diagonal else self._pieces(compiled, mode, K)
             outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout.dtype)
             by_outputs = mode == "ggn" and self.outputs_are_apart and not (relative or diagonal)
@@ -174,16 +173,12 @@ class ExampleSweeps:
         With S_n = sum_j s_nj a_nj a_njᵀ the loss' second derivative in the outputs of example n, s_nj its signs,
         tr G is the sum of the s_nj |J_nᵀ a_nj|².
         """
-        totals = torch.zeros(1 + len(self.probed), dtype=torch.float64, device="cpu")
-        diag = (
-            torch.zeros(self._objective.layout.size, dtype=torch.float64, device="cpu") if diagonal else None
-        )
+        totals = _zeros(1 + len(self.probed))
+        diag = _zeros(self._objective.layout.size) if diagonal else None
         for batch, _, state, compiled in self._states(at):
             outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout.dtype)
             for sign, cotangents in outputs.factors():
-                sums = torch.zeros(
-                    len(cotangents), len(compiled.program.probed), batch.examples, dtype=torch.float64
-                )
+                sums = _zeros(len(cotangents), len(compiled.program.probed), batch.examples)
                 part = None if diag is None else torch.zeros_like(diag)
                 for begin, end in self._pieces(compiled, "ggn", len(cotangents)):
                     state.output_pass(
@@ -196,16 +191,12 @@ class ExampleSweeps:
 
     def exact_covariance(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
         """The trace of (1/N) sum_n g_n g_nᵀ, not centred, and its diagonal: one sweep."""
-        totals = torch.zeros(1 + len(self.probed), dtype=torch.float64, device="cpu")
-        diag = (
-            torch.zeros(self._objective.layout.size, dtype=torch.float64, device="cpu") if diagonal else None
-        )
+        totals = _zeros(1 + len(self.probed))
+        diag = _zeros(self._objective.layout.size) if diagonal else None
         for batch, _, state, compiled in self._states(at):
             cut = compiled.program.cut[0]
             adjoint = state.adjoint(cut).unsqueeze(0).contiguous()
-            sums = torch.zeros(
-                1, len(compiled.program.probed), batch.examples, dtype=torch.float64, device="cpu"
-            )
+            sums = _zeros(1, len(compiled.program.probed), batch.examples)
             state.output_pass(cut, adjoint, sums, diag)
             totals += self._by_name(sums, compiled).sum((0, 2))
         N = self._objective.examples
@@ -266,6 +257,11 @@ class ExampleSweeps:
         count = -(-K // most)
         bounds = [K * i // count for i in range(count + 1)]
         return list(pairwise(bounds))
+
+
+def _zeros(*shape: int) -> Tensor:
+    """Sums are kept in double, on the CPU."""
+    return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
 def sweeps_for(objective: Objective, at: Snapshot) -> ExampleSweeps | str:

@@ -12,7 +12,7 @@ import torch
 from flatcore.automatic import automatic
 from flatcore.by_example import ByExample
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import FlatcoreWarning, NotSeparable
 from flatcore.linear import LinearView, as_operator, check_count, check_positive, check_seed
 from flatcore.progress import Bar, progress_bar
 from flatcore.projected import hutch_plus_plus, known_basis, leave_one_out, remainder
@@ -39,7 +39,12 @@ def trace(
     """tr A of the symmetric operator A, (P, P): ``value`` and ``stderr`` are floats.
 
     ``method``:
-    "exact": all P columns.
+    "exact": for a GGN, a GradientCovariance and the Hessian of a piecewise-linear model, where the loss is a sum
+    over examples with at most 256 outputs each: one sweep for each output of an example, about a third of a
+    product; all P columns otherwise. ``stderr`` is 0.
+    "example": where the loss is a sum over examples: probes of each example's own, whose noise is averaged over
+    the examples and which cost about half a product; ``by_parameter`` from the same passes. Where examples
+    interact, a FlatcoreWarning says which operation mixes them, and "hutchinson" takes its place.
     "hutchinson": mean of <v, A v> over probes v of random signs (Hutchinson, Commun. Stat. Simul. Comput. 18
     (1989) 1059-1076). The error falls as 1 / sqrt(products), whatever the spectrum.
     "hutch++": exactly on a sketch of the range, probes for the rest (Meyer, Musco, Musco and Woodruff, SOSA
@@ -47,14 +52,15 @@ def trace(
     "xtrace": the same from one set of probes, each estimated with the others as its sketch (Epperly, Tropp
     and Webber, SIAM J. Matrix Anal. Appl. 45 (2024) 1-23); the best where the spectrum decays fast. The
     standard error counts what these estimates have in common. Memory: two vectors a probe.
-    "auto": exact where P <= 64, else the cheapest of these to rtol as far as a pilot of 16 probes shows;
-    ``method`` of the result is the one taken.
+    "auto": exact where P <= 64, else the cheapest of these to rtol as far as a pilot shows, among them
+    "ggn+example": the Gauss-Newton part of a Hessian exactly, and the rest, small near a minimum, by probes of
+    each example's own. ``method`` of the result is the one taken.
 
     All stop at stderr <= rtol |value|, with a margin while samples are few. ``deflate``: Eigenpairs, or a
     tensor (P, k): the part of A in the span of these vectors is taken exactly, for k products; only the rest
-    is estimated. The vectors need not be accurate. ``max_matvecs``: products with one vector, by default 2000
-    for an estimate. rtol not reached by then: ``status`` says so, and a FlatcoreWarning. ``by_parameter``:
-    the same for the diagonal block of each parameter, from the same products, where A has
+    is estimated. The vectors need not be accurate. ``max_matvecs``: products with one vector, or probes and
+    outputs of sweeps over the examples, by default 2000 for an estimate. rtol not reached by then: ``status``
+    says so, and a FlatcoreWarning. ``by_parameter``: the same for the diagonal block of each parameter, where A has
     ``parameter_slices`` (name -> slice), else None. Raises ValueError or TypeError for bad arguments and for
     products that are not finite.
     """
@@ -100,13 +106,21 @@ def _estimate(
         check_seed(seed),
     )
     limit = None if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
+    if method == "auto" and min(_EXACT_AT_ONCE, limit or _MAX_MATVECS) >= operator.P:
+        method = "exact"
     sweeps = _sweeps(what, A, method) if deflate is None else None
     swept, used_up = None, 0
     with full_precision(), progress_bar(what, total=limit or _MAX_MATVECS, enabled=progress) as bar:
         if sweeps is not None:
             swept = ByExample(sweeps, operator, what == "diagonal", rtol, limit or _MAX_MATVECS, seed, bar)
-            used, used_up = swept.run(method), swept.used
-            sweeps.release()
+            try:
+                used = swept.run(method)
+            except NotSeparable as mixes:  # as only the data of some batch showed
+                used = None
+                _say_shared(what, str(mixes), stacklevel=4)
+            finally:
+                sweeps.release()
+            used_up = swept.used
         if swept is None or used is None:
             swept = None
             run, used = _by_products(what, kind, operator, method, rtol, limit, deflate, seed, bar)
@@ -139,8 +153,14 @@ def _sweeps(what: str, A: Any, method: str) -> Any:
     if not isinstance(found, str):
         return found
     if method == "example":
-        warnings.warn(f"{what}: {found}; so all examples share their probes", FlatcoreWarning, stacklevel=4)
+        _say_shared(what, found, stacklevel=5)
     return None
+
+
+def _say_shared(what: str, reason: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"{what}: {reason}; so all examples share their probes", FlatcoreWarning, stacklevel=stacklevel
+    )
 
 
 def _by_products(
@@ -160,8 +180,6 @@ def _by_products(
             f"max_matvecs: the exact {what} takes P = {operator.P} products, got {limit}; allow as many"
         )
     budget = limit or max(_MAX_MATVECS, operator.P if method == "exact" else 0)
-    if method == "auto" and min(_EXACT_AT_ONCE, budget) >= operator.P:
-        method = "exact"
     if method == "example":
         method = "hutchinson"
     products = Products(operator)

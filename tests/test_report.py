@@ -1,6 +1,7 @@
 """The report: its numbers are those of the functions it calls, its page stands alone."""
 
 import json
+import math
 from html.parser import HTMLParser
 
 import pytest
@@ -38,9 +39,10 @@ def test_numbers_are_those_of_direct_calls(objective, report):
 
 
 def test_autograd_loop_gives_the_same_numbers(report):
+    """The trace up to their errors: the loop has no sweeps over examples."""
     other = report.autograd
-    assert other.products == report.products
-    assert other.trace.value == pytest.approx(report.trace.value, rel=1e-10)
+    error = math.hypot(other.trace.stderr, report.trace.stderr)
+    assert abs(other.trace.value - report.trace.value) <= 4 * error
     torch.testing.assert_close(other.top.values, report.top.values, rtol=1e-9, atol=1e-12)
 
 

@@ -73,8 +73,8 @@ at::Tensor run_cut_curvature(const Linearization& self, const at::Tensor& direct
     return cut_curvature(*self.state, directions);
 }
 
-void run_output_pass(const Linearization& self, int value, const at::Tensor& cotangents, const at::Tensor& sums,
-                     const OptionalTensor& diagonal) {
+void run_output_pass(const Linearization& self, int value, const at::Tensor& cotangents,
+                     const at::Tensor& sums, const OptionalTensor& diagonal) {
     ExampleProbes probes = probes_for(sums, 0, 0, 0, diagonal, {});
     probes.squares = true;
     const auto& values = self.program->values();

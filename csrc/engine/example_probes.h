@@ -33,8 +33,8 @@ void example_pass(const State& state, Mode mode, ExampleProbes& probes);
 // The loss' second derivative at the program's one cut value z, along K directions: (K, *z).
 at::Tensor cut_curvature(const State& state, const at::Tensor& directions);
 
-// The squared length of J_n^T s_kn for K cotangents (K, *z) of one value z, J_n its derivative for example n's
-// part of it: sums (K, probed, examples).
+// The squared length of J_n^T s_kn for K cotangents (K, *z) of one value z, J_n its derivative for example
+// n's part of it: sums (K, probed, examples).
 void output_pass(const State& state, ExampleProbes& probes, int value, const at::Tensor& cotangents);
 
 }  // namespace flatcore

@@ -2,7 +2,6 @@
 
 from .batch import batch_leaves, flatten_batch, split_batch
 from .cut import NO_VALUE
-from .examples import NotSeparable
 from .export import capture
 from .interpreter import cut_values, interpret
 from .prelude import Prelude, named_tensors
@@ -14,7 +13,6 @@ from .verify import VerificationError, verify
 __all__ = [
     "NOT_DERIVATIVE",
     "NO_VALUE",
-    "NotSeparable",
     "Op",
     "Prelude",
     "ProbedProgram",
