@@ -13,7 +13,8 @@ from untouched import one_thread, untouched  # noqa: F401
 import flatcore as fc
 from flatcore.errors import FlatcoreWarning
 from flatcore.measures.catalogue import CATALOGUE, chosen
-from flatcore.report.measure_rows import layer_rows, measure_rows
+from flatcore.report.measure_rows import bar_cell, layer_rows, longest_bar, measure_rows
+from flatcore.results import Estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PUBLISHED = set(CATALOGUE)
@@ -126,7 +127,7 @@ def test_layers_side_by_side(everything):
     layers = {rows.label: dict(rows.rows) for rows in layer_rows(everything)}
     gains = layers["gain, the largest singular value"]
     assert list(gains) == ["0", "2"]
-    shares = {length for cells in gains.values() for _, length in cells}
+    shares = {length for cells in gains.values() for _, length, _ in cells}
     assert max(shares) == pytest.approx(100)
     # The second net's first layer is twice the first one's.
     assert gains["0"][1][1] == pytest.approx(2 * gains["0"][0][1])
@@ -211,3 +212,15 @@ def test_command_line(tmp_path):
     assert list(report["measures"]) == ["fisher_rao", "sam_sharpness"]
     result = CliRunner().invoke(main, [*arguments, "--measures", "fisher_roa"])
     assert result.exit_code == 2 and "did you mean 'fisher_rao'" in result.output
+
+
+def test_a_bar_and_its_error_fit_the_cell():
+    def estimate(value, stderr):
+        return Estimate(value, stderr, 0, None, method="", seed=0, seconds=0.0, status="converged")
+
+    parts = [estimate(3.0, 1.0), estimate(1.0, 2.0), estimate(-1.0, 0.5), estimate(2.0, math.nan)]
+    longest = longest_bar(parts)
+    assert longest == 4
+    cells = [bar_cell(part, longest)[1:] for part in parts]
+    assert cells == [(75, 25), (25, 25), (0, 0), (50, 0)]
+    assert bar_cell(None, longest) == ("–", 0, 0)

@@ -13,7 +13,7 @@ import torch
 from flatcore.report.compute import Report
 from flatcore.report.energy_chart import energy_chart
 from flatcore.report.figures import Curve, density_chart
-from flatcore.report.measure_rows import layer_rows, measure_rows
+from flatcore.report.measure_rows import BarCell, bar_cell, layer_rows, longest_bar, measure_rows
 from flatcore.report.numbers import count, percent, plain, seconds, with_error
 from flatcore.report.rows import disagreement, eigenvalue, rows
 from flatcore.results import Eigenpairs, Estimate
@@ -110,18 +110,12 @@ def _eigenvalue_rows(reports: tuple[Report, ...]) -> list[tuple[str, list[tuple[
     return result
 
 
-def _parameter_rows(reports: tuple[Report, ...]) -> list[tuple[str, list[tuple[str, float]]]]:
+def _parameter_rows(reports: tuple[Report, ...]) -> list[tuple[str, list[BarCell]]]:
     """The same for the trace's share in every parameter, in the model's order."""
     parts = [dict(report.trace.by_parameter or {}) for report in reports]
     names = list(dict.fromkeys(name for part in parts for name in part))
-    longest = max((e.value for part in parts for e in part.values()), default=0.0)
-    return [(name, [_parameter_cell(part.get(name), longest) for part in parts]) for name in names]
-
-
-def _parameter_cell(part: Estimate | None, longest: float) -> tuple[str, float]:
-    if part is None:
-        return "–", 0.0
-    return with_error(part.value, part.stderr), max(100 * part.value / longest, 0.0) if longest > 0 else 0.0
+    longest = longest_bar(e for part in parts for e in part.values())
+    return [(name, [bar_cell(part.get(name), longest) for part in parts]) for name in names]
 
 
 def _stage_rows(report: Report) -> list[tuple[str, int, float, float | None]]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from flatcore.measures.result import Measure
 from flatcore.report.compute import Report
 from flatcore.report.measures import Measured
 from flatcore.report.numbers import count, seconds, with_error
+from flatcore.results import Estimate
+
+BarCell = tuple[str, float, float]
+"""Text, and the lengths of the bar and of one standard error in percent of the longest."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,28 @@ class MeasureRow:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """(layer, per report: text and length in percent of the longest) of one measure."""
+    """(layer, a cell for each report) of one measure."""
 
     label: str
-    rows: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
+    rows: tuple[tuple[str, tuple[BarCell, ...]], ...]
+
+
+def longest_bar(parts: Iterable[Measure | Estimate]) -> float:
+    """The greatest value with its error bar, which is to be 100 percent."""
+    return max((float(part.value) + _error(part) for part in parts), default=0.0)
+
+
+def bar_cell(part: Measure | Estimate | None, longest: float) -> BarCell:
+    """No bar for what is negative."""
+    if part is None:
+        return "–", 0.0, 0.0
+    value, percent = float(part.value), 100 / longest if longest > 0 else 0.0
+    length = max(percent * value, 0.0)
+    return with_error(value, float(part.stderr)), length, min(percent * _error(part), length)
+
+
+def _error(part: Measure | Estimate) -> float:
+    return 0.0 if math.isnan(part.stderr) else float(part.stderr)
 
 
 def measure_rows(reports: tuple[Report, ...]) -> list[MeasureRow]:
@@ -49,23 +73,11 @@ def layer_rows(reports: tuple[Report, ...]) -> list[LayerRows]:
     for first, found in _by_name(reports):
         parts = [dict(m.measure.by_layer or {}) if m and m.measure else {} for m in found]
         paths = list(dict.fromkeys(path for part in parts for path in part))
-        longest = max((float(m.value) for part in parts for m in part.values()), default=0.0)
-        rows = []
-        for path in paths:
-            layers = [part.get(path) for part in parts]
-            cells = tuple(
-                ("–", 0.0)
-                if layer is None
-                else (
-                    with_error(float(layer.value), float(layer.stderr)),
-                    max(100 * float(layer.value) / longest, 0.0) if longest > 0 else 0.0,
-                )
-                for layer in layers
-            )
-            rows.append((path, cells))
+        longest = longest_bar(m for part in parts for m in part.values())
+        rows = tuple((path, tuple(bar_cell(part.get(path), longest) for part in parts)) for path in paths)
         if rows:
             label = "gain, the largest singular value" if first.name == "width" else first.label
-            result.append(LayerRows(label.removesuffix(", last layer"), tuple(rows)))
+            result.append(LayerRows(label.removesuffix(", last layer"), rows))
     return result
 
 
