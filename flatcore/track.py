@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatcore import track_views
 from flatcore.eigsh import eigsh
+from flatcore.environment import modules_in
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.catalogue import by_name
@@ -67,7 +68,7 @@ def track(
     if isinstance(objective, tuple):
         if len(objective) != 3 or not isinstance(objective[0], torch.nn.Module):
             raise TypeError("objective: expected an Objective or (model, loss, data), got another tuple")
-        with _modes(objective[0], {}):
+        with modules_in(objective[0], {}):
             objective = Objective(*objective)
     elif not isinstance(objective, Objective):
         raise TypeError(
@@ -136,7 +137,8 @@ class Tracker:
     def follow(self, optimizer: torch.optim.Optimizer | float) -> None:
         """Compares the largest eigenvalue with this optimizer's stability threshold from now on."""
         try:
-            stability_limit(self.objective, optimizer)
+            if not _stands_still(optimizer):
+                stability_limit(self.objective, optimizer)
         except (TypeError, ValueError) as error:
             if "take a step first" not in str(error):  # Adam's state comes with its first step
                 raise type(error)(str(error).replace("lr:", "optimizer:", 1)) from None
@@ -153,8 +155,8 @@ class Tracker:
         """Measures now, whatever ``every`` is."""
         began, self._products = time.perf_counter(), 0
         row: dict[str, Any] = {"step": step}
-        told: list[str] = []
-        with _modes(self.objective.model, self._modes):
+        self._told: list[str] = []
+        with modules_in(self.objective.model, self._modes):
             for what, (names, function) in self._parts.items():
                 try:
                     row |= function()
@@ -163,11 +165,11 @@ class Tracker:
                     if not (self.history or waits):
                         raise
                     row |= dict.fromkeys(names, math.nan)
-                    told.append(f"{what}: {error}")
+                    self._told.append(f"{what}: {error}")
                     if not waits:
-                        warnings.warn(f"track: step {step}, {told[-1]}", FlatcoreWarning, stacklevel=2)
+                        warnings.warn(f"track: step {step}, {self._told[-1]}", FlatcoreWarning, stacklevel=2)
         row["products"], row["seconds"] = self._products, time.perf_counter() - began
-        row["status"] = "; ".join(told) or "converged"
+        row["status"] = "; ".join(self._told) or "converged"
         self.history.append(row)
         return row
 
@@ -179,15 +181,11 @@ class Tracker:
 
     def table(self) -> Table:
         """For a rich console: `rich.print(t.table())`."""
-        from flatcore.track_views import table
-
-        return table(self.columns)
+        return track_views.table(self.columns)
 
     def plot(self) -> Figure:
         """A new figure with a panel for each number that is followed."""
-        from flatcore.track_views import plot
-
-        return plot(self.columns)
+        return track_views.plot(self.columns)
 
     def to_json(self, path: str | Path) -> None:
         """{"schema", "seed", "history"}; a number that is not finite becomes null."""
@@ -203,8 +201,14 @@ class Tracker:
     def _search(self, what: str, operator: Any, k: int) -> Eigenpairs:
         found = eigsh(operator, k, which="LA", tol=self._tol, v0=self._found.get(what), seed=self._seed)
         self._found[what] = found
-        self._products += found.matvecs
+        self._note("eigenvalues", found)
         return found
+
+    def _note(self, what: str, found: Any) -> None:
+        self._products += getattr(found, "matvecs", 0)
+        status = getattr(found, "status", "converged")
+        if status != "converged":
+            self._told.append(f"{what}: {status}")
 
     def _top(self, names: tuple[str, ...]) -> Columns:
         found = self._search("H", self._hessian, len(names))
@@ -213,11 +217,13 @@ class Tracker:
 
     def _trace(self) -> Columns:
         found = trace_of(self._hessian, rtol=self._rtol, seed=self._seed)
-        self._products += found.matvecs
+        self._note("trace", found)
         return {"trace": found.value, "trace_error": found.stderr}
 
     def _edge(self) -> Columns:
         assert self._optimizer is not None
+        if _stands_still(self._optimizer):
+            return {"edge": 0.0, "threshold": math.inf}
         limit = stability_limit(self.objective, self._optimizer)
         pairs = self._search("scaled", limit.operator, 1) if limit.preconditioned else self._found["H"]
         top = float(pairs.values[0]) + limit.decay
@@ -227,7 +233,7 @@ class Tracker:
         device = self.objective.layout.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             found = function(self.objective)
-        self._products += getattr(found, "matvecs", 0)
+        self._note(name, found)
         try:
             return {name: float(found), f"{name}_error": float(getattr(found, "stderr", math.nan))}
         except (TypeError, ValueError, RuntimeError):
@@ -236,14 +242,6 @@ class Tracker:
             ) from None
 
 
-@contextlib.contextmanager
-def _modes(model: torch.nn.Module, wanted: Mapping[torch.nn.Module, bool]) -> Iterator[None]:
-    """All modules in eval mode, or as wanted; set without calling train(), which models may redefine."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        for module in before:
-            module.training = wanted.get(module, False)
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
+def _stands_still(optimizer: torch.optim.Optimizer | float) -> bool:
+    """Where a schedule begins or ends at a step size of 0: every curvature is stable."""
+    return isinstance(optimizer, torch.optim.Optimizer) and all(g["lr"] == 0 for g in optimizer.param_groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from flatcore.report.numbers import plain, with_error
+from flatcore.report.numbers import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,16 +17,16 @@ _COSTS = ("products", "seconds", "status")
 
 
 def table(columns: dict[str, list[Any]]) -> Table:
-    """One row for each measurement; errors stand behind their values."""
+    """One row for each measurement; errors stand below their values. Thresholds and times are in the history."""
     from rich.table import Table
 
-    result = Table(title="Curvature during training", title_justify="left", show_footer=False)
-    shown = _shown(columns)
-    for name in ("step", *shown, *_COSTS[:2]):
-        result.add_column(name, justify="right")
+    result = Table(title="Curvature during training", title_justify="left", box=None, padding=(0, 1))
+    shown = [name for name in _shown(columns) if name != "threshold"]
+    for name in ("step", *shown, "products"):
+        result.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
     for index, step in enumerate(columns.get("step", ())):
         cells = [_cell(columns[name][index], columns.get(f"{name}_error"), index) for name in shown]
-        result.add_row(str(step), *cells, str(columns["products"][index]), f"{columns['seconds'][index]:.2f}")
+        result.add_row(str(step), *cells, str(columns["products"][index]))
     return result
 
 
@@ -62,4 +62,4 @@ def _cell(value: float, errors: list[float] | None, index: int) -> str:
     if math.isnan(value):
         return "–"
     error = math.nan if errors is None else errors[index]
-    return plain(value) if math.isnan(error) else with_error(value, error)
+    return f"{plain(value)}\n±{plain(error, 2)}" if error > 0 else plain(value)

@@ -87,6 +87,20 @@ def test_adam_is_followed_once_it_has_a_state():
     assert row["status"] == "converged"
 
 
+def test_a_step_size_of_zero_is_stable():
+    model, loss, data = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    t = fc.track((model, loss, data), optimizer=optimizer, trace=False)
+    assert t.step()["edge"] == 0
+    optimizer.param_groups[0]["lr"] = 0.1
+    assert t.step()["threshold"] == pytest.approx(20)
+
+
+def test_what_was_not_reached_is_said():
+    t = fc.track(problem(), trace=False, measures=["width"])
+    assert t.step()["status"].startswith("width: no curvature")
+
+
 def test_train_mode_of_the_objective_is_kept():
     model, loss, data = problem([nn.BatchNorm1d(12)])
     model.train()
@@ -121,7 +135,7 @@ def test_table_picture_and_json(tmp_path):
     console = Console(width=140)
     with console.capture() as capture:
         console.print(t.table())
-    assert "sam_sharpness" in capture.get() and "±" in capture.get()
+    assert "sharpness" in capture.get() and "±" in capture.get()
     panels = [ax for ax in t.plot().axes if ax.get_visible()]
     assert [ax.get_title() for ax in panels] == ["loss", "lambda_max", "lambda_2", "trace", "sam_sharpness"]
 
