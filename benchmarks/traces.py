@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import flatcore as fc
-from benchmarks.spectra import Counted, PeakMemory, timed, trained_net
+from benchmarks.spectra import PeakMemory, timed, trained_net
 from flatcore.bench import peers
 from flatcore.bench.workloads import MLP, WORKLOADS, resnet
 from flatcore.machine import describe
@@ -60,20 +60,15 @@ def digits_net(rounds: int, threads: int, figure: Path | None) -> None:
     print(
         f"P = {size:,}, loss {loss(model(batch[0]), batch[1]).item():.4f}, tr H = {truth:.4f}, {threads} threads"
     )
-    product = peers.curvlinops_hessian(model, loss, batch)
-
     H = fc.Hessian(fc.Objective(model, loss, batch))
     H.plan()
-    theirs = Counted(product, size).operator()
+    theirs = peers.curvlinops_operator("HessianLinearOperator", model, loss, batch)
 
     def ours(method: str, **options: Any) -> Callable[[int], float]:
         return lambda seed: float(fc.trace(H, method=method, seed=seed, **options).value)
 
     def peer(estimate: Callable[[Any, int], Any], products: int) -> Callable[[int], float]:
         def run(seed: int) -> float:
-            import numpy as np
-
-            np.random.seed(seed)  # noqa: NPY002  # what the package draws from
             torch.manual_seed(seed)
             return float(estimate(theirs, products))
 

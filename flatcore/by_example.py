@@ -32,6 +32,7 @@ class Sweeps(Protocol):
     probed: tuple[str, ...]
     left: tuple[str, ...]
     exact: bool
+    examples: int
     outputs: int
     probe_work: float
     remainder_work: float
@@ -71,12 +72,14 @@ class ByExample:
     def run(self, method: str) -> str | None:
         """The method that was carried out; None where another one is called for, of the whole matrix."""
         sweeps = self.sweeps
-        cheap = sweeps.outputs * sweeps.output_work <= 2 * _PILOT * sweeps.probe_work
-        if sweeps.exact and (method == "exact" or (method == "auto" and cheap)):
+        if sweeps.exact and (method == "exact" or (method == "auto" and self._pilot_is_vain())):
             self._take_outputs()
             return "exact"
         if method == "exact":
             return None
+        if method == "auto" and sweeps.outputs and self._pilot_is_vain():
+            self._take_outputs()
+            return self._probes(remainder=True, method="ggn+example")
         self._round(False, _PILOT)
         if method == "auto" and not self.reached() and (choice := self._cheaper()) is not None:
             if choice == "whole matrix":
@@ -84,6 +87,15 @@ class ByExample:
             self._take_outputs()
             return choice if choice == "exact" else self._probes(remainder=True, method=choice)
         return self._probes(remainder=False, method="example")
+
+    def _pilot_is_vain(self) -> bool:
+        """Will sums over the outputs be cheaper than probes, whatever a pilot shows? What a probe gives of one example
+        deviates about as much as it is large, so rtol takes 1 / rtol² of them at least."""
+        sweeps = self.sweeps
+        splitting = sweeps.outputs * sweeps.output_work
+        if not sweeps.exact:
+            splitting += _PILOT * sweeps.remainder_work
+        return splitting < sweeps.probe_work / (sweeps.examples * self.rtol**2)
 
     def _cheaper(self) -> str | None:
         """What promises less work than further probes of the whole."""

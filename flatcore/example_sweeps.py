@@ -82,6 +82,10 @@ class ExampleSweeps:
         return sum(count * compiled[key].engine.flops(mode, 1) for key, count in counts.items())
 
     @property
+    def examples(self) -> int:
+        return self._objective.examples
+
+    @property
     def slices(self) -> dict[str, slice]:
         return self._objective.layout.slices
 
@@ -290,7 +294,7 @@ class OperatorSweeps:
         self._sweeps, self._kind, self._at, self._diagonal = sweeps, kind, at, diagonal
         self.mean_gradient: Callable[[], Tensor] | None = None  # what a covariance is centred by
         covariance = kind == "covariance"
-        self.probed = sweeps.probed
+        self.probed, self.examples = sweeps.probed, sweeps.examples
         # Of a parameter with several uses the diagonal is not got use by use.
         self.left = tuple(
             {**dict.fromkeys(sweeps.left), **dict.fromkeys(sweeps.repeated if diagonal else ())}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,11 @@ class _Mean(nn.Module):
         return self.loss(output, target)
 
 
-def _curvlinops(operator: str, model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
+def curvlinops_operator(operator: str, model: nn.Module, loss: Loss, batch: Batch) -> Any:
+    """One of the package's linear operators."""
     import curvlinops
 
-    A = getattr(curvlinops, operator)(
+    return getattr(curvlinops, operator)(
         model,
         _Mean(loss),
         list(model.parameters()),
@@ -43,6 +45,10 @@ def _curvlinops(operator: str, model: nn.Module, loss: Loss, batch: Batch) -> Fl
         check_deterministic=False,
         num_data=batch[0].shape[0],
     )
+
+
+def _curvlinops(operator: str, model: nn.Module, loss: Loss, batch: Batch) -> FlatWay:
+    A = curvlinops_operator(operator, model, loss, batch)
     return lambda V: (A @ V.T).T
 
 
