@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 
 # Behind the version, which the report's account of the machine reads.
 from flatcore.report import compare, report
+from flatcore.track import track
 
 __all__ = [
     "GGN",
@@ -49,6 +50,16 @@ __all__ = [
     "solve",
     "spectral_density",
     "trace",
+    "track",
 ]
 
 tuning.start()
+
+
+def __getattr__(name: str) -> object:
+    """`TrackCallback` when it is asked for: transformers takes seconds to import, and need not be there."""
+    if name == "TrackCallback":
+        from flatcore.track_callback import TrackCallback
+
+        return TrackCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

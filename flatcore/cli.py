@@ -22,6 +22,7 @@ from flatcore.bench.setting import OPERATORS as BENCH_OPERATORS
 from flatcore.bench.workloads import WORKLOADS
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
+from flatcore.measures.catalogue import chosen as chosen_measures
 from flatcore.report import compare
 from flatcore.report.document import density as density_document
 from flatcore.report.document import dumps, eigenpairs
@@ -92,6 +93,13 @@ def _text(json_file: TextIO | None) -> Console:
 )
 @click.option("-k", default=5, show_default=True, help="Number of largest eigenvalues.")
 @click.option("--rtol", default=0.01, show_default=True, help="Relative standard error of the trace.")
+@click.option(
+    "--measures",
+    default="cheap",
+    show_default=True,
+    metavar="NAMES",
+    help='Measures of flatness: "cheap", "all", "none", or names with commas between.',
+)
 @click.option("--compare-autograd", is_flag=True, help="Compute all a second time through an autograd loop.")
 @train_mode_option
 @seed_option
@@ -101,13 +109,17 @@ def report(
     out: Path,
     k: int,
     rtol: float,
+    measures: str,
     compare_autograd: bool,
     allow_train_mode: bool,
     seed: int,
     json_file: TextIO | None,
 ) -> None:
-    """Trace, eigenvalues and spectral density of the Hessian, as a table, report.html and JSON."""
-    write_report(load_subjects(subject, allow_train_mode), out, k, rtol, compare_autograd, seed, json_file)
+    """Trace, eigenvalues, spectral density and measures of flatness, as tables, report.html and JSON."""
+    # Before the subjects are loaded, which may train them.
+    names = chosen_measures("measures", measures.split(",") if "," in measures else measures)
+    subjects = load_subjects(subject, allow_train_mode)
+    write_report(subjects, out, k, rtol, compare_autograd, seed, json_file, names)
 
 
 def write_report(
@@ -118,6 +130,7 @@ def write_report(
     compare_autograd: bool = False,
     seed: int = 0,
     json_file: TextIO | None = None,
+    measures: Any = "cheap",
 ) -> None:
     """What `flatcore report` does with what it has loaded."""
     reports = compare(
@@ -129,6 +142,7 @@ def write_report(
                 rtol=rtol,
                 seed=seed,
                 test=s.test,
+                measures=measures,
                 compare_autograd=compare_autograd,
                 progress=True,
             )

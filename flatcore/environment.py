@@ -1,4 +1,4 @@
-"""What surrounds a computation: one thread at a time where a model is evaluated, and full precision."""
+"""What surrounds a computation: one thread at a time where a model is evaluated, modes, and full precision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -48,3 +48,16 @@ def full_precision() -> Iterator[None]:
         torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def modules_in(model: torch.nn.Module, wanted: Mapping[torch.nn.Module, bool]) -> Iterator[None]:
+    """All modules in eval mode, or as wanted; set without calling train(), which models may redefine."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = wanted.get(module, False)
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

@@ -42,7 +42,7 @@ PYTHON_LAYERS = {
     "by_example solve block_spectra density density_plot adaptive gram functionals",
     "measures": "measures",
     "optim": "optim",
-    "surface": "machine bench report factory doctor cli __main__ __init__",
+    "surface": "machine bench report track track_views track_callback factory doctor cli __main__ __init__",
 }
 PYTHON_ALLOWED = {
     "extension": set(),

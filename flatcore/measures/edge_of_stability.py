@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from flatcore.measures.scaled_hessian import ScaledHessian
 from flatcore.objective import Objective
 from flatcore.operators import Hessian
 
-__all__ = ["edge_of_stability"]
+__all__ = ["StabilityLimit", "edge_of_stability", "stability_limit"]
 
 
 def edge_of_stability(
@@ -46,6 +47,38 @@ def edge_of_stability(
     Raises TypeError or ValueError, one sentence, for bad arguments.
     """
     began = time.perf_counter()
+    limit = stability_limit(objective, lr, momentum, nesterov)
+    found = extremes(limit.operator, tol, seed, both=False)
+    top = found.values[0] + limit.decay
+    return Measure(
+        value=top / limit.threshold,
+        stderr=found.residuals[0] / limit.threshold,
+        by_layer=None,
+        definition=f"lambda_max({'P^-1/2 H P^-1/2' if limit.preconditioned else 'H'}) / {limit.threshold:g}",
+        matvecs=found.matvecs,
+        name="edge of stability",
+        method="lanczos",
+        seed=seed,
+        seconds=time.perf_counter() - began,
+        status=found.status,
+        details={"lambda_max": top, "threshold": limit.threshold},
+    )
+
+
+@dataclass(frozen=True)
+class StabilityLimit:
+    """Training is stable where lambda_max(operator) + decay < threshold. ``preconditioned``: the operator is not H."""
+
+    operator: Any
+    decay: float
+    threshold: float
+    preconditioned: bool
+
+
+def stability_limit(
+    objective: Any, lr: float | torch.optim.Optimizer, momentum: float = 0.0, nesterov: bool = False
+) -> StabilityLimit:
+    """What `edge_of_stability` compares; arguments and errors are its."""
     objective = check_objective(objective)
     hessian, decay, beta1 = Hessian(objective), 0.0, None
     A: Any = hessian
@@ -71,21 +104,7 @@ def edge_of_stability(
     threshold = (2 + 2 * momentum) / (step * (1 + 2 * momentum if nesterov else 1))
     if beta1 is not None:
         threshold = (2 + 2 * beta1) / ((1 - beta1) * step)
-    found = extremes(A, tol, seed, both=False)
-    top = found.values[0] + decay
-    return Measure(
-        value=top / threshold,
-        stderr=found.residuals[0] / threshold,
-        by_layer=None,
-        definition=f"lambda_max({'P^-1/2 H P^-1/2' if beta1 is not None else 'H'}) / {threshold:g}",
-        matvecs=found.matvecs,
-        name="edge of stability",
-        method="lanczos",
-        seed=seed,
-        seconds=time.perf_counter() - began,
-        status=found.status,
-        details={"lambda_max": top, "threshold": threshold},
-    )
+    return StabilityLimit(A, decay, threshold, beta1 is not None)
 
 
 def _group(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -15,16 +15,18 @@ from flatcore.eigsh import eigsh
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import check_count
 from flatcore.machine import Machine, describe
+from flatcore.measures.catalogue import chosen
 from flatcore.objective import Objective
 from flatcore.operators import Hessian
 from flatcore.progress import progress_bar
 from flatcore.report.autograd_loop import AutogradLoop
 from flatcore.report.fit import Fit, fit
+from flatcore.report.measures import Measured, measured
 from flatcore.results import Eigenpairs, Estimate
 from flatcore.trace import trace
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 DENSITY_PROBES = 8
 DENSITY_STEPS = 64
@@ -66,6 +68,7 @@ class Report:
     `training` and `test`: loss and accuracy. `curvature`: the numbers, from flatcore; `autograd`: the same numbers from
     the same estimators and seed over an autograd loop, where asked for. `native_fraction`: share of the second-order
     floating point operations that run in flatcore's engine. `peak_bytes`: planned memory of the widest product made.
+    `measures`: the published ones; `products` and `seconds` are those of `curvature` alone.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Report:
     rtol: float
     created: str
     machine: Machine
+    measures: tuple[Measured, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -112,7 +116,7 @@ class Report:
     def seconds(self) -> float:
         return self.curvature.seconds
 
-    def table(self) -> Table:
+    def table(self) -> Group:
         """For a rich console: `rich.print(report.table())`."""
         return compare([self]).table()
 
@@ -130,10 +134,10 @@ class Comparison:
 
     reports: tuple[Report, ...]
 
-    def table(self) -> Table:
-        from flatcore.report.table import table
+    def table(self) -> Group:
+        from flatcore.report.table import tables
 
-        return table(self.reports)
+        return tables(self.reports)
 
     def to_json(self) -> str:
         from flatcore.report.document import to_json
@@ -167,16 +171,19 @@ def report(
     rtol: float = 0.01,
     seed: int = 0,
     test: Any = None,
+    measures: Any = "cheap",
     compare_autograd: bool = False,
     progress: bool = False,
 ) -> Report:
-    """Trace, largest and smallest eigenvalues and spectral density of the Hessian of `obj`, with their cost.
+    """Trace, largest and smallest eigenvalues and spectral density of the Hessian of `obj`, and measures of flatness.
 
     Args:
         name: what to call it on the page; default: the model's class.
         k: how many of the largest eigenvalues, fewer than the parameters.
         rtol: relative standard error of the trace.
         test: held-out data in any form an Objective takes, for a loss and an accuracy beside the training ones.
+        measures: "cheap", "all", "none", or names of `flatcore.measures`. What does not apply to the model is listed
+            with the reason.
         compare_autograd: compute it all a second time through a loop of double backward passes, for the time it takes.
         progress: a bar on a terminal.
 
@@ -190,7 +197,9 @@ def report(
     if k >= obj.layout.size:
         raise ValueError(f"k: expected fewer than the {obj.layout.size} parameters, got {k}")
     title = type(obj.model).__name__ if name is None else name
-    with progress_bar(title, total=len(_STAGES) * (2 if compare_autograd else 1), enabled=progress) as bar:
+    names = chosen("measures", measures)
+    total = len(_STAGES) * (2 if compare_autograd else 1) + len(names)
+    with progress_bar(title, total=total, enabled=progress) as bar:
         done = 0
 
         def say(stage: str) -> None:
@@ -208,6 +217,7 @@ def report(
                 _, autograd = _measure(
                     lambda: AutogradLoop(obj), k, rtol, seed, lambda s: say(f"autograd: {s}")
                 )
+        published = measured(obj, names, seed, say)
     plan = operator.plan()
     widest = min(plan.directions, max(DENSITY_PROBES, curvature.top.block_size))
     return Report(
@@ -226,6 +236,7 @@ def report(
         rtol=rtol,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         machine=describe(),
+        measures=published,
     )
 
 

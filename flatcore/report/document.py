@@ -11,6 +11,7 @@ import numpy as np
 
 from flatcore.density import Density
 from flatcore.report.compute import Curvature, Report
+from flatcore.report.measures import document as measure_document
 from flatcore.results import Eigenpairs, Estimate
 
 SCHEMA = "flatcore-report/1"
@@ -38,6 +39,7 @@ def document(report: Report) -> dict[str, Any]:
         "test": None if report.test is None else dataclasses.asdict(report.test),
         "curvature": _curvature(report.curvature),
         "autograd_loop": None if report.autograd is None else _curvature(report.autograd),
+        "measures": {m.name: measure_document(m) for m in report.measures},
         "native_fraction": report.native_fraction,
         "peak_bytes": report.peak_bytes,
         "seed": report.seed,

@@ -11,7 +11,9 @@ import jinja2
 import torch
 
 from flatcore.report.compute import Report
+from flatcore.report.energy_chart import energy_chart
 from flatcore.report.figures import Curve, density_chart
+from flatcore.report.measure_rows import BarCell, bar_cell, layer_rows, longest_bar, measure_rows
 from flatcore.report.numbers import count, percent, plain, seconds, with_error
 from flatcore.report.rows import disagreement, eigenvalue, rows
 from flatcore.results import Eigenpairs, Estimate
@@ -39,6 +41,9 @@ def page(reports: tuple[Report, ...]) -> str:
         charts=[_chart([_curve(r, i, marked=True)]) for i, r in enumerate(reports)],
         eigenvalues=_eigenvalue_rows(reports),
         parameters=_parameter_rows(reports),
+        measures=measure_rows(reports),
+        layers=layer_rows(reports),
+        energies=_energies(reports),
         stages=[_stage_rows(r) for r in reports],
         disagreements=[disagreement(r) for r in reports],
         warnings=[(r.name, what, status) for r in reports for what, status in _statuses(r)],
@@ -51,6 +56,19 @@ def _chart(curves: Sequence[Curve]) -> Any:
     from markupsafe import Markup
 
     return Markup(density_chart(curves))
+
+
+def _energies(reports: tuple[Report, ...]) -> Any:
+    """The local energies of all reports that have one, or nothing."""
+    from markupsafe import Markup
+
+    curves = [
+        (report.name, m.measure, index % _COLOURS)
+        for index, report in enumerate(reports)
+        for m in report.measures
+        if m.name == "local_energy" and m.measure is not None and m.has_value
+    ]
+    return Markup(energy_chart(curves)) if curves else ""
 
 
 def _curve(report: Report, index: int, marked: bool = False) -> Curve:
@@ -92,18 +110,12 @@ def _eigenvalue_rows(reports: tuple[Report, ...]) -> list[tuple[str, list[tuple[
     return result
 
 
-def _parameter_rows(reports: tuple[Report, ...]) -> list[tuple[str, list[tuple[str, float]]]]:
+def _parameter_rows(reports: tuple[Report, ...]) -> list[tuple[str, list[BarCell]]]:
     """The same for the trace's share in every parameter, in the model's order."""
     parts = [dict(report.trace.by_parameter or {}) for report in reports]
     names = list(dict.fromkeys(name for part in parts for name in part))
-    longest = max((e.value for part in parts for e in part.values()), default=0.0)
-    return [(name, [_parameter_cell(part.get(name), longest) for part in parts]) for name in names]
-
-
-def _parameter_cell(part: Estimate | None, longest: float) -> tuple[str, float]:
-    if part is None:
-        return "–", 0.0
-    return with_error(part.value, part.stderr), max(100 * part.value / longest, 0.0) if longest > 0 else 0.0
+    longest = longest_bar(e for part in parts for e in part.values())
+    return [(name, [bar_cell(part.get(name), longest) for part in parts]) for name in names]
 
 
 def _stage_rows(report: Report) -> list[tuple[str, int, float, float | None]]:

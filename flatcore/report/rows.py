@@ -94,8 +94,19 @@ _ROWS: tuple[tuple[str, str, str, Callable[[Report], str]], ...] = (
     ),
     ("size", "parameters", "rows of H", lambda r: count(r.parameters)),
     ("size", "training examples", "that H is the mean over", lambda r: count(r.examples)),
-    ("cost", "products", "of H with one vector, for everything in this report", lambda r: count(r.products)),
-    ("cost", "time", "capturing the model included", lambda r: seconds(r.seconds)),
+    (
+        "cost",
+        "products",
+        "of H with one vector, for trace, eigenvalues and density",
+        lambda r: count(r.products),
+    ),
+    ("cost", "time", "for the same, capturing the model included", lambda r: seconds(r.seconds)),
+    (
+        "cost",
+        "time, measures",
+        "for the published measures",
+        lambda r: seconds(sum(m.seconds for m in r.measures)) if r.measures else "",
+    ),
     (
         "cost",
         "products, autograd loop",

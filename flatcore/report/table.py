@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from flatcore.report.compute import Report
+from flatcore.report.measure_rows import measure_rows
 from flatcore.report.rows import eigenvalue, rows
+
+
+def tables(reports: tuple[Report, ...]) -> Group:
+    """The Hessian's numbers, and below them the measures."""
+    parts = [table(reports)]
+    if any(report.measures for report in reports):
+        parts.append(measures_table(reports))
+    return Group(*parts)
+
+
+def measures_table(reports: tuple[Report, ...]) -> Table:
+    """One row for each measure: of each report value, error and cost, then what it means and why it is missing."""
+    result = Table(title="Measures of flatness", title_justify="left")
+    result.add_column("")
+    for report in reports:
+        result.add_column(report.name, justify="right")
+    result.add_column("meaning", style="dim")
+    for row in measure_rows(reports):
+        cells = [f"{cell}\n[dim]{cost}[/]" for cell, cost in zip(row.cells, row.costs, strict=True)]
+        result.add_row(row.label, *cells, escape("\n".join((row.meaning, *row.notes))))
+    return result
 
 
 def table(reports: tuple[Report, ...]) -> Table:
