@@ -81,6 +81,10 @@ class ExampleSweeps:
         return sum(count * compiled[key].engine.flops(mode, 1) for key, count in counts.items())
 
     @property
+    def examples(self) -> int:
+        return self._objective.examples
+
+    @property
     def slices(self) -> dict[str, slice]:
         return self._objective.layout.slices
 
@@ -108,7 +112,8 @@ class ExampleSweeps:
     @property
     def outputs_are_apart(self) -> bool:
         """Does what comes back from an output tell the gradient of each parameter? Not where one has several uses."""
-        return not self.repeated and all(len(c.program.cut) == 1 for c in self._compiled.values())
+        programs = [c.program for c in self._compiled.values()]
+        return not self.repeated and all(len(p.cut) == 1 and p.outputs_by_example for p in programs)
 
     @property
     def outputs(self) -> int:
@@ -294,6 +299,7 @@ class OperatorSweeps:
         self._sweeps, self._kind, self._at, self._diagonal = sweeps, kind, at, diagonal
         self.mean_gradient: Callable[[], Tensor] | None = None  # what a covariance is centred by
         covariance = kind == "covariance"
+        self.examples = sweeps.examples
         self.probed = sweeps.probed
         # Of a parameter with several uses the diagonal is not got use by use.
         self.left = tuple(

@@ -12,7 +12,7 @@ import torch
 from flatcore.automatic import automatic
 from flatcore.by_example import ByExample
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import FlatcoreWarning, NotSeparable
 from flatcore.linear import LinearView, as_operator, check_count, check_positive, check_seed
 from flatcore.progress import Bar, progress_bar
 from flatcore.projected import hutch_plus_plus, known_basis, leave_one_out, remainder
@@ -105,15 +105,25 @@ def _estimate(
     with full_precision(), progress_bar(what, total=limit or _MAX_MATVECS, enabled=progress) as bar:
         if sweeps is not None:
             swept = ByExample(sweeps, operator, what == "diagonal", rtol, limit or _MAX_MATVECS, seed, bar)
-            used, used_up = swept.run(method), swept.used
-            sweeps.release()
+            try:
+                used = swept.run(method)
+            except NotSeparable as reason:  # only the data of a batch tell
+                used = None
+                _shared(what, method, str(reason), stacklevel=4)
+            finally:
+                sweeps.release()
+            used_up = swept.used
         if swept is None or used is None:
             swept = None
             run, used = _by_products(what, kind, operator, method, rtol, limit, deflate, seed, bar)
             used_up += run.products.used
     if swept is not None:
         error, size = swept.error_and_size()
-        status = "converged" if error <= rtol * size else _unreached(what, error, size, used_up, rtol)
+        status = (
+            "converged"
+            if swept.believed and error <= rtol * size
+            else _unreached(what, error, size, used_up, rtol)
+        )
         numbers = swept.results(operator.parameter_slices or {})
     else:
         status = "converged" if used == "exact" else _status(what, run)
@@ -138,9 +148,14 @@ def _sweeps(what: str, A: Any, method: str) -> Any:
     found = offer(what == "diagonal")
     if not isinstance(found, str):
         return found
-    if method == "example":
-        warnings.warn(f"{what}: {found}; so all examples share their probes", FlatcoreWarning, stacklevel=4)
+    _shared(what, method, found, stacklevel=5)
     return None
+
+
+def _shared(what: str, method: str, reason: str, stacklevel: int) -> None:
+    if method == "example":
+        message = f"{what}: {reason}; so all examples share their probes"
+        warnings.warn(message, FlatcoreWarning, stacklevel=stacklevel)
 
 
 def _by_products(

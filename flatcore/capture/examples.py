@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
+from flatcore.errors import NotSeparable
+
 from .program import Op, Program, Value
 
 # Of a value that depends on parameters: the axis along which its examples lie; or it is made of parameters alone, the
 # same for all examples; or it is a sum over examples.
 Label = int | Literal["shared", "total"]
-
-
-class NotSeparable(Exception):
-    """The loss is not seen to be a sum over examples. The message says which op mixes them."""
 
 
 @dataclass(frozen=True)
