@@ -103,7 +103,8 @@ class ByExample:
             splitting = outputs + self.pilot * sweeps.remainder_work if sweeps.outputs else math.inf
         if min(probing, splitting) > _DEAR * sweeps.product_work:
             return "whole matrix"
-        if splitting < probing:
+        room = sweeps.exact or self.used + sweeps.outputs + _PILOT <= self.budget
+        if splitting < probing and room:
             return "exact" if sweeps.exact else "ggn+example"
         return None
 
@@ -115,8 +116,8 @@ class ByExample:
             self.sums.known_diagonal = diagonal
 
     def _probes(self, remainder: bool, method: str) -> str:
-        while self.used < self.budget and (self.sums.K == 0 or not self.reached()):
-            if self.rest is not None and self._rest_is_worse(self.rest):
+        while self.sums.K == 0 or (self.used < self.budget and not self.reached()):
+            if self.sums.K and self.rest is not None and self._rest_is_worse(self.rest):
                 before = self.rest.products.used
                 self.rest.step(self.budget - self.used)
                 self.used += self.rest.products.used - before

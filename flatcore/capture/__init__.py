@@ -1,8 +1,9 @@
 """Capture: a torch model and its loss become a program of a small vocabulary."""
 
+from flatcore.errors import NotSeparable as NotSeparable
+
 from .batch import batch_leaves, flatten_batch, split_batch
 from .cut import NO_VALUE
-from .examples import NotSeparable
 from .export import capture
 from .interpreter import cut_values, interpret
 from .prelude import Prelude, named_tensors

@@ -263,7 +263,9 @@ def _uses(
             else:
                 uses[parameter].append(use)
     for parameter, found in uses.items():
-        if len(found) > 1 and any(use.kind == "probe_conv2d" for use in found):
+        if values[parameter].numel == 0 or (
+            len(found) > 1 and any(use.kind == "probe_conv2d" for use in found)
+        ):
             unfit.add(parameter)
     return uses, unfit
 
