@@ -123,6 +123,8 @@ class ByExample:
                 self.used += self.rest.products.used - before
                 continue
             missing = self.sums.needed(self.rtol) * 1.1 - self.sums.K if self.sums.K else self.pilot
+            if not self.believed:
+                missing = max(missing, self.sums.K)
             self._round(
                 remainder, max(_PILOT, math.ceil(min(missing, _MOST_PROBES, self.budget - self.used)))
             )
@@ -140,8 +142,13 @@ class ByExample:
     @property
     def believed(self) -> bool:
         """Are there so many samples that their spread is that of more?"""
-        degrees = self.sweeps.examples * (self.sums.K - self.sums.rounds)
-        return self.sums.K == 0 or degrees >= _LEAST_DEGREES
+        sums = self.sums
+        each = sums.K - sums.rounds
+        if sums.K == 0 or each >= _LEAST_DEGREES:
+            return True
+        # Of most examples the loss may be flat: those count whose spread is seen.
+        some = sums.variance_in_all() > 0 and sums.degrees() >= _LEAST_DEGREES / 2
+        return some and self.sweeps.examples * each >= _LEAST_DEGREES
 
     def error_and_size(self) -> tuple[float, float]:
         """What is compared: stderr <= rtol * size."""

@@ -139,3 +139,15 @@ def test_nothing_to_probe(empty: bool):
     H = fc.Hessian(fc.Objective(Odd().double(), nn.CrossEntropyLoss(), data()))
     estimate = fc.trace(H, method="example", rtol=0.05)
     assert abs(estimate.value - float(dense(H).sum())) <= 4 * estimate.stderr + 1e-12
+
+
+def test_examples_without_curvature_do_not_make_a_spread_believed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x, y = data(20)
+    y[1:] = -100
+    G = fc.GGN(fc.Objective(model, nn.CrossEntropyLoss(), (x, y)))
+    truth = float(dense(G).sum())
+    for seed in range(40):
+        estimate = fc.trace(G, method="example", rtol=0.2, seed=seed)
+        assert abs(estimate.value - truth) <= 4 * estimate.stderr
