@@ -15,7 +15,9 @@ from flatcore.sampling import BLOCK, LEAST_PROBES, DiagonalTally, Products, Trac
 
 __all__ = ["ByExample", "Sweeps"]
 
-_PILOT = 2  # probes of the first round, the fewest whose spread is seen
+_PILOT = 2  # probes of a round, the fewest whose spread is seen
+# Degrees of freedom, one for each example and probe beyond a round's first, before a standard error is believed.
+_LEAST_DEGREES = LEAST_PROBES - 1
 _MOST_PROBES = 64  # of a round
 # Products whose work is predicted from which what is known of the whole matrix may serve better: their pilot takes 16.
 _DEAR = 64
@@ -25,14 +27,15 @@ _FEW_COLUMNS = 64  # of what is left without sweeps, up to which it is taken exa
 class Sweeps(Protocol):
     """What an operator offers whose loss is a sum over examples. Works are in floating-point operations.
 
-    left: parameters without probes of each example's own. exact: do the outputs give all of the operator, and not
-    only its Gauss-Newton part? outputs: sweeps of `from_outputs`, 0 where there are none.
+    examples: of all batches. left: parameters without probes of each example's own. exact: do the outputs give all of
+    the operator, and not only its Gauss-Newton part? outputs: sweeps of `from_outputs`, 0 where there are none.
+    probe_work: infinite where there are no probes.
     """
 
+    examples: int
     probed: tuple[str, ...]
     left: tuple[str, ...]
     exact: bool
-    examples: int
     outputs: int
     probe_work: float
     remainder_work: float
@@ -66,21 +69,24 @@ class ByExample:
             bar,
         )
         self.used = 0
+        self.pilot = max(_PILOT, 1 + math.ceil(_LEAST_DEGREES / max(sweeps.examples, 1)))
         self.sums = Sums(len(sweeps.probed), operator.P if diagonal else None)
         self.rest = Rest(operator, sweeps.left, diagonal, seed) if sweeps.left else None
 
     def run(self, method: str) -> str | None:
         """The method that was carried out; None where another one is called for, of the whole matrix."""
         sweeps = self.sweeps
-        if sweeps.exact and (method == "exact" or (method == "auto" and self._pilot_is_vain())):
+        if sweeps.exact and (
+            method == "exact" or (method == "auto" and self._pilot_is_vain()) or sweeps.probe_work == math.inf
+        ):
             self._take_outputs()
             return "exact"
         if method == "exact":
             return None
-        if method == "auto" and sweeps.outputs and self._pilot_is_vain():
+        if method == "auto" and sweeps.outputs and self._room and self._pilot_is_vain():
             self._take_outputs()
             return self._probes(remainder=True, method="ggn+example")
-        self._round(False, _PILOT)
+        self._round(False, max(_PILOT, min(self.pilot, self.budget)))
         if method == "auto" and not self.reached() and (choice := self._cheaper()) is not None:
             if choice == "whole matrix":
                 return None
@@ -94,8 +100,13 @@ class ByExample:
         sweeps = self.sweeps
         splitting = sweeps.outputs * sweeps.output_work
         if not sweeps.exact:
-            splitting += _PILOT * sweeps.remainder_work
+            splitting += self.pilot * sweeps.remainder_work
         return splitting < sweeps.probe_work / (sweeps.examples * self.rtol**2)
+
+    @property
+    def _room(self) -> bool:
+        """Does the budget suffice for the outputs and some probes of what they leave?"""
+        return self.sweeps.exact or self.used + self.sweeps.outputs + _PILOT <= self.budget
 
     def _cheaper(self) -> str | None:
         """What promises less work than further probes of the whole."""
@@ -105,10 +116,10 @@ class ByExample:
         if sweeps.outputs and sweeps.exact:
             splitting = outputs
         else:
-            splitting = outputs + _PILOT * sweeps.remainder_work if sweeps.outputs else math.inf
+            splitting = outputs + self.pilot * sweeps.remainder_work if sweeps.outputs else math.inf
         if min(probing, splitting) > _DEAR * sweeps.product_work:
             return "whole matrix"
-        if splitting < probing:
+        if splitting < probing and self._room:
             return "exact" if sweeps.exact else "ggn+example"
         return None
 
@@ -120,13 +131,15 @@ class ByExample:
             self.sums.known_diagonal = diagonal
 
     def _probes(self, remainder: bool, method: str) -> str:
-        while self.used < self.budget and (self.sums.K == 0 or not self.reached()):
-            if self.rest is not None and self._rest_is_worse(self.rest):
+        while self.sums.K == 0 or (self.used < self.budget and not self.reached()):
+            if self.sums.K and self.rest is not None and self._rest_is_worse(self.rest):
                 before = self.rest.products.used
                 self.rest.step(self.budget - self.used)
                 self.used += self.rest.products.used - before
                 continue
-            missing = self.sums.needed(self.rtol) * 1.1 - self.sums.K if self.sums.K else _PILOT
+            missing = self.sums.needed(self.rtol) * 1.1 - self.sums.K if self.sums.K else self.pilot
+            if not self.believed:
+                missing = max(missing, self.sums.K)
             self._round(
                 remainder, max(_PILOT, math.ceil(min(missing, _MOST_PROBES, self.budget - self.used)))
             )
@@ -140,6 +153,17 @@ class ByExample:
     def _round(self, remainder: bool, K: int) -> None:
         self.sums.add(self.sweeps.probe(remainder, self.seed, self.sums.K, K))
         self.used += K
+
+    @property
+    def believed(self) -> bool:
+        """Are there so many samples that their spread is that of more?"""
+        sums = self.sums
+        each = sums.K - sums.rounds
+        if sums.K == 0 or each >= _LEAST_DEGREES:
+            return True
+        # Of most examples the loss may be flat: those count whose spread is seen.
+        some = sums.variance_in_all() > 0 and sums.degrees() >= _LEAST_DEGREES / 2
+        return some and self.sweeps.examples * each >= _LEAST_DEGREES
 
     def error_and_size(self) -> tuple[float, float]:
         """What is compared: stderr <= rtol * size."""
@@ -155,7 +179,7 @@ class ByExample:
         error, size = self.error_and_size()
         text = f"{self.used} sweeps, relative error {error / size if size else math.nan:.2g}"
         self.bar.update(self.used, text)
-        if self.rest is not None and not self.rest.begun:
+        if not self.believed or (self.rest is not None and not self.rest.begun):
             return False
         return error * caution(1 + self.sums.degrees(), 0.0) <= self.rtol * size
 
@@ -179,14 +203,14 @@ class Sums:
     """Means over independent probes of sums over examples: in all (entry 0) and for each parameter, or entry by entry
     of a diagonal, with the variances of these means.
 
-    known: what was got without probes. K: probes so far, each of every example.
+    known: what was got without probes. K: probes so far, each of every example, in how many rounds.
     """
 
     def __init__(self, parameters: int, P: int | None) -> None:
         def zeros(n: int) -> Tensor:
             return torch.zeros(n, dtype=torch.float64, device="cpu")
 
-        self.K = 0
+        self.K = self.rounds = 0
         self.known, self.mean, self.variance, self.fourth = (zeros(1 + parameters) for _ in range(4))
         self.diagonal = self.diagonal_variance = self.known_diagonal = None if P is None else zeros(P)
 
@@ -195,15 +219,17 @@ class Sums:
         old, new = self.K / (self.K + samples.K), samples.K / (self.K + samples.K)
         self.mean = old * self.mean + new * samples.mean
         self.variance = old**2 * self.variance + new**2 * samples.variance
-        self.fourth = old**4 * self.fourth + new**4 * samples.fourth
+        self.fourth = old**4 * self.fourth + new**4 * samples.fourth * 3 / (samples.K + 1)
         if self.diagonal is not None and self.diagonal_variance is not None:
             self.diagonal = old * self.diagonal + new * samples.diagonal
             self.diagonal_variance = old**2 * self.diagonal_variance + new**2 * samples.diagonal_variance
         self.K += samples.K
+        self.rounds += 1
 
     def degrees(self, entry: int = 0) -> float:
-        """Of freedom: a variance adds up one for each example, each of one degree or more, whose squares are on average
-        up to three times too large (Satterthwaite, Biometrics Bulletin 2 (1946) 110-114)."""
+        """Of freedom: a variance adds up one for each example and round of K probes, each of K - 1 degrees, whose
+        squares are on average (K + 1) / (K - 1) times too large (Satterthwaite, Biometrics Bulletin 2 (1946)
+        110-114)."""
         variance, fourth = float(self.variance[entry]), float(self.fourth[entry])
         return max(1.0, 3 * variance**2 / fourth - 2) if fourth > 0 else math.inf
 

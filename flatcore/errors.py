@@ -31,5 +31,5 @@ class NoRowsError(ValueError):
     """A Gauss-Newton matrix is not known by rows of the model's outputs; the message says why."""
 
 
-class NotSeparable(Exception):  # an answer rather than a mistake
+class NotSeparable(Exception):
     """The loss is not seen to be a sum over examples. The message says which op mixes them."""

@@ -21,6 +21,10 @@ class Outputs:
         self._state, self._examples, self._dtype = state, examples, dtype
         self._loss = program.cross_entropy
         self._number = program.ops.index(self._loss) if self._loss is not None else -1
+        # Of no use: what is the same for all probes, and targets of negative weight, whose S_n has no real root.
+        fixed = self._loss is not None and state.adjoint(self._loss.output) is None
+        if self._loss is not None and (fixed or bool((self._probabilities()[1] < 0).any())):
+            self._loss = None
         head = self._loss.inputs[0] if self._loss is not None else program.cut[0]
         assert head is not None
         self.value, self._shape = head, program.values[head].shape

@@ -113,7 +113,8 @@ class ExampleSweeps:
     @property
     def outputs_are_apart(self) -> bool:
         """Does what comes back from an output tell the gradient of each parameter? Not where one has several uses."""
-        return not self.repeated and all(len(c.program.cut) == 1 for c in self._compiled.values())
+        programs = [c.program for c in self._compiled.values()]
+        return not self.repeated and all(len(p.cut) == 1 and p.outputs_by_example for p in programs)
 
     @property
     def outputs(self) -> int:

@@ -265,7 +265,11 @@ class GradientCovariance(Operator):
     def example_sweeps(self, diagonal: bool = False) -> OperatorSweeps | str:
         self._check_examples()
         found = super().example_sweeps(diagonal)
-        if self.centered and not isinstance(found, str):
+        if isinstance(found, str):
+            return found
+        if not found.outputs:
+            return "the gradient of each example is not got in one sweep from the model's output"
+        if self.centered:
             found.mean_gradient = lambda: self._mean_gradient(self.objective.snapshot())
         return found
 

@@ -115,9 +115,9 @@ def _estimate(
             swept = ByExample(sweeps, operator, what == "diagonal", rtol, limit or _MAX_MATVECS, seed, bar)
             try:
                 used = swept.run(method)
-            except NotSeparable as mixes:  # as only the data of some batch showed
+            except NotSeparable as reason:  # only the data of a batch tell
                 used = None
-                _say_shared(what, str(mixes), stacklevel=4)
+                _shared(what, method, str(reason), stacklevel=4)
             finally:
                 sweeps.release()
             used_up = swept.used
@@ -127,7 +127,11 @@ def _estimate(
             used_up += run.products.used
     if swept is not None:
         error, size = swept.error_and_size()
-        status = "converged" if error <= rtol * size else _unreached(what, error, size, used_up, rtol)
+        status = (
+            "converged"
+            if swept.believed and error <= rtol * size
+            else _unreached(what, error, size, used_up, rtol)
+        )
         numbers = swept.results(operator.parameter_slices or {})
     else:
         status = "converged" if used == "exact" else _status(what, run)
@@ -152,15 +156,14 @@ def _sweeps(what: str, A: Any, method: str) -> Any:
     found = offer(what == "diagonal")
     if not isinstance(found, str):
         return found
-    if method == "example":
-        _say_shared(what, found, stacklevel=5)
+    _shared(what, method, found, stacklevel=5)
     return None
 
 
-def _say_shared(what: str, reason: str, stacklevel: int) -> None:
-    warnings.warn(
-        f"{what}: {reason}; so all examples share their probes", FlatcoreWarning, stacklevel=stacklevel
-    )
+def _shared(what: str, method: str, reason: str, stacklevel: int) -> None:
+    if method == "example":
+        message = f"{what}: {reason}; so all examples share their probes"
+        warnings.warn(message, FlatcoreWarning, stacklevel=stacklevel)
 
 
 def _by_products(

@@ -1,5 +1,7 @@
 """Capture: a torch model and its loss become a program of a small vocabulary."""
 
+from flatcore.errors import NotSeparable as NotSeparable
+
 from .batch import batch_leaves, flatten_batch, split_batch
 from .cut import NO_VALUE
 from .export import capture

@@ -41,6 +41,8 @@ class ProbedProgram:
     probed: names of the parameters with probes. left: those that have none, constants all the same.
     elements: constants to compute: value id -> parameter id, ops that move its entries.
     crossings: ops that pick rows of examples; `crosses` tells whether one leaves its example.
+    outputs_by_example: do the examples lie along axis 0 of the cut and of a cross-entropy's logits, as they do where
+    parameters are used? Not in a model that transposes its data and its output back.
     """
 
     values: tuple[Value, ...]
@@ -52,6 +54,7 @@ class ProbedProgram:
     left: tuple[str, ...]
     elements: dict[int, tuple[int, tuple[Op, ...]]]
     crossings: tuple[Op, ...]
+    outputs_by_example: bool
 
     def behind_cut(self) -> tuple[Op, ...]:
         """The ops between the cut and the loss."""
@@ -171,7 +174,14 @@ def probe(program: Program, offsets: Mapping[str, int]) -> ProbedProgram:
         tuple(program.parameters[i] for i in program.parameters if i in unfit),
         elements,
         separation.crossings,
+        _outputs_by_example(ops, cut, separation),
     )
+
+
+def _outputs_by_example(ops: Sequence[Op], cut: tuple[int, ...], separation: Separation) -> bool:
+    logits = [op.inputs[0] for op in ops if op.kind == "cross_entropy" and op.inputs[0] is not None]
+    labels = separation.labels
+    return all(labels.get(i) == 0 for i in (*cut, *(i for i in logits if i in labels)))
 
 
 def _new(values: list[Value], shape: Sequence[int], dtype: Any, name: str, kind: Any = "activation") -> int:
@@ -253,7 +263,9 @@ def _uses(
             else:
                 uses[parameter].append(use)
     for parameter, found in uses.items():
-        if len(found) > 1 and any(use.kind == "probe_conv2d" for use in found):
+        if values[parameter].numel == 0 or (
+            len(found) > 1 and any(use.kind == "probe_conv2d" for use in found)
+        ):
             unfit.add(parameter)
     return uses, unfit
 
