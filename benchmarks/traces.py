@@ -152,9 +152,10 @@ def nets(names: tuple[str, ...], threads: int) -> None:
 
 
 def one_net(name: str, model: nn.Module, loss: Any, batch: Any) -> None:
-    gradient = gradient_seconds(model, loss, batch)
     with PeakMemory() as before:
         time.sleep(0.05)
+    with PeakMemory() as training:
+        gradient = gradient_seconds(model, loss, batch)
     H = fc.Hessian(fc.Objective(model, loss, batch))
     v = torch.randn(H.shape[0], 1)
     H @ v
@@ -167,7 +168,8 @@ def one_net(name: str, model: nn.Module, loss: Any, batch: Any) -> None:
     print(
         f"{name}: P = {H.shape[0]:,}, tr H = {found.value:.4g} ± {found.stderr:.2g} by {found.method} in "
         f"{seconds:.2f} s = {seconds / gradient:.1f} gradients; a product {product / gradient:.1f}; "
-        f"{(peak.anonymous - before.anonymous) / 1e9:.2f} GB more than model and data"
+        f"{(peak.anonymous - before.anonymous) / 1e9:.2f} GB more than model and data, a gradient "
+        f"{(training.anonymous - before.anonymous) / 1e9:.2f} GB"
     )
     parts = sorted(found.by_parameter.items(), key=lambda item: -abs(item[1].value))
     for part, estimate in parts[:3]:

@@ -95,13 +95,13 @@ class ByExample:
         return self._probes(remainder=False, method="example")
 
     def _pilot_is_vain(self) -> bool:
-        """Will sums over the outputs be cheaper than probes, whatever a pilot shows? What a probe gives of one example
-        deviates about as much as it is large, so rtol takes 1 / rtol² of them at least."""
+        """Will sums over the outputs be cheaper than probes, whatever a pilot shows? Near a minimum an example's curvature
+        has mostly one direction u, and <v, u>² of random signs v the variance 2: rtol takes 2 / rtol² of them."""
         sweeps = self.sweeps
         splitting = sweeps.outputs * sweeps.output_work
         if not sweeps.exact:
             splitting += self.pilot * sweeps.remainder_work
-        return splitting < sweeps.probe_work / (sweeps.examples * self.rtol**2)
+        return splitting < 2 * sweeps.probe_work / (sweeps.examples * self.rtol**2)
 
     @property
     def _room(self) -> bool:
