@@ -95,8 +95,8 @@ class ByExample:
         return self._probes(remainder=False, method="example")
 
     def _pilot_is_vain(self) -> bool:
-        """Will sums over the outputs be cheaper than probes, whatever a pilot shows? Near a minimum an example's curvature
-        has mostly one direction u, and <v, u>² of random signs v the variance 2: rtol takes 2 / rtol² of them."""
+        """Will sums over the outputs be cheaper than probes, whatever a pilot shows? Near a minimum an example's
+        curvature has mostly one direction u, and <v, u>² of random signs v the variance 2: rtol takes 2 / rtol²."""
         sweeps = self.sweeps
         splitting = sweeps.outputs * sweeps.output_work
         if not sweeps.exact:
