@@ -134,13 +134,14 @@ def gradient_seconds(model: nn.Module, loss: Any, batch: Any) -> float:
 @main.command()
 @click.argument("names", nargs=-1)
 @click.option("--threads", default=2, show_default=True, help="torch.set_num_threads.")
-def nets(names: tuple[str, ...], threads: int) -> None:
+@click.option("--images", default=10_000, show_default=True, help="Of resnet10k, in batches of 200.")
+def nets(names: tuple[str, ...], threads: int, images: int) -> None:
     """Traces by parameter, in gradients."""
     torch.set_num_threads(threads)
     print(describe())
     for name in names or ("mlp-mid", "resnet", "decoder", "vit", "minilm", "gpt2", "resnet10k"):
         if name == "resnet10k":
-            images()
+            residual_net(images)
             continue
         if name == "minilm":
             from examples import minilm
@@ -176,18 +177,18 @@ def one_net(name: str, model: nn.Module, loss: Any, batch: Any) -> None:
         print(f"    {part}: {estimate.value:.4g} ± {estimate.stderr:.2g}")
 
 
-def images() -> None:
-    """Inputs of relative flatness and normalized sharpness of all layers, over 10,000 images in batches of 200."""
+def residual_net(images: int) -> None:
+    """Inputs of relative flatness and normalized sharpness of all layers, in batches of 200."""
     torch.manual_seed(0)
     model, loss, _ = resnet(1)
-    batches = [(torch.randn(200, 3, 32, 32), torch.randint(0, 10, (200,))) for _ in range(50)]
-    gradient = 50 * gradient_seconds(model, loss, batches[0])
+    batches = [(torch.randn(200, 3, 32, 32), torch.randint(0, 10, (200,))) for _ in range(images // 200)]
+    gradient = len(batches) * gradient_seconds(model, loss, batches[0])
     objective = fc.Objective(model, loss, batches)
     G = fc.GGN(objective)
     G.plan()
     seconds, entries = timed(lambda: fc.diagonal(G, method="example", max_matvecs=2, rtol=1.0))
     print(
-        f"diagonal, 10,000 images: {seconds:.1f} s = {seconds / gradient:.1f} gradients, relative error "
+        f"diagonal, {images:,} images: {seconds:.1f} s = {seconds / gradient:.1f} gradients, relative error "
         f"{float(entries.stderr.norm() / entries.value.norm()):.3f}"
     )
     seconds, flatness = timed(
