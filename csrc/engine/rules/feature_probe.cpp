@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/im2col.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
+#include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/var.h>
 
@@ -38,7 +39,7 @@ bool FeatureProbeRule::by_length(const ExampleProbes&) const { return positions_
 
 bool FeatureProbeRule::by_gram(const ExampleProbes& probes) const {
     if (repeated_ || wants_diagonal(probes) || positions_ >= in_) return false;
-    const int64_t T = positions_, columns = probes.relative ? in_ : out_;
+    const int64_t T = positions_, columns = signs_a_row(probes);
     // The Gram matrix, its factor (in double: twice the price) and L S, against V and X V^T; two probes.
     return 2 * T * T * in_ + T * T * T + 2 * T * (T + kSignCost) * columns <
            2 * in_ * columns * (T + kSignCost);
@@ -56,6 +57,21 @@ at::Tensor FeatureProbeRule::inject(const Directions& d, const ExampleProbes& pr
     if (!output().channels_last) return e.view(with_directions(d.K(), output().shape));
     const Integers& s = output().shape;
     return e.view({d.K(), s[0], s[2], s[3], s[1]}).permute({0, 1, 4, 2, 3});
+}
+
+// F with F F^T = W W^T, (groups, out, the fewer of in and out): F S of random signs S has the covariance of W
+// A.
+at::Tensor FeatureProbeRule::relative_factor(const State& state) const {
+    const at::Tensor weights = as_matrices(state.value(op_.inputs[2]).reshape({-1}));
+    if (in_ <= out_) return weights;
+    const at::Tensor wide = weights.to(at::kDouble);
+    const auto [values, vectors] = at::linalg_eigh(at::matmul(wide, wide.transpose(-2, -1)));
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).to(weights.scalar_type());
+}
+
+// Signs that a probe takes for one feature.
+int64_t FeatureProbeRule::signs_a_row(const ExampleProbes& probes) const {
+    return probes.relative ? std::min(in_, out_) : out_;
 }
 
 namespace {
@@ -76,7 +92,7 @@ at::Tensor new_signs(const ExampleBlock& block, int64_t first, int64_t count,
 
 void FeatureProbeRule::inject_by_length(const State& state, const ExampleProbes& probes,
                                         const at::Tensor& e) const {
-    const int64_t K = e.size(0), N = examples_, columns = probes.relative ? in_ : out_;
+    const int64_t K = e.size(0), N = examples_, columns = signs_a_row(probes);
     const int64_t first = probes.relative ? relative_element(parameter_) : offset_;
     const at::Tensor x = features(state, 0, N).squeeze(2);  // (N, groups, in)
     at::Tensor v = new_signs(block(probes, 0, N), first, groups_ * columns, e.options())
@@ -86,7 +102,7 @@ void FeatureProbeRule::inject_by_length(const State& state, const ExampleProbes&
         e.copy_(v.view(e.sizes()));
         return;
     }
-    const at::Tensor weights = as_matrices(state.value(op_.inputs[2]).reshape({-1}));
+    const at::Tensor weights = relative_factor(state);
     for (int64_t g = 0; g < groups_; ++g)
         e.view({K * N, groups_, out_})
             .select(1, g)
@@ -95,9 +111,10 @@ void FeatureProbeRule::inject_by_length(const State& state, const ExampleProbes&
 
 void FeatureProbeRule::inject_by_gram(const State& state, const ExampleProbes& probes,
                                       const at::Tensor& e) const {
-    const int64_t K = e.size(0), T = positions_, columns = probes.relative ? in_ : out_;
+    const int64_t K = e.size(0), T = positions_, columns = signs_a_row(probes);
     const int64_t first = probes.relative ? relative_element(parameter_) : offset_;
     const int64_t step = chunk(groups_ * T * std::max({2 * in_, K * columns, 4 * T}));
+    const at::Tensor weights = probes.relative ? relative_factor(state) : at::Tensor();
     for (int64_t n = 0; n < examples_; n += step) {
         const int64_t count = std::min(step, examples_ - n);
         const at::Tensor x = features(state, n, count).to(at::kDouble);
@@ -111,8 +128,7 @@ void FeatureProbeRule::inject_by_gram(const State& state, const ExampleProbes& p
         const at::Tensor signs = new_signs(block(probes, n, count), first, groups_ * T * columns, e.options())
                                      .view({K, count, groups_, T, columns});
         at::Tensor part = at::matmul(factor, signs);
-        if (probes.relative)
-            part = at::matmul(part, as_matrices(state.value(op_.inputs[2]).reshape({-1})).transpose(-2, -1));
+        if (probes.relative) part = at::matmul(part, weights.transpose(-2, -1));
         e.narrow(1, n, count).view({K, count, T, groups_, out_}).copy_(part.transpose(2, 3));
     }
 }
@@ -121,7 +137,7 @@ void FeatureProbeRule::inject_explicitly(const State& state, const ExampleProbes
                                          const at::Tensor& e) const {
     const int64_t K = e.size(0);
     at::Tensor weights;
-    if (probes.relative) weights = as_matrices(state.value(op_.inputs[2]).reshape({-1}));
+    if (probes.relative) weights = relative_factor(state);
     const auto one_example = [&](int64_t n) {
         const at::Tensor x = features(state, n, 1).select(0, 0);  // (groups, T, in)
         for (int64_t k = 0; k < K; ++k) {
@@ -160,8 +176,9 @@ template <class Draw>
 void FeatureProbeRule::for_each_drawn(const ExampleBlock& one, const ExampleProbes& probes, int64_t group,
                                       const at::TensorOptions& options, const Draw& draw) const {
     if (probes.relative) {
-        const int64_t first = relative_element(parameter_) + group * in_ * in_;
-        draw(0, new_signs(one, first, in_ * in_, options).view({in_, in_}));
+        const int64_t rows = signs_a_row(probes);
+        const int64_t first = relative_element(parameter_) + group * rows * in_;
+        draw(0, new_signs(one, first, rows * in_, options).view({rows, in_}));
         return;
     }
     if (transposed()) {
@@ -273,15 +290,34 @@ void FeatureProbeRule::add_diagonal(const State& state, ExampleProbes& probes, c
         if (variance.defined()) variance.add_(over_examples(u.var(0, true) / K, x2.square()));
         return;
     }
-    const int64_t step = chunk(2 * K * size + groups_ * T * in_);
-    for (int64_t n = 0; n < N; n += step) {
-        const int64_t count = std::min(step, N - n);
-        const at::Tensor back = tdy.narrow(1, n, count).view({K, count, T, groups_, out_}).transpose(2, 3);
-        at::Tensor samples = at::matmul(back.transpose(-2, -1), features(state, n, count));
-        samples.mul_(as_matrices(new_signs(block(probes, n, count), offset_, size, tdy.options())));
-        diagonal.add_(samples.mean(0).sum(0, false, at::kDouble));
-        if (variance.defined()) variance.add_(samples.var(0, true).sum(0, false, at::kDouble) / K);
-    }
+    // Pieces of the examples, which do not depend on the number of threads, add up on their own.
+    const int64_t pieces = std::min<int64_t>(8, N);
+    const at::TensorOptions sums = tdy.options().dtype(at::kDouble);
+    const at::Tensor means = at::zeros({pieces, size}, sums), spreads = at::zeros({pieces, size}, sums);
+    const auto one_piece = [&](int64_t piece) {
+        for (int64_t n = N * piece / pieces; n < N * (piece + 1) / pieces; ++n) {
+            const at::Tensor x = features(state, n, 1).select(0, 0);  // (groups, T, in)
+            const at::Tensor back = tdy.select(1, n).view({K, T, groups_, out_}).permute({0, 2, 3, 1});
+            at::Tensor samples = at::matmul(back, x);  // (K, groups, out, in)
+            samples.mul_(
+                as_matrices(new_signs(block(probes, n, 1), offset_, size, tdy.options()).squeeze(1)));
+            const at::Tensor mean = samples.mean(0);
+            as_matrices(means.select(0, piece)).add_(mean);
+            if (variance.defined())
+                as_matrices(spreads.select(0, piece))
+                    .add_(samples.sub_(mean).square_().sum(0), 1.0 / static_cast<double>(K * (K - 1)));
+        }
+    };
+    const auto some = [&](int64_t first, int64_t last) {
+        const at::AutoDispatchBelowADInplaceOrView guard;  // set for each thread
+        for (int64_t piece = first; piece < last; ++piece) one_piece(piece);
+    };
+    if (pieces > 1 && !at::in_parallel_region())
+        at::parallel_for(0, pieces, 1, some);
+    else
+        some(0, pieces);
+    diagonal.add_(as_matrices(means.sum(0)));
+    if (variance.defined()) variance.add_(as_matrices(spreads.sum(0)));
 }
 
 double FeatureProbeRule::flops(int64_t K, bool second_order) const {

@@ -108,6 +108,8 @@ class FeatureProbeRule : public ProbeRule {
     int64_t positions_ = 0, groups_ = 1, in_ = 0, out_ = 0;
 
  private:
+    at::Tensor relative_factor(const State& state) const;
+    int64_t signs_a_row(const ExampleProbes& probes) const;
     bool by_length(const ExampleProbes& probes) const;
     bool by_gram(const ExampleProbes& probes) const;
     void inject_by_length(const State& state, const ExampleProbes& probes, const at::Tensor& e) const;
