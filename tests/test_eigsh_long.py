@@ -141,7 +141,7 @@ def test_real_interrupt() -> None:
 
     class Alarming(Counting):
         def __matmul__(self, V: torch.Tensor) -> torch.Tensor:
-            if self.products == 30:
+            if self.products >= 30:  # again if it struck in a destructor, which swallows it
                 os.kill(os.getpid(), signal.SIGINT)
             return super().__matmul__(V)
 
