@@ -7,6 +7,7 @@ from torch import Tensor
 
 class engine:
     Mode = Literal["hessian", "ggn", "covariance"]
+    gpu: Literal["none", "cuda", "emulated"]
 
     @staticmethod
     def threads_used() -> int: ...
@@ -42,6 +43,7 @@ class engine:
             parameters: int,
             loss: int,
             cut: Sequence[int],
+            device: str = "cpu",
         ) -> None: ...
         def flops(self, mode: str, K: int) -> float: ...
         def op_flops(self, op: int, mode: str, K: int) -> float: ...

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "float32_products.h"
 #include "rule.h"
 #include "state.h"
 #include "tensor_ops.h"
@@ -16,9 +17,9 @@ class Pass final : public Directions {
     Pass(const State& state, Mode mode, int64_t K, at::Tensor V, at::Tensor Y, bool accumulate,
          Precision precision = Precision::full)
         : state_(state), program_(state.program()), mode_(mode), K_(K), precision_(precision),
-          V_(std::move(V)), Y_(std::move(Y)), tangents_(program_.values().size()),
-          cotangents_(program_.values().size()), owned_(program_.values().size(), false),
-          written_(program_.values().size(), accumulate) {}
+          arithmetic_(state.options().device(), precision), V_(std::move(V)), Y_(std::move(Y)),
+          tangents_(program_.values().size()), cotangents_(program_.values().size()),
+          owned_(program_.values().size(), false), written_(program_.values().size(), accumulate) {}
 
     void tangent_sweep() {
         for (size_t i = 0; i < program_.ops().size(); ++i) {
@@ -155,6 +156,7 @@ class Pass final : public Directions {
     const Mode mode_;
     const int64_t K_;
     const Precision precision_;
+    const Float32Products arithmetic_;
     const at::Tensor V_, Y_;
     const Op* op_ = nullptr;
     ExampleProbes* probes_ = nullptr;

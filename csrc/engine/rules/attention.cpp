@@ -59,24 +59,25 @@ at::Tensor mask_part(const at::Tensor& mask, const HeadGroup& group, const Atten
 void softmax_tangent_in_place(const at::Tensor& p, const at::Tensor& tz) {
     FLATCORE_DISPATCH(p, "attention", [&] {
         scalar_t* data = tz.mutable_data_ptr<scalar_t>();
-        softmax_tangent<scalar_t>(1, p.size(0) * p.size(1), p.size(2), p.const_data_ptr<scalar_t>(), data,
-                                  data);
+        FLATCORE_RUN(p, softmax_tangent<scalar_t>, 1, p.size(0) * p.size(1), p.size(2),
+                     p.const_data_ptr<scalar_t>(), data, data);
     });
 }
 
 void backward_in_place(const at::Tensor& p, const at::Tensor& dp, const at::Tensor& dz) {
     FLATCORE_DISPATCH(p, "attention", [&] {
-        attention_backward<scalar_t>(p.size(0) * p.size(1), p.size(2), p.const_data_ptr<scalar_t>(),
-                                     dp.mutable_data_ptr<scalar_t>(), dz.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(p, attention_backward<scalar_t>, p.size(0) * p.size(1), p.size(2),
+                     p.const_data_ptr<scalar_t>(), dp.mutable_data_ptr<scalar_t>(),
+                     dz.mutable_data_ptr<scalar_t>());
     });
 }
 
 void second_order_in_place(const at::Tensor& p, const at::Tensor& u, bool tdp_is_zero, const at::Tensor& tz,
                            const at::Tensor& tdp) {
     FLATCORE_DISPATCH(p, "attention", [&] {
-        attention_second_order<scalar_t>(p.size(0) * p.size(1), p.size(2), p.const_data_ptr<scalar_t>(),
-                                         u.const_data_ptr<scalar_t>(), tdp_is_zero,
-                                         tz.mutable_data_ptr<scalar_t>(), tdp.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(p, attention_second_order<scalar_t>, p.size(0) * p.size(1), p.size(2),
+                     p.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(), tdp_is_zero,
+                     tz.mutable_data_ptr<scalar_t>(), tdp.mutable_data_ptr<scalar_t>());
     });
 }
 
@@ -129,7 +130,7 @@ AttentionRule::AttentionRule(const Program& program, const Op& op)
     const Integers &q = input(kQuery).shape, &k = input(kKey).shape, &v = input(kValue).shape;
     if (v[2] != k[2] || k[3] != q[3])
         throw std::invalid_argument("key must have the width of query and the length of value");
-    tiling_ = AttentionTiling(q[0], q[1], q[2], k[2], causal_);
+    tiling_ = AttentionTiling(q[0], q[1], q[2], k[2], causal_, program.gpu());
 }
 
 // Calls body(work) for each unit, over the threads.
@@ -137,7 +138,7 @@ template <class Body>
 void AttentionRule::for_each_unit(const State& state, int64_t K, int64_t buffers, const Body& body) const {
     const std::vector<AttentionUnit> units = tiling_.units(K);
     const std::vector<at::Tensor>& saved = state.saved(op_);
-    at::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t first, int64_t last) {
+    const auto some = [&](int64_t first, int64_t last) {
         at::AutoDispatchBelowADInplaceOrView guard;  // as in the calling thread
         for (int64_t i = first; i < last; ++i) {
             const AttentionUnit& unit = units[static_cast<size_t>(i)];
@@ -146,7 +147,12 @@ void AttentionRule::for_each_unit(const State& state, int64_t K, int64_t buffers
                 unit, part(kQuery), part(kKey), part(kValue), saved[kMask],
                 at::empty({buffers, unit.group.size() * tiling_.tile_elements()}, state.options())});
         }
-    });
+    };
+    const auto count = static_cast<int64_t>(units.size());
+    if (program_.gpu())
+        some(0, count);
+    else
+        at::parallel_for(0, count, 1, some);
 }
 
 at::Tensor AttentionRule::probabilities(const AttentionWork& work, const AttentionTile& tile) const {
@@ -163,8 +169,8 @@ at::Tensor AttentionRule::probabilities(const AttentionWork& work, const Attenti
     }
     FLATCORE_DISPATCH(z, "attention", [&] {
         scalar_t* data = z.mutable_data_ptr<scalar_t>();
-        if (causal_) causal_mask(group.size(), tile.rows, tile.keys, tile.row, data);
-        softmax_forward<scalar_t>(group.size() * tile.rows, tile.keys, data, data, nullptr);
+        if (causal_) FLATCORE_RUN(z, causal_mask, group.size(), tile.rows, tile.keys, tile.row, data);
+        FLATCORE_RUN(z, softmax_forward<scalar_t>, group.size() * tile.rows, tile.keys, data, data, nullptr);
     });
     return z;
 }
@@ -332,8 +338,8 @@ int64_t AttentionRule::workspace(int64_t K) const {
     int64_t results = 0;
     for (int i : {kQuery, kKey, kValue})
         if (active(i) && input(i).kind == ValueKind::parameter) results += K * input(i).numel;
-    return std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(units.size())) * unit.group.size() *
-               heads +
+    const int64_t threads = program_.gpu() ? 1 : at::get_num_threads();
+    return std::min<int64_t>(threads, static_cast<int64_t>(units.size())) * unit.group.size() * heads +
            results;
 }
 
