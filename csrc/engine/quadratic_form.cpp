@@ -13,12 +13,15 @@
 #include <algorithm>
 
 #include "covariance.h"
+#include "kernels/direction_dots.h"
 #include "pass.h"
 #include "workspace.h"
 
 namespace flatcore {
 
 namespace {
+
+bool contiguous_each(const at::Tensor& t) { return t.numel() > 0 && t.select(0, 0).is_contiguous(); }
 
 // One op seen alone: nothing comes back to it, and what it gives is kept aside.
 class OneOp final : public Directions {
@@ -47,8 +50,20 @@ class OneOp final : public Directions {
     // (K) doubles
     at::Tensor sum() {
         at::Tensor total = at::zeros({K()}, state().options().dtype(at::kDouble));
+        at::Tensor workspace;
         for (auto& [i, value, owned] : terms_) {
-            at::Tensor product = owned ? value.mul_(tangent(i)) : value * tangent(i);
+            const at::Tensor t = tangent(i);
+            if (contiguous_each(value) && contiguous_each(t)) {
+                if (!workspace.defined()) workspace = at::empty({K(), kDotPieces}, total.options());
+                FLATCORE_DISPATCH(value, "quadratic_form", [&] {
+                    FLATCORE_RUN(value, direction_dots<scalar_t>, K(), value.numel() / K(),
+                                 value.const_data_ptr<scalar_t>(), value.stride(0),
+                                 t.const_data_ptr<scalar_t>(), t.stride(0),
+                                 workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>());
+                });
+                continue;
+            }
+            at::Tensor product = owned ? value.mul_(t) : value * t;
             total += product.reshape({K(), -1}).sum(1, /*keepdim=*/false, at::kDouble);
         }
         return bilinear_ ? total * 2 : total;

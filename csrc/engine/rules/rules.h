@@ -323,10 +323,10 @@ class RowsRule final : public Rule {
  public:
     RowsRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
-    int64_t saved() const override { return 2 * input(1).numel; }
+    int64_t saved() const override { return 4 * input(1).numel; }  // indices and their order, 64 bits each
 
  private:
-    int64_t frozen_;
+    int64_t frozen_, width_;
 };
 
 class WhereRule final : public Rule {
