@@ -109,7 +109,7 @@ enum SavedOfRows { kIndex, kOrder, kStarts };
 
 // What scatter_rows is told of an index: its places sorted by the row they read, and where each row's begin.
 std::pair<at::Tensor, at::Tensor> segments_of(const at::Tensor& index) {
-    const auto [sorted, order] = at::sort(index, /*stable=*/true, 0);
+    const auto [sorted, order] = at::sort(index, std::optional<bool>(true), 0);
     const at::Tensor counts = std::get<2>(at::unique_consecutive(sorted, false, /*return_counts=*/true));
     const at::Tensor ends = counts.cumsum(0);
     return {order.contiguous(), at::cat({at::zeros({1}, ends.options()), ends})};
