@@ -50,7 +50,7 @@ void test_direction_row() {
         for (const int64_t row : {int64_t{0}, int64_t{1}, rows - 1})
             for (const int64_t k : {int64_t{0}, K / 2, K - 1}) {
                 const DirectionRow i = direction_row(row * K + k, K, rows);
-                EXPECT(i.row == row && i.at == k * rows + row);
+                EXPECT(i.k == k && i.row == row && i.at == k * rows + row);
             }
     }
 }
