@@ -103,7 +103,7 @@ def test_the_engine_refuses_too() -> None:
     V = torch.ones(1, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="precision: bf16 needs float32"):
         state.product(V, torch.empty_like(V), "hessian", False, 1, 1.0, "bf16")
-    with pytest.raises(ValueError, match="precision: expected full or bf16, got 'half'"):
+    with pytest.raises(ValueError, match="precision: expected full, tf32 or bf16, got 'half'"):
         state.product(V, torch.empty_like(V), "hessian", False, 1, 1.0, "half")
 
 
