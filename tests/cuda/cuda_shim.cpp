@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -179,6 +180,8 @@ void run_block(Block& block) {
 }  // namespace
 
 void run_grid(dim3 grid, dim3 block_size, const std::function<void()>& thread) {
+    static std::mutex one_at_a_time;  // the emulated threads are all of one
+    const std::lock_guard lock(one_at_a_time);
     const size_t count = size_t{block_size.x} * block_size.y * block_size.z;
     if (count == 0 || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
         throw std::invalid_argument("CUDA launch: invalid configuration");
