@@ -36,6 +36,7 @@ class OneOp final : public Directions {
     bool curved() const override { return pass_.curved(); }
     at::Tensor tangent(int i) const override { return pass_.tangent(i); }
     at::Tensor cotangent() const override { return {}; }
+    std::vector<at::Tensor>& kept() const override { return pass_.kept(); }
     // Of f bilinear in two inputs, <dy, f''[t, t]> is twice what either input gets.
     bool wants(int i) const override { return pass_.wants(i) && !(bilinear_ && i != 0); }
     void add(int i, at::Tensor contribution, bool owned) override {
