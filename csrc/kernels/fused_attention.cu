@@ -22,11 +22,10 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     const int64_t queries = sweep.shape.queries, tiles = body::ceil_div(queries, Product::kTile);
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, 1, 1, sweep.shape.causal);
-        Pair pair{sweep, {a, b, nullptr}, item.head, item.tile * Product::kTile};
+        Pair pair{sweep, {a, b, nullptr}, item.head, item.tile};
         body::LogSumExp<T> parts[Product::kRows];
         const auto range = body::key_tiles_of(sweep.shape, item.tile, Product::kTile);
-        for (int64_t tile = range.first; tile < range.last; ++tile) {
-            pair.other_first = tile * Product::kTile;
+        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
             typename Pair::Logits z;
             pair.logits(z);
             FLATCORE_UNROLL
@@ -48,11 +47,11 @@ __global__ void __launch_bounds__(kProductThreads, 2)
         }
         __syncthreads();
         const int row = static_cast<int>(threadIdx.x);
-        if (row < Product::kTile && pair.own_first + row < queries) {
+        if (row < Product::kTile && pair.own_first() + row < queries) {
             body::LogSumExp<T> total;
             for (int s = 0; s < Product::kSharers; ++s)
                 total.add({most[row * Product::kSharers + s], sum[row * Product::kSharers + s]});
-            lse[item.head * queries + pair.own_first + row] = total.result();
+            lse[item.head * queries + pair.own_first() + row] = total.result();
         }
         __syncthreads();
     }
@@ -60,7 +59,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 
 // to = sum_j p (tz v + tv) - mean o, with mean = sum_j p tz.
 template <class Product, int W>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, 1)
     tangent_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
                    const typename Product::Element* __restrict__ o,
                    DirectionArray<typename Product::Element> to, typename Product::Element* mean) {
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(kProductThreads)
     const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, sweep.K, kGroup, shape.causal);
-        Pair pair{sweep, {a, b, factors}, item.head, item.tile * Product::kTile};
+        Pair pair{sweep, {a, b, factors}, item.head, item.tile};
         Sums<Product, W> results[kGroup];
         T means[kGroup][Product::kRows];
         FLATCORE_UNROLL
@@ -88,8 +87,7 @@ __global__ void __launch_bounds__(kProductThreads)
             for (int i = 0; i < Product::kRows; ++i) means[n][i] = 0;
         }
         const auto range = body::key_tiles_of(shape, item.tile, Product::kTile);
-        for (int64_t tile = range.first; tile < range.last; ++tile) {
-            pair.other_first = tile * Product::kTile;
+        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
             typename Pair::Logits p;
             pair.probabilities(p);
             FLATCORE_NO_UNROLL
@@ -118,7 +116,7 @@ __global__ void __launch_bounds__(kProductThreads)
         }
         FLATCORE_NO_UNROLL
         for (int n = 0; n < item.directions; ++n) {
-            const int64_t k = item.direction + n;
+            const int k = item.direction + n;
             with_result(results, n, [&](const auto& result, int m) {
                 T total[Product::kRows] = {};
                 if (p_moves) {
@@ -130,7 +128,7 @@ __global__ void __launch_bounds__(kProductThreads)
                     for (int i = 0; i < Product::kRows; ++i) {
                         for (int s = 0; s < Product::kSharers; ++s)
                             total[i] += parts[Product::row(i) * Product::kSharers + s];
-                        const int64_t row = pair.own_first + Product::row(i);
+                        const int64_t row = pair.own_first() + Product::row(i);
                         if (Product::sharer() == 0 && row < shape.queries)
                             mean[(k * shape.batches * shape.heads + item.head) * shape.queries + row] =
                                 total[i];

@@ -1,11 +1,11 @@
-// Index arithmetic and the formulas at one element of fused attention; those of whole rows are in
-// attention.inl.
+// Index arithmetic and the formulas at one element of fused attention; those that
+// need the sums over a row are in attention.inl and softmax.inl.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
+#include "attention.inl"
 #include "fused_attention.h"
 #include "macros.h"
 
@@ -17,29 +17,30 @@ inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
 FLATCORE_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A block's work: a tile of one head's queries or keys, and a few directions that share its probabilities.
-// Tiles of a head follow each other, so that blocks that run at once read the same keys and values.
+// Tiles of a head follow each other, so that blocks that run at once read the same keys and values. Numbers
+// of tiles and directions are 32 bits, which saves registers.
 struct AttentionItem {
-    int64_t head, tile, direction;
-    int directions;
+    int64_t head;
+    int tile, direction, directions;
 };
 FLATCORE_HOST_DEVICE AttentionItem attention_item(int64_t index, int64_t tiles, int64_t K, int at_once,
                                                   bool last_tile_first) {
     const int64_t tile = index % tiles, rest = index / tiles, groups = ceil_div(K, at_once);
     const int64_t direction = rest % groups * at_once, left = K - direction;
-    return {rest / groups, last_tile_first ? tiles - 1 - tile : tile, direction,
-            left < at_once ? static_cast<int>(left) : at_once};
+    return {rest / groups, static_cast<int>(last_tile_first ? tiles - 1 - tile : tile),
+            static_cast<int>(direction), left < at_once ? static_cast<int>(left) : at_once};
 }
 
 // Tiles of the other axis with which a tile of one axis has elements: [first, last).
 struct TileRange {
-    int64_t first, last;
+    int first, last;
 };
-FLATCORE_HOST_DEVICE TileRange key_tiles_of(const AttentionShape& shape, int64_t query_tile, int64_t size) {
-    const int64_t end = (query_tile + 1) * size;  // the last query of the tile sees the keys below
-    return {0, ceil_div(shape.causal && end < shape.keys ? end : shape.keys, size)};
+FLATCORE_HOST_DEVICE TileRange key_tiles_of(const AttentionShape& shape, int query_tile, int size) {
+    const int64_t end = (int64_t{query_tile} + 1) * size;  // the last query of the tile sees the keys below
+    return {0, static_cast<int>(ceil_div(shape.causal && end < shape.keys ? end : shape.keys, size))};
 }
-FLATCORE_HOST_DEVICE TileRange query_tiles_of(const AttentionShape& shape, int64_t key_tile, int64_t size) {
-    const int64_t tiles = ceil_div(shape.queries, size);
+FLATCORE_HOST_DEVICE TileRange query_tiles_of(const AttentionShape& shape, int key_tile, int size) {
+    const int tiles = static_cast<int>(ceil_div(shape.queries, size));
     return {shape.causal ? (key_tile < tiles ? key_tile : tiles) : 0, tiles};
 }
 
@@ -55,32 +56,6 @@ FLATCORE_HOST_DEVICE T attention_bias(const AttentionShape& shape, const Attenti
     return mask.keep[at] ? T(0) : -kInfinity<T>;
 }
 
-// lse is infinite where the query sees no key.
-template <class T>
-FLATCORE_HOST_DEVICE T attention_probability(T logit, T lse) {
-    return std::exp(logit - lse);
-}
-template <class T>
-FLATCORE_HOST_DEVICE T attention_u(T dp, T mean_dp) {
-    return dp - mean_dp;
-}
-template <class T>
-FLATCORE_HOST_DEVICE T attention_dz(T p, T u) {
-    return p * u;
-}
-template <class T>
-FLATCORE_HOST_DEVICE T attention_tp(T p, T centred_tz) {
-    return p * centred_tz;
-}
-template <class T>
-FLATCORE_HOST_DEVICE T attention_w(T tdp, T centred_tz, T u) {
-    return tdp + centred_tz * u;
-}
-template <class T>
-FLATCORE_HOST_DEVICE T attention_tdz(T p, T w, T mean_w) {
-    return p * (w - mean_w);
-}
-
 // logsumexp of logits as they come: raise(logit), then add(logit).
 template <class T>
 struct LogSumExp {
@@ -88,18 +63,18 @@ struct LogSumExp {
 
     FLATCORE_HOST_DEVICE void raise(T logit) {
         if (!(logit > most)) return;
-        sum *= std::exp(most - logit);
+        sum *= softmax_exponential(most, logit);
         most = logit;
     }
     FLATCORE_HOST_DEVICE void add(T logit, T times = 1) {
-        if (logit != -kInfinity<T>) sum += times * std::exp(logit - most);
+        if (logit != -kInfinity<T>) sum += times * softmax_exponential(logit, most);
     }
     FLATCORE_HOST_DEVICE void add(const LogSumExp& part) {
         raise(part.most);
         add(part.most, part.sum);
     }
     // +infinity where there was none, which makes all probabilities zero.
-    FLATCORE_HOST_DEVICE T result() const { return sum == 0 ? kInfinity<T> : most + std::log(sum); }
+    FLATCORE_HOST_DEVICE T result() const { return sum == 0 ? kInfinity<T> : log_sum_exp(most, sum); }
 };
 
 }  // namespace flatcore::body

@@ -7,7 +7,7 @@ namespace {
 
 // A block owns queries: tdq = scale sum_j (tdz k + dz tk).
 template <class Product, int W, bool SecondOrder>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, 1)
     query_adjoint_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
                          DirectionArray<typename Product::Element> tdq) {
     using T = typename Product::Element;
@@ -23,19 +23,18 @@ __global__ void __launch_bounds__(kProductThreads)
     const int64_t tiles = body::ceil_div(shape.queries, Product::kTile);
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, sweep.K, kGroup, shape.causal);
-        Pair pair{sweep, {a, b, factors}, item.head, item.tile * Product::kTile};
+        Pair pair{sweep, {a, b, factors}, item.head, item.tile};
         Sums<Product, W> results[kGroup];
         FLATCORE_UNROLL
         for (int n = 0; n < kGroup; ++n) results[n].zero();
         const auto range = body::key_tiles_of(shape, item.tile, Product::kTile);
-        for (int64_t tile = range.first; tile < range.last; ++tile) {
-            pair.other_first = tile * Product::kTile;
+        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
             Logits p, u;
             pair.probabilities(p);
             if constexpr (SecondOrder) pair.centred_dp(u);
             FLATCORE_NO_UNROLL
             for (int n = 0; n < item.directions; ++n) {
-                const int64_t k = item.direction + n;
+                const int k = item.direction + n;
                 const auto add = [&](const T* points) {
                     with_result(results, n, [&](auto& result, int) {
                         add_tile_product<Product, W>(result, pair.other_points(points), pair.memory);
@@ -43,21 +42,18 @@ __global__ void __launch_bounds__(kProductThreads)
                 };
                 Logits tdz;
                 if constexpr (SecondOrder) {
-                    pair.centred_logit_tangent(tdz, k);
-                    Logits::each([&](int i, int j) {
-                        tdz.value[i][j] = body::attention_w(T(0), tdz.value[i][j], u.value[i][j]);
-                    });
+                    pair.logit_tangent(tdz, k);
+                    pair.second_order(tdz, u, k);
                 } else {
                     tdz.zero();
                 }
-                pair.add_tdp_to_tdz(tdz, p, k);
+                pair.adjoint_logits(tdz, p, k);
                 write_tile<Product, W>(pair.memory, [&](int i, int j) { return tdz.value[i][j]; });
                 add(sweep.keys.point);
                 if constexpr (SecondOrder)
                     if (const T* tk = direction(sweep.keys.tpoint, k)) {
-                        write_tile<Product, W>(pair.memory, [&](int i, int j) {
-                            return body::attention_dz(p.value[i][j], u.value[i][j]);
-                        });
+                        write_tile<Product, W>(pair.memory,
+                                               [&](int i, int j) { return p.value[i][j] * u.value[i][j]; });
                         add(tk);
                     }
             }
@@ -74,7 +70,7 @@ __global__ void __launch_bounds__(kProductThreads)
 // A block owns keys: tdk = scale sum_i (tdz' q + dz' tq), tdv = sum_i (p' tdo + tp' dout). Either may be
 // null.
 template <class Product, int W, bool SecondOrder>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, 1)
     key_adjoint_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
                        DirectionArray<typename Product::Element> tdk,
                        DirectionArray<typename Product::Element> tdv) {
@@ -92,7 +88,7 @@ __global__ void __launch_bounds__(kProductThreads)
     const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, sweep.K, kGroup, false);
-        Pair pair{sweep, {a, b, factors}, item.head, item.tile * Product::kTile};
+        Pair pair{sweep, {a, b, factors}, item.head, item.tile};
         Sums<Product, W> of_points[kGroup], of_images[kGroup];
         FLATCORE_UNROLL
         for (int n = 0; n < kGroup; ++n) {
@@ -100,14 +96,13 @@ __global__ void __launch_bounds__(kProductThreads)
             of_images[n].zero();
         }
         const auto range = body::query_tiles_of(shape, item.tile, Product::kTile);
-        for (int64_t tile = range.first; tile < range.last; ++tile) {
-            pair.other_first = tile * Product::kTile;
+        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
             Logits p, u;
             pair.probabilities(p);
             if constexpr (SecondOrder) pair.centred_dp(u);
             FLATCORE_NO_UNROLL
             for (int n = 0; n < item.directions; ++n) {
-                const int64_t k = item.direction + n;
+                const int k = item.direction + n;
                 const auto add = [&](auto& results, const MatrixRows<Product>& rows) {
                     with_result(results, n, [&](auto& result, int) {
                         add_tile_product<Product, W>(result, rows, pair.memory);
@@ -118,37 +113,35 @@ __global__ void __launch_bounds__(kProductThreads)
                     write_tile<Product, W>(pair.memory, [&](int i, int j) { return p.value[i][j]; });
                     add(of_images, pair.other_images(tdo));
                 }
-                Logits tdz;  // first tz
+                Logits tdz;
                 if constexpr (SecondOrder) {
-                    pair.centred_logit_tangent(tdz, k);
+                    pair.logit_tangent(tdz, k);
                     if (tdv.data && p_moves) {
+                        const auto mean = pair.mean_tz(k);
                         write_tile<Product, W>(pair.memory, [&](int i, int j) {
-                            return body::attention_tp(p.value[i][j], tdz.value[i][j]);
+                            return body::softmax_centred(p.value[i][j], tdz.value[i][j], mean(i, j));
                         });
                         add(of_images, pair.other_images(sweep.queries.image));
                     }
-                    Logits::each([&](int i, int j) {
-                        tdz.value[i][j] = body::attention_w(T(0), tdz.value[i][j], u.value[i][j]);
-                    });
+                    pair.second_order(tdz, u, k);
                 } else {
                     tdz.zero();
                 }
                 if (!tdk.data) continue;
-                pair.add_tdp_to_tdz(tdz, p, k);
+                pair.adjoint_logits(tdz, p, k);
                 write_tile<Product, W>(pair.memory, [&](int i, int j) { return tdz.value[i][j]; });
                 add(of_points, pair.other_points(sweep.queries.point));
                 if constexpr (SecondOrder)
                     if (const T* tq = direction(sweep.queries.tpoint, k)) {
-                        write_tile<Product, W>(pair.memory, [&](int i, int j) {
-                            return body::attention_dz(p.value[i][j], u.value[i][j]);
-                        });
+                        write_tile<Product, W>(pair.memory,
+                                               [&](int i, int j) { return p.value[i][j] * u.value[i][j]; });
                         add(of_points, pair.other_points(tq));
                     }
             }
         }
         FLATCORE_NO_UNROLL
         for (int n = 0; n < item.directions; ++n) {
-            const int64_t k = item.direction + n;
+            const int k = item.direction + n;
             if (tdk.data)
                 with_result(of_points, n, [&](const auto& result, int) {
                     pair.write(result, tdk.data + k * tdk.stride, shape.width,

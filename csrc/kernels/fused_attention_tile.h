@@ -46,16 +46,21 @@ struct AttentionPair {
 
     const AttentionSweep<T>& sweep;
     TileMemory<typename Product::Word> memory;
-    int64_t head, own_first, other_first = 0;
+    int64_t head;
+    int own_tile, other_tile = 0;
+
+    __device__ int64_t own_first() const { return int64_t{own_tile} * Product::kTile; }
+    __device__ int64_t other_first() const { return int64_t{other_tile} * Product::kTile; }
 
     __device__ const AttentionSide<T>& own() const { return OwnKeys ? sweep.keys : sweep.queries; }
     __device__ const AttentionSide<T>& other() const { return OwnKeys ? sweep.queries : sweep.keys; }
 
     __device__ MatrixRows<Product> own_rows(const T* data, int64_t width) const {
-        return MatrixRows<Product>(data + head * own().length * width, own_first, own().length, width);
+        return MatrixRows<Product>(data + head * own().length * width, own_first(), own().length, width);
     }
     __device__ MatrixRows<Product> other_rows(const T* data, int64_t width) const {
-        return MatrixRows<Product>(data + head * other().length * width, other_first, other().length, width);
+        return MatrixRows<Product>(data + head * other().length * width, other_first(), other().length,
+                                   width);
     }
     __device__ MatrixRows<Product> other_points(const T* data) const {
         return other_rows(data, sweep.shape.width);
@@ -67,19 +72,27 @@ struct AttentionPair {
     // In the tile, of an element of the logits.
     static __device__ int query(int i, int j) { return OwnKeys ? Logits::column(j) : Logits::row(i); }
     static __device__ int key(int i, int j) { return OwnKeys ? Logits::row(i) : Logits::column(j); }
-    __device__ int64_t first_query() const { return OwnKeys ? other_first : own_first; }
-    __device__ int64_t first_key() const { return OwnKeys ? own_first : other_first; }
+    __device__ int64_t first_query() const { return OwnKeys ? other_first() : own_first(); }
+    __device__ int64_t first_key() const { return OwnKeys ? own_first() : other_first(); }
 
-    // f(i, j, value) with a value of each query, of (rows) or of direction n of (K, rows); zero for null and
-    // for queries that do not exist.
-    template <class F>
-    __device__ void each_with(const T* values, int64_t n, const F& f) const {
+    // A value of each query, of (rows) or of direction n of (K, rows), at an element of the logits; zero for
+    // null and for queries that do not exist. Read where it is used: the cache is nearer than spilled
+    // registers.
+    struct QueryValues {
+        const T* of_tile;
+        int count;
+        __device__ T operator()(int i, int j) const {
+            return query(i, j) < count ? of_tile[query(i, j)] : T(0);
+        }
+    };
+    __device__ QueryValues query_values(const T* values, int64_t n) const {
+        if (!values) return {nullptr, 0};
         const int64_t heads = sweep.shape.batches * sweep.shape.heads, queries = sweep.shape.queries;
-        const T* of_tile = values ? values + (n * heads + head) * queries + first_query() : nullptr;
-        const int64_t left = values ? queries - first_query() : 0;
-        const int count = left < Product::kTile ? static_cast<int>(left) : Product::kTile;
-        Logits::each([&](int i, int j) { f(i, j, query(i, j) < count ? of_tile[query(i, j)] : T(0)); });
+        const int64_t left = queries - first_query();
+        return {values + (n * heads + head) * queries + first_query(),
+                left < Product::kTile ? static_cast<int>(left) : Product::kTile};
     }
+    __device__ QueryValues mean_tz(int64_t n) const { return query_values(sweep.mean, n); }
 
     // c += a x b' + a2 x b2' where neither of a pair is null.
     __device__ void add_two(Logits& c, const T* a, const T* b, const T* a2, const T* b2,
@@ -105,18 +118,17 @@ struct AttentionPair {
     }
     __device__ void probabilities(Logits& p) const {
         logits(p);
-        each_with(sweep.lse, 0, [&](int i, int j, T lse) {
-            p.value[i][j] = body::attention_probability(p.value[i][j], lse);
-        });
+        const QueryValues lse = query_values(sweep.lse, 0);
+        Logits::each(
+            [&](int i, int j) { p.value[i][j] = body::softmax_exponential(p.value[i][j], lse(i, j)); });
     }
-    // dp - <p, dp>
+    // u = dp - <p, dp>
     __device__ void centred_dp(Logits& u) const {
         u.zero();
         add_product_of_rows<Product, W>(u, own_rows(own().image, sweep.shape.value_width),
                                         other_images(other().image), memory);
-        each_with(sweep.dout_o, 0, [&](int i, int j, T mean_dp) {
-            u.value[i][j] = body::attention_u(u.value[i][j], mean_dp);
-        });
+        const QueryValues mean_dp = query_values(sweep.dout_o, 0);
+        Logits::each([&](int i, int j) { u.value[i][j] -= mean_dp(i, j); });
     }
     __device__ void logit_tangent(Logits& tz, int64_t n) const {
         tz.zero();
@@ -125,18 +137,21 @@ struct AttentionPair {
         const T scale = static_cast<T>(sweep.shape.scale);
         Logits::each([&](int i, int j) { tz.value[i][j] *= scale; });
     }
-    // tz - <p, tz>
-    __device__ void centred_logit_tangent(Logits& tz, int64_t n) const {
-        logit_tangent(tz, n);
-        each_with(sweep.mean, n, [&](int i, int j, T mean_tz) { tz.value[i][j] -= mean_tz; });
-    }
-    // From the second-derivative part of w, or zero, to tdz: tdp is added where it is, which needs fewer
-    // registers than a sum of its own.
-    __device__ void add_tdp_to_tdz(Logits& w, const Logits& p, int64_t n) const {
+    // From w without tdp to tdz. The products add to w where it is: a sum of their own would need more
+    // registers.
+    __device__ void adjoint_logits(Logits& w, const Logits& p, int64_t n) const {
         add_two(w, direction(own().timage, n), other().image, own().image, direction(other().timage, n),
                 sweep.shape.value_width);
-        each_with(sweep.mean_w, n, [&](int i, int j, T mean_w) {
-            w.value[i][j] = body::attention_tdz(p.value[i][j], w.value[i][j], mean_w);
+        const QueryValues mean_w = query_values(sweep.mean_w, n);
+        Logits::each([&](int i, int j) {
+            w.value[i][j] = body::softmax_centred(p.value[i][j], w.value[i][j], mean_w(i, j));
+        });
+    }
+    // tz becomes w without tdp.
+    __device__ void second_order(Logits& tz, const Logits& u, int64_t n) const {
+        const QueryValues mean = mean_tz(n);
+        Logits::each([&](int i, int j) {
+            tz.value[i][j] = body::attention_second_order(T(0), tz.value[i][j], mean(i, j), u.value[i][j]);
         });
     }
 
@@ -144,9 +159,9 @@ struct AttentionPair {
     template <class F>
     __device__ void write(const Sums<Product, W>& result, T* out, int64_t width, const F& value) const {
         using Result = Sums<Product, W>;
-        const int64_t left = own().length - own_first;
+        const int64_t left = own().length - own_first();
         const int count = left < Product::kTile ? static_cast<int>(left) : Product::kTile;
-        const int64_t first = (head * own().length + own_first) * width;
+        const int64_t first = (head * own().length + own_first()) * width;
         Result::each([&](int i, int j) {
             const int64_t at = first + Result::row(i) * width + Result::column(j);
             if (Result::row(i) < count && Result::column(j) < width)
