@@ -1,59 +1,65 @@
-// The CUDA grids over the loop bodies of pointwise.inl. A thread owns an element and passes over directions,
-// so d1 and h come from memory once for each slice of directions; the grid's y axis cuts K into slices where
-// n alone is too small.
-#include <algorithm>
-
-#include "cuda_launch.h"
+// The CUDA grids over the loop bodies of pointwise.inl. A thread owns a pack of elements, 16 bytes where
+// sizes and pointers allow and one element otherwise, and passes over directions, so d1 and h come from
+// memory once for each slice of directions.
 #include "pointwise.h"
+
+#include "cuda_grid.h"
 #include "pointwise.inl"
 
 namespace flatcore::cuda {
 namespace {
 
-constexpr int64_t kThreads = 256;
-// Leaves 64 registers a thread; without it ptxas stays at 32 and spills for 1/z in double.
-constexpr int kBlocksPerProcessor = 4;
-constexpr int64_t kBlocks = 1024;  // some waves on every device; what is left is done by striding
-constexpr int64_t kMaxSlices = 65535;
-
-FLATCORE_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-__device__ inline int64_t first_element() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
-__device__ inline int64_t element_stride() { return int64_t{gridDim.x} * blockDim.x; }
-
-template <class F, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    forward_kernel(F f, int64_t n, const T* __restrict__ z, T* __restrict__ y, T* __restrict__ d1,
-                   T* __restrict__ d2) {
-    for (int64_t i = first_element(); i < n; i += element_stride()) body::unary_forward(i, f, z, y, d1, d2);
+// A thread's own copy of a pack, at index 0 of which the loop bodies begin; zeros of an absent array.
+template <bool Present, int N, class T>
+__device__ inline Pack<T, N> load_or_zero(const T* p, int64_t i) {
+    if constexpr (Present) return load<N>(p + i);
+    return {};
 }
 
-template <bool First, bool Second, bool Accumulate, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    adjoint_kernel(int64_t K, int64_t n, const T* __restrict__ d1, const T* __restrict__ td,
-                   const T* __restrict__ h, const T* __restrict__ t, T* __restrict__ out) {
-    for (int64_t i = first_element(); i < n; i += element_stride()) {
-        for (int64_t k = blockIdx.y; k < K; k += gridDim.y) {
-            const int64_t offset = k * n;
-            const T value = body::adjoint<First, Second>(i, d1, First ? td + offset : nullptr, h,
-                                                         Second ? t + offset : nullptr);
-            out[offset + i] = Accumulate ? out[offset + i] + value : value;
-        }
+template <int N, class F, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
+    forward_kernel(F f, int64_t n, const T* __restrict__ z, T* __restrict__ y, T* __restrict__ d1,
+                   T* __restrict__ d2) {
+    for (int64_t i = first_element() * N; i < n; i += element_stride() * N) {
+        const Pack<T, N> z_pack = load<N>(z + i);
+        Pack<T, N> y_pack, d1_pack, d2_pack;
+        for (int lane = 0; lane < N; ++lane)
+            body::unary_forward(lane, f, z_pack.lane, y_pack.lane, d1_pack.lane, d2_pack.lane);
+        store(y + i, y_pack);
+        store(d1 + i, d1_pack);
+        if constexpr (F::curved) store(d2 + i, d2_pack);
     }
 }
 
-dim3 grid_for(int64_t n, int64_t K) {
-    const int64_t x = std::min(ceil_div(n, kThreads), kBlocks);
-    const int64_t y = std::min({K, ceil_div(kBlocks, x), kMaxSlices});
-    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+template <int N, bool First, bool Second, bool Accumulate, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
+    adjoint_kernel(int64_t K, int64_t n, const T* __restrict__ d1, const T* __restrict__ td,
+                   const T* __restrict__ h, const T* __restrict__ t, T* __restrict__ out) {
+    for (int64_t i = first_element() * N; i < n; i += element_stride() * N) {
+        const auto d1_pack = load_or_zero<First, N>(d1, i), h_pack = load_or_zero<Second, N>(h, i);
+        for (int64_t k = blockIdx.y; k < K; k += gridDim.y) {
+            const int64_t at = k * n + i;
+            const auto td_pack = load_or_zero<First, N>(td, at), t_pack = load_or_zero<Second, N>(t, at);
+            auto out_pack = load_or_zero<Accumulate, N>(out, at);
+            for (int lane = 0; lane < N; ++lane) {
+                const T value =
+                    body::adjoint<First, Second>(lane, d1_pack.lane, td_pack.lane, h_pack.lane, t_pack.lane);
+                out_pack.lane[lane] = Accumulate ? out_pack.lane[lane] + value : value;
+            }
+            store(out + at, out_pack);
+        }
+    }
 }
 
 template <bool First, bool Second, bool Accumulate, class T>
 void launch_adjoint(int64_t K, int64_t n, const T* d1, const T* td, const T* h, const T* t, T* out,
                     void* stream) {
     if (n == 0 || K == 0) return;  // an empty grid is an error
-    launch(adjoint_kernel<First, Second, Accumulate, T>, grid_for(n, K), dim3(kThreads), stream, K, n, d1, td,
-           h, t, out);
+    with_packs<T>(fits_packs<T>({d1, td, h, t, out}, {n}), [&](auto lanes) {
+        constexpr int N = lanes.value;
+        launch(adjoint_kernel<N, First, Second, Accumulate, T>, elements_grid(n / N, K), dim3(kThreads),
+               stream, K, n, d1, td, h, t, out);
+    });
 }
 
 }  // namespace
@@ -62,9 +68,14 @@ template <class T>
 void unary_forward(Function function, const Constants& constants, int64_t n, const T* z, T* y, T* d1, T* d2,
                    void* stream) {
     if (n == 0) return;
+    const bool fit = fits_packs<T>({z, y, d1, d2}, {n});
     visit_function(function, constants, [&](const auto& f) {
         using F = std::decay_t<decltype(f)>;
-        launch(forward_kernel<F, T>, grid_for(n, 1), dim3(kThreads), stream, f, n, z, y, d1, d2);
+        with_packs<T>(fit, [&](auto lanes) {
+            constexpr int N = lanes.value;
+            launch(forward_kernel<N, F, T>, elements_grid(n / N, 1), dim3(kThreads), stream, f, n, z, y, d1,
+                   d2);
+        });
     });
 }
 
