@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     FLATCORE_SHARED(Word, b, Layout::kB);
     FLATCORE_SHARED(T, most, Product::kTile * Product::kSharers);
     FLATCORE_SHARED(T, sum, Product::kTile * Product::kSharers);
-    const int64_t queries = sweep.shape.queries, tiles = body::ceil_div(queries, Product::kTile);
+    const int64_t queries = sweep.shape.queries, tiles = ceil_div(queries, Product::kTile);
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, 1, 1, sweep.shape.causal);
         Pair pair{sweep, {a, b, nullptr}, item.head, item.tile};
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     FLATCORE_SHARED(Word, factors, Layout::kTile);
     FLATCORE_SHARED(T, parts, Product::kTile * Product::kSharers);
     const AttentionShape& shape = sweep.shape;
-    const int64_t tiles = body::ceil_div(shape.queries, Product::kTile);
+    const int64_t tiles = ceil_div(shape.queries, Product::kTile);
     const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, sweep.K, kGroup, shape.causal);
@@ -151,7 +151,7 @@ void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision 
     const AttentionShape& shape = inputs.shape;
     visit_tiles<T>(precision, shape, [&](auto product, auto width) {
         using Product = decltype(product);
-        const int64_t items = shape.batches * shape.heads * body::ceil_div(shape.queries, Product::kTile);
+        const int64_t items = shape.batches * shape.heads * ceil_div(shape.queries, Product::kTile);
         if (items == 0) return;
         const AttentionSweep<T> sweep{.shape = shape,
                                       .mask = inputs.mask,
@@ -168,8 +168,8 @@ void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision 
 template <class T>
 void fused_attention_backward(const AttentionShape& shape, const T* dout, const T* o, T* dout_o,
                               void* stream) {
-    row_products<T>(1, shape.batches * shape.heads * shape.queries, shape.value_width, {dout, 0}, o, nullptr,
-                    dout_o, stream);
+    const int64_t rows = shape.batches * shape.heads * shape.queries;
+    row_products<T>({1, rows, shape.value_width, {dout, 0}, o, nullptr, dout_o}, stream);
 }
 
 template <class T>
@@ -179,8 +179,8 @@ void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, Produc
     const AttentionShape& shape = inputs.shape;
     visit_tiles<T>(precision, shape, [&](auto product, auto width) {
         using Product = decltype(product);
-        const int64_t items = shape.batches * shape.heads * body::ceil_div(shape.queries, Product::kTile) *
-                              body::ceil_div(K, kDirectionsAtOnce<width.value>);
+        const int64_t items = shape.batches * shape.heads * ceil_div(shape.queries, Product::kTile) *
+                              ceil_div(K, kDirectionsAtOnce<width.value>);
         if (items == 0) return;
         const AttentionSweep<T> sweep{
             .shape = shape,
@@ -193,8 +193,14 @@ void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, Produc
                items, o, to, mean);
     });
     if (dout)
-        row_products<T>(K, shape.batches * shape.heads * shape.queries, shape.value_width,
-                        {to.data, to.stride}, dout, nullptr, dout_to, stream);
+        row_products<T>({K,
+                         shape.batches * shape.heads * shape.queries,
+                         shape.value_width,
+                         {to.data, to.stride},
+                         dout,
+                         nullptr,
+                         dout_to},
+                        stream);
 }
 
 #define INSTANTIATE(T)                                                                                    \

@@ -1,11 +1,12 @@
-// Index arithmetic and the formulas at one element of fused attention; those that
-// need the sums over a row are in attention.inl and softmax.inl.
+// Index arithmetic and the formulas at one element of fused attention; those that need
+// sums over a row are in attention.inl and softmax.inl.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 
 #include "attention.inl"
+#include "cuda_grid.h"
 #include "fused_attention.h"
 #include "macros.h"
 
@@ -14,7 +15,7 @@ namespace flatcore::body {
 template <class T>
 inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-FLATCORE_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using cuda::ceil_div;
 
 // A block's work: a tile of one head's queries or keys, and a few directions that share its probabilities.
 // Tiles of a head follow each other, so that blocks that run at once read the same keys and values. Numbers

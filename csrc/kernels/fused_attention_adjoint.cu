@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     FLATCORE_SHARED(Word, b, Layout::kB);
     FLATCORE_SHARED(Word, factors, Layout::kTile);
     const AttentionShape& shape = sweep.shape;
-    const int64_t tiles = body::ceil_div(shape.queries, Product::kTile);
+    const int64_t tiles = ceil_div(shape.queries, Product::kTile);
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, sweep.K, kGroup, shape.causal);
         Pair pair{sweep, {a, b, factors}, item.head, item.tile};
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     FLATCORE_SHARED(Word, b, Layout::kB);
     FLATCORE_SHARED(Word, factors, Layout::kTile);
     const AttentionShape& shape = sweep.shape;
-    const int64_t tiles = body::ceil_div(shape.keys, Product::kTile);
+    const int64_t tiles = ceil_div(shape.keys, Product::kTile);
     const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, sweep.K, kGroup, false);
@@ -160,8 +160,8 @@ template <class Product, int W, bool SecondOrder, class T>
 void launch_adjoint(const AttentionSweep<T>& sweep, const AttentionAdjoint<T>& adjoint, void* stream) {
     const AttentionShape& shape = sweep.shape;
     const auto items = [&](int64_t length) {
-        return shape.batches * shape.heads * body::ceil_div(length, Product::kTile) *
-               body::ceil_div(sweep.K, kDirectionsAtOnce<W>);
+        return shape.batches * shape.heads * ceil_div(length, Product::kTile) *
+               ceil_div(sweep.K, kDirectionsAtOnce<W>);
     };
     if (const int64_t count = items(shape.queries); adjoint.tdq.data && count > 0)
         launch(query_adjoint_kernel<Product, W, SecondOrder>, grid_for(count), dim3(kProductThreads), stream,
@@ -179,8 +179,9 @@ void fused_attention_adjoint(int64_t K, const AttentionInputs<T>& inputs, Produc
     const AttentionShape& shape = inputs.shape;
     const bool second_order = adjoint.dout;
     // <p, w> = <tdo, o> + <dout, to>
-    row_products<T>(K, shape.batches * shape.heads * shape.queries, shape.value_width, adjoint.tdo, adjoint.o,
-                    second_order ? adjoint.dout_to : nullptr, adjoint.workspace, stream);
+    row_products<T>({K, shape.batches * shape.heads * shape.queries, shape.value_width, adjoint.tdo,
+                     adjoint.o, second_order ? adjoint.dout_to : nullptr, adjoint.workspace},
+                    stream);
     AttentionSweep<T> sweep{.shape = shape,
                             .mask = inputs.mask,
                             .queries = {.point = inputs.q, .timage = adjoint.tdo, .length = shape.queries},

@@ -14,18 +14,14 @@
 // words), by 8 words along columns (8 modulo 32).
 #pragma once
 
-#include "cuda_launch.h"
+#include <algorithm>
+
+#include "cuda_grid.h"
 #include "tensor_core.h"
 
 namespace flatcore::cuda {
 
 inline constexpr int kProductThreads = 256;
-
-// Moved by one instruction.
-template <class T, int Count = 16 / sizeof(T)>
-struct alignas(Count * sizeof(T)) Vector {
-    T x[Count];
-};
 
 // Threads are 16 x 16; each owns every 16th row and column from its own.
 template <class T>
@@ -51,26 +47,25 @@ struct PlainProduct {
     // One slab; strides of the rows of a and b.
     template <int StrideA, int StrideB, bool BAlongInner, int N>
     static __device__ void add(T (&sums)[kRows][kColumns<N>], const T* a, const T* b) {
-        using V = Vector<T>;
         constexpr int kCount = 16 / sizeof(T);
         FLATCORE_UNROLL
         for (int k = 0; k < kSlab; k += kCount) {
-            V left[kRows];
+            Pack<T, kCount> left[kRows];
             FLATCORE_UNROLL
-            for (int i = 0; i < kRows; ++i) left[i] = *reinterpret_cast<const V*>(a + row(i) * StrideA + k);
+            for (int i = 0; i < kRows; ++i) left[i] = load<kCount>(a + row(i) * StrideA + k);
             FLATCORE_UNROLL
             for (int j = 0; j < kColumns<N>; ++j) {
-                V right;
+                Pack<T, kCount> right;
                 if constexpr (BAlongInner) {
-                    right = *reinterpret_cast<const V*>(b + column<N>(j) * StrideB + k);
+                    right = load<kCount>(b + column<N>(j) * StrideB + k);
                 } else {
                     FLATCORE_UNROLL
-                    for (int l = 0; l < kCount; ++l) right.x[l] = b[(k + l) * StrideB + column<N>(j)];
+                    for (int l = 0; l < kCount; ++l) right.lane[l] = b[(k + l) * StrideB + column<N>(j)];
                 }
                 FLATCORE_UNROLL
                 for (int l = 0; l < kCount; ++l) {
                     FLATCORE_UNROLL
-                    for (int i = 0; i < kRows; ++i) sums[i][j] += left[i].x[l] * right.x[l];
+                    for (int i = 0; i < kRows; ++i) sums[i][j] += left[i].lane[l] * right.lane[l];
                 }
             }
         }
@@ -135,8 +130,10 @@ struct Sums {
     template <class F>
     static __device__ void each(const F& f) {
         FLATCORE_UNROLL
-        for (int i = 0; i < kRows; ++i) FLATCORE_UNROLL
-        for (int j = 0; j < kColumns; ++j) f(i, j);
+        for (int i = 0; i < kRows; ++i) {
+            FLATCORE_UNROLL
+            for (int j = 0; j < kColumns; ++j) f(i, j);
+        }
     }
     __device__ void zero() {
         each([&](int i, int j) { value[i][j] = 0; });
@@ -153,8 +150,7 @@ struct TileLayout {
     static constexpr int kColumnStride = W + 8;            // along columns
     static constexpr int kTileStride = Product::kTile / Product::kElements + kPad;
     static constexpr int kSlabA = Product::kTile * kStride;
-    static constexpr int kSlabB =
-        kSlabA > Product::kSlab* kColumnStride ? kSlabA : Product::kSlab * kColumnStride;
+    static constexpr int kSlabB = std::max(kSlabA, Product::kSlab* kColumnStride);
     static constexpr int kA = 2 * kSlabA, kB = 2 * kSlabB, kTile = Product::kTile * kTileStride;
     static constexpr int kSlabElements = Product::kSlab * Product::kElements;
 };
@@ -169,25 +165,26 @@ struct TileMemory {
 template <class Product>
 struct MatrixRows {
     using T = typename Product::Element;
-    static constexpr int kVector = 16 / sizeof(T);
+    static constexpr int kPack = 16 / sizeof(T);
+    using Elements = Pack<T, kPack>;
     const T* data;  // of row `first`
     int rows, width;
-    bool aligned;  // rows start at multiples of 16 bytes and have whole vectors
+    bool aligned;  // rows are whole packs of 16 bytes
 
     __device__ MatrixRows(const T* matrix, int64_t first, int64_t count, int64_t row_width)
         : data(matrix + first * row_width),
           rows(count - first < Product::kTile ? static_cast<int>(count - first) : Product::kTile),
           width(static_cast<int>(row_width)),
-          aligned(reinterpret_cast<uintptr_t>(data) % 16 == 0 && width % kVector == 0) {}
+          aligned(reinterpret_cast<uintptr_t>(data) % 16 == 0 && width % kPack == 0) {}
 
-    __device__ Vector<T> vector(int row, int column) const {
-        Vector<T> result{};
+    __device__ Elements pack(int row, int column) const {
+        Elements result{};
         if (row >= rows || column >= width) return result;
         const T* from = data + (row * width + column);
-        if (aligned) return *reinterpret_cast<const Vector<T>*>(from);
+        if (aligned) return load<kPack>(from);
         FLATCORE_UNROLL
-        for (int l = 0; l < kVector; ++l)
-            if (column + l < width) result.x[l] = from[l];
+        for (int l = 0; l < kPack; ++l)
+            if (column + l < width) result.lane[l] = from[l];
         return result;
     }
 };
@@ -227,30 +224,31 @@ __device__ void add_product_of_rows(Sums<Product, Product::kTile>& sums, const M
     using T = typename Product::Element;
     using Word = typename Product::Word;
     using Layout = TileLayout<Product, W>;
-    constexpr int kVector = MatrixRows<Product>::kVector, kParts = Layout::kSlabElements / kVector;
-    constexpr int kUnits = Product::kTile * kParts, kWords = kVector / Product::kElements;
+    using Elements = typename MatrixRows<Product>::Elements;
+    constexpr int kPack = MatrixRows<Product>::kPack, kParts = Layout::kSlabElements / kPack;
+    constexpr int kUnits = Product::kTile * kParts, kWords = kPack / Product::kElements;
     constexpr int kOwn = (kUnits + kProductThreads - 1) / kProductThreads;
-    Vector<T> of_a[kOwn], of_b[kOwn];
+    Elements of_a[kOwn], of_b[kOwn];
     const auto fetch = [&](int s) {
         each_unit<kUnits>([&](int u, int unit) {
-            const int column = s * Layout::kSlabElements + unit % kParts * kVector;
-            of_a[u] = a.vector(unit / kParts, column);
-            of_b[u] = b.vector(unit / kParts, column);
+            const int column = s * Layout::kSlabElements + unit % kParts * kPack;
+            of_a[u] = a.pack(unit / kParts, column);
+            of_b[u] = b.pack(unit / kParts, column);
         });
     };
     const auto store = [&](int s) {
         each_unit<kUnits>([&](int u, int unit) {
             const int at = s % 2 * Layout::kSlabA + unit / kParts * Layout::kStride + unit % kParts * kWords;
-            const auto put = [&](const Vector<T>& from, Word* to) {
-                Vector<Word, kWords> words;
+            const auto put = [&](const Elements& from, Word* to) {
+                Pack<Word, kWords> words;
                 FLATCORE_UNROLL
                 for (int w = 0; w < kWords; ++w) {
                     T x[Product::kElements];
                     FLATCORE_UNROLL
-                    for (int e = 0; e < Product::kElements; ++e) x[e] = from.x[w * Product::kElements + e];
-                    words.x[w] = Product::word(x);
+                    for (int e = 0; e < Product::kElements; ++e) x[e] = from.lane[w * Product::kElements + e];
+                    words.lane[w] = Product::word(x);
                 }
-                *reinterpret_cast<Vector<Word, kWords>*>(to) = words;
+                cuda::store(to, words);
             };
             put(of_a[u], memory.a + at);
             // b's second slab starts where its larger form needs it
@@ -270,13 +268,15 @@ template <class Product, int W, class F>
 __device__ void write_tile(const TileMemory<typename Product::Word>& memory, const F& element) {
     using S = Sums<Product, Product::kTile>;
     FLATCORE_UNROLL
-    for (int i = 0; i < S::kRows; ++i) FLATCORE_UNROLL
-    for (int j = 0; j < S::kColumns; j += Product::kElements) {
-        typename Product::Element x[Product::kElements];
+    for (int i = 0; i < S::kRows; ++i) {
         FLATCORE_UNROLL
-        for (int e = 0; e < Product::kElements; ++e) x[e] = element(i, j + e);
-        memory.tile[S::row(i) * TileLayout<Product, W>::kTileStride + S::column(j) / Product::kElements] =
-            Product::word(x);
+        for (int j = 0; j < S::kColumns; j += Product::kElements) {
+            typename Product::Element x[Product::kElements];
+            FLATCORE_UNROLL
+            for (int e = 0; e < Product::kElements; ++e) x[e] = element(i, j + e);
+            memory.tile[S::row(i) * TileLayout<Product, W>::kTileStride + S::column(j) / Product::kElements] =
+                Product::word(x);
+        }
     }
 }
 
@@ -287,30 +287,30 @@ __device__ void add_tile_product(Sums<Product, W>& sums, const MatrixRows<Produc
     using T = typename Product::Element;
     using Word = typename Product::Word;
     using Layout = TileLayout<Product, W>;
-    constexpr int kVector = MatrixRows<Product>::kVector, kParts = W / kVector;
+    using Elements = typename MatrixRows<Product>::Elements;
+    constexpr int kPack = MatrixRows<Product>::kPack, kParts = W / kPack;
     constexpr int kUnits = Product::kSlab * kParts;
-    Vector<T> of_b[(kUnits + kProductThreads - 1) / kProductThreads][Product::kElements];
+    Elements of_b[(kUnits + kProductThreads - 1) / kProductThreads][Product::kElements];
     const auto fetch = [&](int s) {
         each_unit<kUnits>([&](int u, int unit) {
             const int row = s * Layout::kSlabElements + unit / kParts * Product::kElements;
             FLATCORE_UNROLL
-            for (int e = 0; e < Product::kElements; ++e)
-                of_b[u][e] = b.vector(row + e, unit % kParts * kVector);
+            for (int e = 0; e < Product::kElements; ++e) of_b[u][e] = b.pack(row + e, unit % kParts * kPack);
         });
     };
     const auto store = [&](int s) {
         each_unit<kUnits>([&](int u, int unit) {
-            Vector<Word, kVector> words;
+            Pack<Word, kPack> words;
             FLATCORE_UNROLL
-            for (int l = 0; l < kVector; ++l) {
+            for (int l = 0; l < kPack; ++l) {
                 T x[Product::kElements];
                 FLATCORE_UNROLL
-                for (int e = 0; e < Product::kElements; ++e) x[e] = of_b[u][e].x[l];
-                words.x[l] = Product::word(x);
+                for (int e = 0; e < Product::kElements; ++e) x[e] = of_b[u][e].lane[l];
+                words.lane[l] = Product::word(x);
             }
-            *reinterpret_cast<Vector<Word, kVector>*>(memory.b + s % 2 * Layout::kSlabB +
-                                                      unit / kParts * Layout::kColumnStride +
-                                                      unit % kParts * kVector) = words;
+            cuda::store(memory.b + s % 2 * Layout::kSlabB + unit / kParts * Layout::kColumnStride +
+                            unit % kParts * kPack,
+                        words);
         });
     };
     const auto multiply = [&](int s) {
