@@ -7,6 +7,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -24,7 +25,8 @@ constexpr uint64_t kGarbage = 0x7F7F7F7F7F7F7F7F;
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
 bool same(const std::source_location& a, const std::source_location& b) {
-    return a.line() == b.line() && a.column() == b.column() && std::string(a.file_name()) == b.file_name();
+    return a.line() == b.line() && a.column() == b.column() &&
+           std::string_view(a.file_name()) == b.file_name();
 }
 
 // One stack to switch to and from. The sanitizer is told of every switch, or it takes the other stack for an
@@ -62,6 +64,7 @@ struct Fiber {
 using LaneValues = std::array<uint64_t, 32>;
 struct Warp {
     std::array<LaneValues, 2> values;
+    std::array<std::array<LaneWords, 32>, 2> words;
 };
 
 struct Block {
@@ -218,6 +221,14 @@ uint32_t ballot(uint32_t mask, bool predicate, std::source_location place) {
     for (uint32_t other = 0; other < 32; ++other)
         if (mask >> other & 1 && values[other] == 1) result |= 1u << other;
     return result;
+}
+
+const std::array<LaneWords, 32>& exchange_words(const LaneWords& words, std::source_location place) {
+    Fiber& fiber = *running->current;
+    auto& of_warp = running->warps[static_cast<size_t>(fiber.number / 32)].words[fiber.exchanges++ % 2];
+    of_warp[static_cast<size_t>(fiber.number % 32)] = words;
+    wait(State::at_warp_barrier, ~0u, place);
+    return of_warp;
 }
 
 void* shared_bytes(size_t bytes) {
