@@ -137,46 +137,57 @@ void prepare(Fiber& fiber, int number, dim3 block) {
                            " for threads that are elsewhere");
 }
 
-// Frees the threads whose barrier is complete. True when there was one.
-bool release(Block& block) {
-    const auto waits_like = [](const Fiber& a) {
-        return
-            [&a](const Fiber& b) { return b.state == a.state && same(a.place, b.place) && a.mask == b.mask; };
-    };
-    auto& fibers = block.fibers;
-    if (fibers[0].state == State::at_block_barrier && std::ranges::all_of(fibers, waits_like(fibers[0]))) {
-        for (Fiber& fiber : fibers) fiber.state = State::ready;
-        return true;
-    }
+bool wait_alike(const Fiber& a, const Fiber& b) {
+    return a.state == b.state && same(a.place, b.place) && a.mask == b.mask;
+}
+
+// Frees the threads of a block whose barrier is complete.
+bool release_block(Block& block) {
+    const Fiber& first = block.fibers[0];
+    if (first.state != State::at_block_barrier ||
+        !std::ranges::all_of(block.fibers, [&](const Fiber& f) { return wait_alike(first, f); }))
+        return false;
+    for (Fiber& fiber : block.fibers) fiber.state = State::ready;
+    return true;
+}
+
+// Frees the lanes of a warp whose barrier is complete. True when there were some.
+bool release_warp(std::span<Fiber> lanes) {
     bool freed = false;
-    for (size_t start = 0; start < fibers.size(); start += 32) {
-        const std::span<Fiber> lanes(&fibers[start], std::min<size_t>(32, fibers.size() - start));
-        for (const Fiber& first : lanes) {
-            if (first.state != State::at_warp_barrier) continue;
-            std::vector<Fiber*> group;
-            for (size_t lane = 0; lane < lanes.size(); ++lane)
-                if (first.mask >> lane & 1) group.push_back(&lanes[lane]);
-            if (!std::ranges::all_of(group, waits_like(first), [](Fiber* f) -> Fiber& { return *f; }))
-                continue;
-            for (Fiber* fiber : group) fiber->state = State::ready;
-            freed = true;
-        }
+    for (const Fiber& first : lanes) {
+        if (first.state != State::at_warp_barrier) continue;
+        std::vector<Fiber*> group;
+        for (size_t lane = 0; lane < lanes.size(); ++lane)
+            if (first.mask >> lane & 1) group.push_back(&lanes[lane]);
+        if (!std::ranges::all_of(group, [&](const Fiber* f) { return wait_alike(first, *f); })) continue;
+        for (Fiber* fiber : group) fiber->state = State::ready;
+        freed = true;
     }
     return freed;
 }
 
+void run_ready(std::span<Fiber> lanes) {
+    for (size_t i = 0; i < lanes.size(); ++i) {
+        Fiber& fiber = lanes[thread_order == Order::forward ? i : lanes.size() - 1 - i];
+        if (fiber.state == State::ready) run_fiber(fiber);
+    }
+}
+
+// A warp runs to a barrier of the block before another one starts, so that it is as far ahead of the others
+// as it can be on a device.
 void run_block(Block& block) {
-    const int count = static_cast<int>(block.fibers.size());
+    const size_t warps = block.warps.size();
     while (true) {
-        for (int i = 0; i < count; ++i) {
-            Fiber& fiber =
-                block.fibers[static_cast<size_t>(thread_order == Order::forward ? i : count - 1 - i)];
-            if (fiber.state == State::ready) run_fiber(fiber);
+        for (size_t i = 0; i < warps; ++i) {
+            const size_t start = 32 * (thread_order == Order::forward ? i : warps - 1 - i);
+            const auto lanes = block.fibers.subspan(start, std::min<size_t>(32, block.fibers.size() - start));
+            do run_ready(lanes);
+            while (release_warp(lanes));
         }
         const auto waiting =
             std::ranges::find_if(block.fibers, [](const Fiber& f) { return f.state != State::done; });
         if (waiting == block.fibers.end()) return;
-        if (!release(block)) divergent(*waiting);
+        if (!release_block(block)) divergent(*waiting);
     }
 }
 
