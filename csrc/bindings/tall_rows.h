@@ -1,5 +1,6 @@
-// Inner products and combinations of blocks of long rows: of each the way that suits device and sizes. In full
-// precision, whatever the process allows elsewhere: with operands in TF32 a basis would not be orthogonal.
+// Inner products and combinations of blocks of long rows: of each the way that suits device and sizes. In
+// full precision, whatever the process allows elsewhere: with operands in TF32 a basis would not be
+// orthogonal.
 #pragma once
 
 #include <ATen/core/Tensor.h>
