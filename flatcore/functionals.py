@@ -355,8 +355,7 @@ class _QuadratureSource:
 
 def _inner_products(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
     """X Yᵀ of rows, in float64; on a GPU, whose memory is dear, without the rows in float64."""
-    products: torch.Tensor = _C.krylov.products_of_rows(X, Y) if X.is_cuda else X.double() @ Y.double().T
-    return products
+    return _C.krylov.products_of_rows(X, Y) if X.is_cuda else X.double() @ Y.double().T
 
 
 class _SquareSource:
