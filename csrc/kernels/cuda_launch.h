@@ -23,7 +23,11 @@ namespace flatcore::cuda {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, Arguments... arguments) {
     kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
-    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess)
+    cudaError_t status = cudaGetLastError();
+#if defined(FLATCORE_SYNCHRONOUS)  // tests: the host reads the results next
+    if (status == cudaSuccess) status = cudaDeviceSynchronize();
+#endif
+    if (status != cudaSuccess)
         throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(status));
 }
 
