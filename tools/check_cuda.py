@@ -28,10 +28,12 @@ ARCHITECTURES = (80, 90, 100)
 HOST_CODE = ("engine/rules/unary.cpp", "engine/float32_products.cpp")
 # In float64, where an index that is wrong cannot hide behind rounding.
 ENGINE_TESTS = (
-    "tests/test_engine.py",
-    "-k",
-    "(test_hessian and not float32) or test_ggn or test_gradient",
+    "tests/test_engine.py::test_hessian",
+    "tests/test_engine.py::test_ggn",
+    "tests/test_engine.py::test_gradient_covariance",
+    "tests/test_gpu_attention.py",
     "--tb=short",
+    "-rs",
     "-p",
     "no:cacheprovider",
 )
