@@ -17,7 +17,7 @@ import flatcore as fc
 from flatcore import doctor as doctor_module
 from flatcore.bench.command import chosen
 from flatcore.bench.command import run as run_bench
-from flatcore.bench.setting import LARGEST_ERROR, Setting
+from flatcore.bench.setting import LARGEST_ERROR, PRECISIONS, Setting
 from flatcore.bench.setting import OPERATORS as BENCH_OPERATORS
 from flatcore.bench.workloads import WORKLOADS
 from flatcore.errors import CaptureError, FlatcoreWarning
@@ -277,6 +277,13 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
     help="Of the weights, data and products.",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="full",
+    show_default=True,
+    help="Of flatcore's float32 products; everything else is in full.",
+)
+@click.option(
     "--operator",
     type=click.Choice(list(BENCH_OPERATORS)),
     default="hessian",
@@ -296,6 +303,7 @@ def bench(
     prepare_limit: float,
     device: str,
     dtype: str,
+    precision: str,
     operator: str,
     threads: int | None,
     figure: Path | None,
@@ -313,7 +321,7 @@ def bench(
     document = run_bench(
         chosen(names, quick),
         vectors or (1, 8),
-        setting=Setting(dtype, device, operator),
+        setting=Setting(dtype, device, operator, precision),
         quick=quick,
         ways=ways,
         rounds=min(rounds, 3) if quick else rounds,

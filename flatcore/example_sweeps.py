@@ -17,11 +17,12 @@ from flatcore._C import engine
 from flatcore.autograd import Mode
 from flatcore.backend import native_backend
 from flatcore.capture import ProbedProgram, probe
+from flatcore.compiled import engine_program
 from flatcore.environment import full_precision
 from flatcore.errors import NotSeparable
 from flatcore.evaluate import plain_torch
 from flatcore.example_outputs import Outputs
-from flatcore.native import NativeBackend, engine_program, key_of
+from flatcore.native import NativeBackend, key_of
 from flatcore.objective import Objective, Snapshot, WeightedBatch
 
 # "remainder": the Hessian without the Gauss-Newton matrix, second derivatives of the model alone.
@@ -67,7 +68,7 @@ class ExampleSweeps:
         self._compiled: dict[Hashable, _Compiled] = {}
         for key, compiled in native.programs().items():
             program = probe(compiled.program, offsets)
-            self._compiled[key] = _Compiled(program, engine_program(program, {}, 0))
+            self._compiled[key] = _Compiled(program, engine_program(program, {}, 0, objective.layout.device))
         names = list(objective.layout.slices)
         left = {name for c in self._compiled.values() for name in c.program.left}
         self.probed = tuple(name for name in names if name not in left)
@@ -143,12 +144,12 @@ class ExampleSweeps:
         relative: probes W A with random signs A, for weights with one use alone, whose mean is
         sum_ss' <w_s, w_s'> tr H_ss' for the rows w_s of each weight (Petzka et al. 2021).
         """
-        totals = _zeros(3, 1 + len(self.probed))
+        totals = self._zeros(3, 1 + len(self.probed))
         P = self._objective.layout.size
-        diag = _zeros(P) if diagonal else None
-        spread = _zeros(P) if diagonal else None
+        diag = self._zeros(P) if diagonal else None
+        spread = self._zeros(P) if diagonal else None
         for batch, first_example, state, compiled in self._states(at):
-            sums = _zeros(K, len(compiled.program.probed), batch.examples)
+            sums = self._zeros(K, len(compiled.program.probed), batch.examples)
             pieces = [(0, K)] if diagonal else self._pieces(compiled, mode, K)
             outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout.dtype)
             by_outputs = mode == "ggn" and self.outputs_are_apart and not (relative or diagonal)
@@ -178,12 +179,12 @@ class ExampleSweeps:
         With S_n = sum_j s_nj a_nj a_njᵀ the loss' second derivative in the outputs of example n, s_nj its signs,
         tr G is the sum of the s_nj |J_nᵀ a_nj|².
         """
-        totals = _zeros(1 + len(self.probed))
-        diag = _zeros(self._objective.layout.size) if diagonal else None
+        totals = self._zeros(1 + len(self.probed))
+        diag = self._zeros(self._objective.layout.size) if diagonal else None
         for batch, _, state, compiled in self._states(at):
             outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout.dtype)
             for sign, cotangents in outputs.factors():
-                sums = _zeros(len(cotangents), len(compiled.program.probed), batch.examples)
+                sums = self._zeros(len(cotangents), len(compiled.program.probed), batch.examples)
                 part = None if diag is None else torch.zeros_like(diag)
                 for begin, end in self._pieces(compiled, "ggn", len(cotangents)):
                     state.output_pass(
@@ -196,12 +197,12 @@ class ExampleSweeps:
 
     def exact_covariance(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
         """The trace of (1/N) sum_n g_n g_nᵀ, not centred, and its diagonal: one sweep."""
-        totals = _zeros(1 + len(self.probed))
-        diag = _zeros(self._objective.layout.size) if diagonal else None
+        totals = self._zeros(1 + len(self.probed))
+        diag = self._zeros(self._objective.layout.size) if diagonal else None
         for batch, _, state, compiled in self._states(at):
             cut = compiled.program.cut[0]
             adjoint = state.adjoint(cut).unsqueeze(0).contiguous()
-            sums = _zeros(1, len(compiled.program.probed), batch.examples)
+            sums = self._zeros(1, len(compiled.program.probed), batch.examples)
             state.output_pass(cut, adjoint, sums, diag)
             totals += self._by_name(sums, compiled).sum((0, 2))
         N = self._objective.examples
@@ -246,6 +247,10 @@ class ExampleSweeps:
         checks.check_finite_loss(state.loss, batch.index)
         return state
 
+    def _zeros(self, *shape: int) -> Tensor:
+        """Sums are kept in double."""
+        return torch.zeros(shape, dtype=torch.float64, device=self._objective.layout.device)
+
     def _pieces(self, compiled: _Compiled, mode: SweepMode, K: int) -> list[tuple[int, int]]:
         """K directions in as few pieces as the memory budget allows."""
         budget, itemsize = self._objective.budget.directions, self._objective.layout.dtype.itemsize
@@ -262,11 +267,6 @@ class ExampleSweeps:
         count = -(-K // most)
         bounds = [K * i // count for i in range(count + 1)]
         return list(pairwise(bounds))
-
-
-def _zeros(*shape: int) -> Tensor:
-    """Sums are kept in double, on the CPU."""
-    return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
 def sweeps_for(objective: Objective, at: Snapshot) -> ExampleSweeps | str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
 from enum import Enum
 from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +15,6 @@ from torch import Tensor
 from flatcore import checks
 from flatcore._C import engine
 from flatcore.capture import (
-    ProbedProgram,
     Program,
     batch_leaves,
     capture,
@@ -27,16 +23,21 @@ from flatcore.capture import (
     interpret,
     named_tensors,
 )
+from flatcore.compiled import Compiled, engine_program, plan_rows
 from flatcore.data import Batch, version
+from flatcore.directions import Directions
 from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
 from flatcore.evaluate import ModelLoss, once_differentiable, plain_torch, rows_mix
-from flatcore.plan import Plan, PlanRow
+from flatcore.graphs import Graphs, pays
+from flatcore.plan import Plan
 from flatcore.precision import Precision
 
 if TYPE_CHECKING:
     from flatcore.autograd import Mode
     from flatcore.objective import Objective, Snapshot, WeightedBatch
+
+_Result = TypeVar("_Result")
 
 # A program is captured for every batch structure; more than this many cost more than they save.
 _MOST_STRUCTURES = 16
@@ -47,28 +48,29 @@ ROWS_MIX = "other rows of the model's output than the first example's depend on 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A captured program and the engine's form of it."""
-
-    program: Program
-    engine: engine.Program
-
-
 class NativeBackend:
     """Hessian, GGN and gradient covariance of an objective whose batches all have programs.
 
-    Raises CaptureError on construction where one has none, or where a program's loss is not the model's.
+    Raises CaptureError on construction where one has none, where a program's loss is not the model's, or where the
+    engine was not built for the parameters' device.
     """
 
     def __init__(self, objective: Objective) -> None:
+        device = objective.layout.device
+        if device.type != "cpu" and (device.type != "cuda" or engine.gpu != "cuda"):
+            raise CaptureError(
+                f"the parameters are on {device}, for which flatcore's extension was not built (`flatcore doctor` says "
+                "for what it was)"
+            )
         self.objective = objective
         self._compiled: dict[Hashable, Compiled] = {}
         self._keys: list[Hashable] = []
         self._point: tuple[Any, ...] = ()
         self._states: dict[int, engine.Linearization] = {}
         self._held = 0
-        self._most: dict[tuple[Mode, Precision], int] = {}  # directions at once
+        self._graphs: dict[int, Graphs] = {}
+        self._keeps_states = True
+        self._directions: dict[tuple[Mode, Precision], Directions] = {}
         self._mixes: str | None = None  # not tried yet
         self.sweeps: object = None  # set by flatcore.example_sweeps
         with plain_torch():
@@ -130,22 +132,62 @@ class NativeBackend:
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, precision: Precision = "full") -> None:
         """Y = A V for the rows of V and Y, both (K, P)."""
-        pieces = self._pieces(mode, V.shape[0], precision)
         examples = self.objective.examples
-        accumulate = False
-        for batch, state in self._linearizations(at):
-            for piece in pieces:
-                state.product(V[piece], Y[piece], mode, accumulate, batch.examples, examples, precision)
-            accumulate = True
+
+        def all_batches(pieces: list[slice]) -> None:
+            accumulate = False
+            for batch, state in self._linearizations(at):
+                for piece in pieces:
+                    self._product(state, batch, V[piece], Y[piece], mode, accumulate, examples, precision)
+                accumulate = True
+
+        self._run(mode, precision, V.shape[0], all_batches)
+
+    def _product(
+        self,
+        state: engine.Linearization,
+        batch: WeightedBatch,
+        V: Tensor,
+        Y: Tensor,
+        mode: Mode,
+        accumulate: bool,
+        examples: int,
+        precision: Precision,
+    ) -> None:
+        if not pays(V) or self._states.get(batch.index) is not state or self.external:
+            state.product(V, Y, mode, accumulate, batch.examples, examples, precision)
+            return
+
+        def launch(rows: Tensor, into: Tensor) -> None:
+            state.product(rows, into, mode, False, batch.examples, examples, precision)
+
+        graphs = self._graphs.setdefault(batch.index, Graphs(V.device))
+        graphs.run((mode, precision), launch, V, Y, accumulate)
+
+    def _run(
+        self, mode: Mode, precision: Precision, K: int, all_batches: Callable[[list[slice]], _Result]
+    ) -> _Result:
+        largest = max(self.objective.data.examples)
+        return self._directions_of(mode, precision).run(K, all_batches, self._release, largest)
+
+    def _release(self) -> bool:
+        """Gives back what is held between products for speed, and holds no more; was there anything?"""
+        held, self._keeps_states = self._keeps_states, False
+        self._states, self._graphs, self._held = {}, {}, 0
+        return held
 
     def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot, precision: Precision = "full") -> Tensor:
         """<v, A v> for the rows of V (K, P): (K,) float64 on the CPU. No A v is formed."""
-        q = torch.zeros(V.shape[0], dtype=torch.float64, device="cpu")
-        pieces, examples = self._pieces(mode, V.shape[0], precision), self.objective.examples
-        for batch, state in self._linearizations(at):
-            for piece in pieces:
-                state.quadratic_form(V[piece], q[piece], mode, batch.examples, examples, precision)
-        return q
+        examples = self.objective.examples
+
+        def all_batches(pieces: list[slice]) -> Tensor:
+            q = torch.zeros(V.shape[0], dtype=torch.float64, device="cpu")
+            for batch, state in self._linearizations(at):
+                for piece in pieces:
+                    state.quadratic_form(V[piece], q[piece], mode, batch.examples, examples, precision)
+            return q
+
+        return self._run(mode, precision, V.shape[0], all_batches)
 
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
@@ -158,7 +200,7 @@ class NativeBackend:
     def plan(self, mode: Mode, precision: Precision = "full") -> Plan:
         objective, itemsize = self.objective, self.objective.layout.dtype.itemsize
         counted = [(self._compiled[key], count) for key, count in Counter(self._keys).items()]
-        most = self._most_directions(mode, precision)
+        most = self._directions_of(mode, precision).most
 
         def peak(K: int) -> int:
             return max(c.engine.peak_bytes(mode, min(K, most), itemsize, precision) for c, _ in counted)
@@ -171,7 +213,7 @@ class NativeBackend:
             operator=mode,
             backend="native",
             reason="",
-            rows=_rows(counted, mode),
+            rows=plan_rows(counted, mode),
             parameters=objective.layout.size,
             batches=len(objective.data),
             examples=objective.examples,
@@ -207,7 +249,9 @@ class NativeBackend:
         if unknown:
             raise CaptureError("the engine has no rules for it", op=min(unknown))
         offsets = {i: objective.layout.slices[name].start for i, name in program.parameters.items()}
-        return Compiled(program, engine_program(program, offsets, objective.layout.size))
+        return Compiled(
+            program, engine_program(program, offsets, objective.layout.size, objective.layout.device)
+        )
 
     def _check_loss(self, batch: WeightedBatch) -> None:
         """A program that does not compute the model's loss must not be used, whatever the reason."""
@@ -244,7 +288,7 @@ class NativeBackend:
         with ONE_AT_A_TIME:
             point = (snapshot, *map(version, self._code_tensors()))
             if point != self._point:
-                self._states, self._held, self._point = {}, 0, point
+                self._states, self._graphs, self._held, self._point = {}, {}, 0, point
             states = self._states  # another thread may go on to other parameters meanwhile
         for batch in self.objective.batches():
             state = states.get(batch.index)
@@ -252,7 +296,8 @@ class NativeBackend:
                 with plain_torch():
                     state, size = self._linearize(batch, snapshot)
                     checks.check_finite_loss(state.loss, batch.index)
-                    if states is self._states and self._held + size <= self.objective.budget.states:
+                    fits = self._keeps_states and self._held + size <= self.objective.budget.states
+                    if states is self._states and fits:
                         self._held += size if batch.index not in states else 0
                         states[batch.index] = state
             yield batch, state
@@ -300,27 +345,16 @@ class NativeBackend:
         objective = self.objective
         return [n for n, weight in zip(objective.data.examples, objective.weights, strict=True) if weight]
 
-    def _most_directions(self, mode: Mode, precision: Precision) -> int:
-        """The most directions whose buffers fit into the budget; one at least."""
-        if (mode, precision) not in self._most:
-            itemsize, limit = self.objective.layout.dtype.itemsize, self.objective.budget.directions
-
-            def too_many(K: int) -> bool:  # the peak moves from op to op as K grows: it is no line
-                programs = self._compiled.values()
-                return any(c.engine.peak_bytes(mode, K, itemsize, precision) > limit for c in programs)
-
-            most = 1
-            while most < limit and not too_many(2 * most):
-                most *= 2
-            more = bisect_left(range(most + 1, 2 * most), True, key=too_many)
-            self._most[mode, precision] = most + more
-        return self._most[mode, precision]
-
-    def _pieces(self, mode: Mode, K: int, precision: Precision) -> list[slice]:
-        """K directions in as few, nearly equal pieces as the budget allows."""
-        count = -(-K // self._most_directions(mode, precision))
-        bounds = [K * i // count for i in range(count + 1)]
-        return [slice(a, b) for a, b in pairwise(bounds)]
+    def _directions_of(self, mode: Mode, precision: Precision) -> Directions:
+        if (mode, precision) not in self._directions:
+            itemsize = self.objective.layout.dtype.itemsize
+            peaks = [
+                partial(lambda program, K: program.peak_bytes(mode, K, itemsize, precision), c.engine)
+                for c in self._compiled.values()
+            ]
+            limit, device = self.objective.budget.directions, self.objective.layout.device
+            self._directions[mode, precision] = Directions(peaks, limit, device)
+        return self._directions[mode, precision]
 
 
 def key_of(batch: Batch) -> Hashable:
@@ -332,35 +366,3 @@ def key_of(batch: Batch) -> Hashable:
                 f"a batch holds a {type(leaf).__name__}, which a program cannot read; pass it as a tensor"
             )
     return structure.key
-
-
-def engine_program(
-    program: Program | ProbedProgram, offsets: dict[int, int], parameters: int
-) -> engine.Program:
-    """The engine's form of a program whose parameters, by value id, begin there in the flat vector of that length."""
-    try:
-        return engine.Program(
-            values=[(value.kind, value.shape) for value in program.values],
-            ops=[
-                (op.kind, [-1 if i is None else i for i in op.inputs], op.output, op.attrs, op.path)
-                for op in program.ops
-            ],
-            offsets=offsets,
-            parameters=parameters,
-            loss=program.loss,
-            cut=list(program.cut or ()),
-        )
-    except ValueError as error:
-        raise CaptureError(f"the engine refuses the program: {error}") from error
-
-
-def _rows(counted: list[tuple[Compiled, int]], mode: Mode) -> tuple[PlanRow, ...]:
-    """One row per op; programs that differ in shapes only share their rows."""
-    flops: dict[tuple[int, str, str, bool], float] = {}
-    for compiled, count in counted:
-        for index, op in enumerate(compiled.program.ops):
-            row = (index, str(op.external or op.kind), op.path, op.external is None)
-            flops[row] = flops.get(row, 0.0) + count * compiled.engine.op_flops(index, mode, 1)
-    return tuple(
-        PlanRow(kind, path, native, value) for (_, kind, path, native), value in sorted(flops.items())
-    )

@@ -41,11 +41,12 @@ class Operator:
     products.
 
     precision: "full", or "bf16" for the matrix products of linear layers and `matmul` with operands rounded to bfloat16
-    (8 bits), faster on processors that have instructions for it (docs/performance.md). Sums, small products and
-    everything else, the loss and its gradient among them, stay float32. Such products are symmetric up to their error
+    (8 bits), faster on processors that have instructions for it (docs/performance.md); on a GPU also "tf32" (10 bits),
+    which "bf16" takes there for the products too small to gain from it. Sums and everything else, the loss and its
+    gradient among them, stay float32. Such products are symmetric up to their error
     only; `precision_error` measures both, `plan` says what share of a product is rounded; `solve`, `block_spectra` and
-    the functionals refuse them. Raises ValueError for float64 and CUDA; where the processor cannot, or the model has no
-    program, a FlatcoreWarning says that products are in full precision.
+    the functionals refuse them. Raises ValueError for float64, and for "tf32" on the CPU; where the device cannot, or
+    the model has no program, a FlatcoreWarning says that products are in full precision.
     """
 
     mode: ClassVar[Mode]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from flatcore.memory import readable
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -26,7 +28,7 @@ class Plan:
     parameters, batches, examples: sizes of the problem.
     state_bytes:   activations and adjoints of all batches; kept between products as far as `kept_bytes` goes.
     directions:    the most directions that go through at once.
-    precision:     "full", or "bf16" where large matrix products take operands rounded to bfloat16;
+    precision:     "full", "tf32", or "bf16" where large matrix products take operands rounded to bfloat16;
     bf16_fraction: their share of a product's floating-point operations.
     """
 
@@ -83,16 +85,8 @@ class Plan:
             for row in self.rows
         ]
         foot = [
-            f"  one direction: {self.flops(1):.3g} flops, {_size(self.peak_bytes(1))} of buffers",
-            f"  activations: {_size(self.state_bytes)}, kept between products up to {_size(self.kept_bytes)}",
+            f"  one direction: {self.flops(1):.3g} flops, {readable(self.peak_bytes(1))} of buffers",
+            f"  activations: {readable(self.state_bytes)}, kept between products up to {readable(self.kept_bytes)}",
             f"  directions at once: {self.directions}",
         ]
         return "\n".join([head, *why, *table, *foot])
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

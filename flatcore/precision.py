@@ -1,4 +1,4 @@
-"""Precision of a product's matrix multiplications: as the parameters', or operands rounded to bfloat16."""
+"""Precision of a product's matrix multiplications: as the parameters', or operands rounded to bfloat16 or TF32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,39 +17,45 @@ from flatcore.errors import FlatcoreWarning
 from flatcore.results import MeasuredError
 from flatcore.vectors import Layout
 
-Precision = Literal["full", "bf16"]
+Precision = Literal["full", "tf32", "bf16"]
 _VECTORS_AT_ONCE = 16
+_TENSOR_CORES = (8, 0)  # the first compute capability that rounds to TF32 and bfloat16 itself
 Product = Callable[[Tensor], Tensor]  # of rows (K, P)
 
 
 def usable(precision: Any, layout: Layout) -> Precision:
-    """``precision`` as products can have it here: full, with a FlatcoreWarning, where the processor lacks bfloat16.
+    """``precision`` as products can have it here: full, with a FlatcoreWarning, where the device lacks instructions.
 
     Raises ValueError for another name, and for parameters whose products have no other precision.
     """
     if precision not in get_args(Precision):
-        raise ValueError(f'precision: expected "full" or "bf16", got {precision!r}')
+        raise ValueError(f'precision: expected "full", "tf32" or "bf16", got {precision!r}')
     if precision == "full":
         return "full"
     if layout.dtype != torch.float32:
         raise ValueError(
-            f'precision: expected "full" for parameters of {layout.dtype}, got "bf16", which rounds float32; '
+            f'precision: expected "full" for parameters of {layout.dtype}, got "{precision}", which rounds float32; '
             "convert the model and the data with .float(), or leave precision out"
         )
-    if layout.device.type != "cpu":
+    on_gpu = layout.device.type == "cuda" or engine.gpu == "emulated"
+    if precision == "tf32" and not on_gpu:
         raise ValueError(
-            f'precision: expected "full" for parameters on {layout.device}, got "bf16", which is for '
-            "products on the CPU; leave precision out"
+            f'precision: expected "full" or "bf16" for parameters on {layout.device}, got "tf32", which is for '
+            "products on a GPU; move the model and the data there, or leave precision out"
         )
-    if not engine.bf16_available():
+    if layout.device.type == "cuda":
+        there = torch.cuda.get_device_capability(layout.device) >= _TENSOR_CORES
+    else:
+        there = on_gpu or engine.bf16_available()
+    if not there:
         warnings.warn(
-            'precision="bf16": this processor has no instructions for bfloat16 that torch uses, so the products are in '
-            "full precision",
+            f'precision="{precision}": {layout.device} has no instructions for it that torch uses, so the products are '
+            "in full precision",
             FlatcoreWarning,
             stacklevel=3,
         )
         return "full"
-    return "bf16"
+    return cast("Precision", precision)
 
 
 def measured(

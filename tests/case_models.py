@@ -281,5 +281,5 @@ class MaskOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.front(x).tanh()
-        m = (y / (1.5 + self.gate(x).tanh())) @ torch.ones(4, 1, dtype=x.dtype)
+        m = (y / (1.5 + self.gate(x).tanh())) @ torch.ones(4, 1, dtype=x.dtype, device=x.device)
         return self.head(torch.where(m > 0.1, y, 2 * y.sin()))

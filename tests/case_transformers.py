@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        h = self.embed(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         q, k, v = self.qkv(self.norm1(h)).split(WIDTH, dim=-1)
         heads = [t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v)]
         o = F.scaled_dot_product_attention(*heads, is_causal=True)
@@ -78,7 +78,7 @@ class GroupedQueries(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (examples, 5, 4)
         q = self.q(x).unflatten(-1, (4, 2)).transpose(1, 2)  # (examples, 4 heads, 5, 2)
         k, v = self.kv(x).unflatten(-1, (2, 4)).transpose(1, 2).chunk(2, dim=-1)
-        angle = torch.arange(5, dtype=x.dtype)[:, None]
+        angle = torch.arange(5, dtype=x.dtype, device=x.device)[:, None]
         left, right = q.unbind(-1)
         turned = torch.stack((-right, left), -1)
         q = q * angle.cos() + turned * angle.sin()

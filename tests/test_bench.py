@@ -1,12 +1,15 @@
 """The microbenchmark: what it counts and says, on workloads small enough for a test. No time is asserted."""
 
 import importlib.util
+import io
 import json
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
+from flatcore._C import engine
 from flatcore.bench import (
     WORKLOADS,
     Ceilings,
@@ -95,6 +98,31 @@ def test_ceilings_of_both_dtypes():
         found = measure(dtype, repeats=1)
         assert found.gemm > 0 and found.bandwidth > 0
     assert found.gemm_library == "BLAS"
+
+
+@pytest.mark.skipif(not engine.bf16_available(), reason="the processor has no instructions for bfloat16")
+def test_precision_is_flatcores_alone():
+    """The other ways stay in full; flatcore's error is that of some roundings to 8 bits."""
+    workload = Workload("mlp", "MLP", lambda: workloads.mlp(64, 70, 96, 80))
+    setting = Setting(precision="bf16")
+    result = compare(
+        workload, 2, CEILINGS, setting=setting, rounds=3, limit=0.0, compiled=False, only=["linearize"]
+    )
+    assert 2.0**-11 < result.timing("flatcore").error < 8 * 2.0**-8
+    assert result.timing("linearize").error < 1e-5
+    shown = Console(width=120, record=True, file=io.StringIO())
+    shown.print(show.table(result, CEILINGS))
+    assert "K = 2, flatcore in bf16" in shown.export_text()
+    assert measure(repeats=1, precision="bf16").gemm > 0
+
+
+def test_precision_that_does_not_fit():
+    with pytest.raises(ValueError, match='precision: expected "full" with float64, got "bf16"'):
+        Setting("float64", precision="bf16")
+    with pytest.raises(ValueError, match='precision: expected "full" or "bf16" on the CPU, got "tf32"'):
+        Setting(precision="tf32")
+    with pytest.raises(ValueError, match="precision: expected one of full, tf32, bf16, got 'fp8'"):
+        Setting(precision="fp8")
 
 
 def test_device_that_is_not_there():
@@ -230,6 +258,11 @@ def test_command_writes_table_figure_and_json(tmp_path):
     assert "MLP 64-32-10" in ran.output and "retained double backward" in ran.output and "floor" in ran.output
     document = json.loads(numbers.read_text())
     assert document["schema"] == "flatcore-bench/1"
-    assert document["setting"] == {"dtype": "float64", "device": "cpu", "operator": "hessian"}
+    assert document["setting"] == {
+        "dtype": "float64",
+        "device": "cpu",
+        "operator": "hessian",
+        "precision": "full",
+    }
     assert document["comparisons"][0]["K"] == 2 and document["machine"]["torch"] == str(torch.__version__)
     assert picture.stat().st_size > 1000

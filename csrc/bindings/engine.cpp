@@ -10,8 +10,10 @@
 
 #include "engine/gemm_bf16.h"
 #include "engine/gemm_choice.h"
+#include "engine/on_device.h"
 #include "engine/quadratic_form.h"
 #include "engine/rule.h"
+#include "engine/rules/attention_policy.h"
 #include "engine/sweep.h"
 #include "engine/workspace.h"
 #include "external.h"
@@ -32,8 +34,9 @@ ValueKind kind_named(const std::string& name) {
 
 Precision precision_named(const std::string& name) {
     if (name == "full") return Precision::full;
+    if (name == "tf32") return Precision::tf32;
     if (name == "bf16") return Precision::bf16;
-    throw py::value_error("precision: expected full or bf16, got '" + name + "'");
+    throw py::value_error("precision: expected full, tf32 or bf16, got '" + name + "'");
 }
 
 // bool before int: a Python bool is an int too.
@@ -51,7 +54,7 @@ using PyOp = std::tuple<std::string, std::vector<int>, int, py::dict, std::strin
 
 std::shared_ptr<Program> make_program(const std::vector<PyValue>& py_values, const std::vector<PyOp>& py_ops,
                                       const std::unordered_map<int, int64_t>& offsets, int64_t parameters,
-                                      int loss, std::vector<int> cut) {
+                                      int loss, std::vector<int> cut, const std::string& device) {
     std::vector<Value> values;
     for (const auto& [kind, shape] : py_values) values.push_back({kind_named(kind), shape, 0});
     for (const auto& [id, offset] : offsets) values.at(static_cast<size_t>(id)).offset = offset;
@@ -62,7 +65,8 @@ std::shared_ptr<Program> make_program(const std::vector<PyValue>& py_values, con
             entries[name.cast<std::string>()] = attribute_from(value);
         ops.push_back({kind, inputs, output, Attributes(std::move(entries)), path});
     }
-    return std::make_shared<Program>(std::move(values), std::move(ops), parameters, loss, std::move(cut));
+    return std::make_shared<Program>(std::move(values), std::move(ops), parameters, loss, std::move(cut),
+                                     on_gpu(at::Device(device)));
 }
 
 void check_leaves(const Program& program, const std::unordered_map<int, at::Tensor>& leaves) {
@@ -105,10 +109,11 @@ Mode checked_mode(const Linearization& self, const std::string& mode) {
 
 Precision checked_precision(const at::Tensor& V, const std::string& precision) {
     const Precision rounding = precision_named(precision);
-    TORCH_CHECK_VALUE(rounding == Precision::full ||
-                          (V.scalar_type() == at::kFloat && V.is_cpu() && bf16_available()),
-                      "precision: bf16 needs float32 on a CPU with instructions for it, got ",
-                      V.scalar_type(), " on ", V.device());
+    if (rounding == Precision::full) return rounding;
+    const bool there = on_gpu(V) || (rounding == Precision::bf16 && bf16_available());
+    TORCH_CHECK_VALUE(V.scalar_type() == at::kFloat && there, "precision: ", precision,
+                      " needs float32 on a device with instructions for it, got ", V.scalar_type(), " on ",
+                      V.device());
     return rounding;
 }
 
@@ -175,9 +180,12 @@ void bind_engine(py::module_ m) {
                "Bytes kept between products for the tensors of the next one, in all programs.");
     engine.def("use_large_pages", &use_large_pages, py::arg("tensor"),
                "Asks the system for large pages where a tensor's memory was not touched yet.");
+    engine.attr("gpu") = kGpu;
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
     engine.def("set_gemm_policy", &set_gemm_policy, py::arg("policy"),
                "Which library multiplies float32 matrices: measure, blas or onednn.");
+    engine.def("set_attention_policy", &set_attention_policy, py::arg("policy"),
+               "Attention on a GPU, for states made from now on: choose, tiles or fused.");
     engine.def("gemm_choices", &gemm_choices, "What was measured: class of shapes -> oneDNN is faster.");
     engine.def("set_gemm_choices", &set_gemm_choices, py::arg("choices"));
     engine.def(
@@ -204,7 +212,7 @@ void bind_engine(py::module_ m) {
         "c = a b or c += a b of float32 matrices, operands rounded to bfloat16, sums in float32.");
     py::class_<Program, std::shared_ptr<Program>>(engine, "Program")
         .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"),
-             py::arg("parameters"), py::arg("loss"), py::arg("cut"))
+             py::arg("parameters"), py::arg("loss"), py::arg("cut"), py::arg("device") = "cpu")
         .def(
             "flops",
             [](const Program& p, const std::string& mode, int64_t K) { return p.flops(mode_named(mode), K); },

@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "engine/on_device.h"
 #include "linearization.h"
 
 namespace py = pybind11;
@@ -61,8 +62,9 @@ at::Tensor output_signs(const at::Tensor& like, uint64_t seed, int64_t first_pro
                         int64_t first_example, int64_t examples, int64_t count) {
     at::Tensor signs = at::empty({K, examples, count}, like.options());
     AT_DISPATCH_FLOATING_TYPES(signs.scalar_type(), "signs", [&] {
-        example_signs<scalar_t>({seed, first_probe, K, first_example, examples}, int64_t{1} << 60, count,
-                                signs.mutable_data_ptr<scalar_t>());
+        const ExampleBlock block{seed, first_probe, K, first_example, examples};
+        FLATCORE_RUN(signs, example_signs<scalar_t>, block, int64_t{1} << 60, count,
+                     signs.mutable_data_ptr<scalar_t>());
     });
     return signs;
 }

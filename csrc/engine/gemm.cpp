@@ -34,6 +34,8 @@ void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, 
         multiply_bf16(c, a, for_each_direction(b, c.size(0)), accumulate);
     } else if (c.is_contiguous()) {
         gemm(c.flatten(0, 1), a.reshape({-1, a.size(2)}), b, accumulate);
+    } else if (on_gpu(c)) {
+        multiply(c, a, for_each_direction(b, c.size(0)), accumulate);
     } else {  // a slice of the result: directions lie P apart
         for (int64_t k = 0; k < c.size(0); ++k) gemm(c.select(0, k), a.select(0, k), b, accumulate);
     }
@@ -53,8 +55,8 @@ bool share_directions(int64_t K) {
 
 }  // namespace
 
-int64_t gemm_each_workspace(int64_t K, int64_t m, int64_t n, int64_t inner) {
-    return K > 1 && m * n * inner < kLarge ? K * m * n : 0;
+int64_t gemm_each_workspace(bool gpu, int64_t K, int64_t m, int64_t n, int64_t inner) {
+    return !gpu && K > 1 && m * n * inner < kLarge ? K * m * n : 0;
 }
 
 void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
@@ -62,6 +64,11 @@ void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bo
     const int64_t K = c.size(0);
     if (rounds(c, a, precision)) {
         multiply_bf16(c, for_each_direction(a, K), for_each_direction(b, K), accumulate);
+        return;
+    }
+    // cuBLAS takes results that lie apart, and one call fills a GPU best.
+    if (K > 1 && on_gpu(c)) {
+        multiply(c, for_each_direction(a, K), for_each_direction(b, K), accumulate);
         return;
     }
     const auto matrix = [](const at::Tensor& t, int64_t k) { return t.dim() == 3 ? t.select(0, k) : t; };

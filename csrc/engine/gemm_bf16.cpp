@@ -13,6 +13,7 @@
 
 #include "kernels/bf16.h"
 #include "kernels/parallel.h"
+#include "on_device.h"
 
 namespace flatcore {
 
@@ -226,6 +227,7 @@ bool bf16_pays(int64_t m, int64_t n, int64_t k) {
 }
 
 void multiply_bf16(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+    if (on_gpu(c)) return multiply_bf16_on_gpu(c, a, b, accumulate);
     const auto batch_stride = [](const at::Tensor& t) { return t.dim() == 3 ? t.stride(0) : 0; };
     const int64_t m = c.size(-2), n = c.size(-1), k = a.size(-1);
     const Operand left{a.const_data_ptr<float>(), batch_stride(a), a.stride(-2), a.stride(-1), m, k};

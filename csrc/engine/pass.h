@@ -1,9 +1,11 @@
 // The tangents and adjoint-tangents of one pass over K directions, handed to one rule at a time.
 #pragma once
 
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "float32_products.h"
 #include "rule.h"
 #include "state.h"
 #include "tensor_ops.h"
@@ -16,9 +18,9 @@ class Pass final : public Directions {
     Pass(const State& state, Mode mode, int64_t K, at::Tensor V, at::Tensor Y, bool accumulate,
          Precision precision = Precision::full)
         : state_(state), program_(state.program()), mode_(mode), K_(K), precision_(precision),
-          V_(std::move(V)), Y_(std::move(Y)), tangents_(program_.values().size()),
-          cotangents_(program_.values().size()), owned_(program_.values().size(), false),
-          written_(program_.values().size(), accumulate) {}
+          arithmetic_(state.options().device(), precision), V_(std::move(V)), Y_(std::move(Y)),
+          tangents_(program_.values().size()), cotangents_(program_.values().size()),
+          owned_(program_.values().size(), false), written_(program_.values().size(), accumulate) {}
 
     void tangent_sweep() {
         for (size_t i = 0; i < program_.ops().size(); ++i) {
@@ -48,6 +50,7 @@ class Pass final : public Directions {
             enter(op);
             visit(op, rule);
             if (cotangent().defined() || has_second_order_terms(rule)) rule.adjoint(*this);
+            kept_.erase(op.index);
             cotangents_[static_cast<size_t>(op.output)] = at::Tensor();
             for (int input : op.inputs)
                 if (input >= 0 && program_.first_tangent_use(mode_, input) == op.index)
@@ -123,6 +126,7 @@ class Pass final : public Directions {
         return {current, fresh};
     }
 
+    std::vector<at::Tensor>& kept() const override { return kept_[op_->index]; }
     ExampleProbes* probes() const override { return probes_; }
     void set_probes(ExampleProbes* probes) { probes_ = probes; }
 
@@ -155,11 +159,13 @@ class Pass final : public Directions {
     const Mode mode_;
     const int64_t K_;
     const Precision precision_;
+    const Float32Products arithmetic_;
     const at::Tensor V_, Y_;
     const Op* op_ = nullptr;
     ExampleProbes* probes_ = nullptr;
     std::vector<at::Tensor> tangents_, cotangents_;
-    std::vector<bool> owned_;    // a cotangent buffer no one else holds
+    mutable std::unordered_map<int, std::vector<at::Tensor>> kept_;  // by op
+    std::vector<bool> owned_;                                        // a cotangent buffer no one else holds
     std::vector<bool> written_;  // a parameter's slice of Y that holds something
 };
 

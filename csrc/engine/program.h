@@ -22,8 +22,9 @@ enum class Mode { hessian, ggn, covariance, gradient, remainder };
 constexpr int kModes = 5;
 
 // What the operands of a product's large matrix products are rounded to; everything else has the parameters'
-// precision.
-enum class Precision { full, bf16 };
+// precision. tf32 (10 bits of mantissa, on a GPU) is the library's rounding in all of them; under bf16 it is
+// that of the products which are too small to gain from bfloat16.
+enum class Precision { full, tf32, bf16 };
 
 struct Value {
     ValueKind kind;
@@ -45,8 +46,9 @@ struct Op {
 
 class Program {
  public:
+    // gpu: the tensors will be a GPU's, where other sizes of buffers pay.
     Program(std::vector<Value> values, std::vector<Op> ops, int64_t parameters, int loss,
-            std::vector<int> cut);
+            std::vector<int> cut, bool gpu = false);
     ~Program();
 
     const std::vector<Value>& values() const { return values_; }
@@ -55,6 +57,7 @@ class Program {
     int64_t parameters() const { return parameters_; }
     int loss() const { return loss_; }
     const std::vector<int>& cut() const { return cut_; }
+    bool gpu() const { return gpu_; }
 
     // In `mode`: does op's adjoint carry its second-derivative terms / at least those behind the cut that it
     // holds / run at all; is the tangent of a value computed.
@@ -101,6 +104,7 @@ class Program {
     int64_t parameters_;
     int loss_;
     std::vector<int> cut_;
+    bool gpu_;
     std::array<Plan, kModes> plans_;
     std::vector<bool> keeps_value_, keeps_adjoint_;
 };

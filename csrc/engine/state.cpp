@@ -4,6 +4,7 @@
 #include <string>
 #include <unordered_set>
 
+#include "float32_products.h"
 #include "rule.h"
 #include "sweep.h"
 
@@ -21,6 +22,7 @@ State::State(const Program& program, const std::unordered_map<int, at::Tensor>& 
             options_ = tensor.options();
         }
     }
+    const Float32Products arithmetic(options_.device(), Precision::full);
     for (size_t i = 0; i < program.ops().size(); ++i) {
         const Op& op = program.ops()[i];
         values_[static_cast<size_t>(op.output)] = program.rule(i).forward(*this);

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/select.h>
 
+#include "on_device.h"
 #include "program.h"
 
 namespace flatcore {
@@ -78,10 +79,10 @@ void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, 
                  Precision precision = Precision::full);
 
 // Elements that gemm_each may hold beside its operands for K products (m, inner) (inner, n).
-int64_t gemm_each_workspace(int64_t K, int64_t m, int64_t n, int64_t inner);
+int64_t gemm_each_workspace(bool gpu, int64_t K, int64_t m, int64_t n, int64_t inner);
 
-// c_k (+)= a_k b_k; a or b may be one matrix for all directions. Large products run one by one in place,
-// spread over the threads; small ones as one batched GEMM.
+// c_k (+)= a_k b_k; a or b may be one matrix for all directions. On the CPU large products run one by one in
+// place, spread over the threads, and small ones as one batched GEMM; on a GPU all are one call.
 void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
                Precision precision = Precision::full);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "attention.inl"
 #include "macros.h"
 #include "parallel.h"
 
@@ -20,9 +21,8 @@ FLATCORE_CLONES void backward_row(int64_t C, const T* p, T* dp, T* dz) {
     for (int64_t c = 0; c < C; ++c) mean += p[c] * dp[c];
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
-        const T u = dp[c] - mean;
-        dp[c] = u;
-        dz[c] = p[c] * u;
+        dz[c] = body::softmax_centred(p[c], dp[c], mean);
+        dp[c] -= mean;
     }
 }
 
@@ -34,14 +34,13 @@ FLATCORE_CLONES void second_order_row(int64_t C, const T* p, const T* u, bool td
     if (tdp_is_zero) std::fill(tdp, tdp + C, T(0));
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < C; ++c) {
-        const T centred = tz[c] - mean;
-        const T w = tdp[c] + centred * u[c];
-        tz[c] = p[c] * centred;
+        const T w = body::attention_second_order(tdp[c], tz[c], mean, u[c]);
+        tz[c] = body::softmax_centred(p[c], tz[c], mean);
         tdp[c] = w;
         sum += p[c] * w;
     }
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) tdp[c] = p[c] * (tdp[c] - sum);
+    for (int64_t c = 0; c < C; ++c) tdp[c] = body::softmax_centred(p[c], tdp[c], sum);
 }
 
 }  // namespace
@@ -49,7 +48,7 @@ FLATCORE_CLONES void second_order_row(int64_t C, const T* p, const T* u, bool td
 template <class T>
 void causal_mask(int64_t heads, int64_t rows, int64_t C, int64_t first, T* z) {
     for (int64_t i = 0; i < heads * rows; ++i) {
-        const int64_t kept = std::min(C, first + i % rows + 1);
+        const int64_t kept = body::causal_kept(C, first, i % rows);
         std::fill(z + i * C + kept, z + (i + 1) * C, -std::numeric_limits<T>::infinity());
     }
 }

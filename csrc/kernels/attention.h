@@ -22,4 +22,17 @@ void attention_backward(int64_t rows, int64_t C, const T* p, T* dp, T* dz);
 template <class T>
 void attention_second_order(int64_t rows, int64_t C, const T* p, const T* u, bool tdp_is_zero, T* tz, T* tdp);
 
+#if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
+namespace cuda {
+// The same three on a device; `stream` is a cudaStream_t.
+template <class T>
+void causal_mask(int64_t heads, int64_t rows, int64_t C, int64_t first, T* z, void* stream);
+template <class T>
+void attention_backward(int64_t rows, int64_t C, const T* p, T* dp, T* dz, void* stream);
+template <class T>
+void attention_second_order(int64_t rows, int64_t C, const T* p, const T* u, bool tdp_is_zero, T* tz, T* tdp,
+                            void* stream);
+}  // namespace cuda
+#endif
+
 }  // namespace flatcore

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "channel_affine.inl"
 #include "macros.h"
 #include "parallel.h"
 #include "row_sums.h"
@@ -13,34 +14,26 @@ constexpr int64_t kGrain = 8192;  // elements per thread below which a second th
 
 int64_t row_grain(int64_t C) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(C, 1)); }
 
-// y = scale x + (slope (z - mean) inverse_std) + shift for one row; absent arrays count as zero.
+// One row each; absent arrays are null.
 template <class T>
-FLATCORE_CLONES void affine_row(int64_t C, const T* x, const T* scale, const T* z, const T* mean,
-                                const T* inverse_std, const T* slope, const T* shift, T* y) {
+FLATCORE_CLONES void tangent_row(int64_t C, const T* x, const T* scale, const T* z, const T* mean,
+                                 const T* inverse_std, const T* slope, const T* shift, T* y) {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-        T value = shift ? shift[c] : T(0);
-        if (x) value += scale[c] * x[c];
-        if (z) value += slope[c] * ((z[c] - mean[c]) * inverse_std[c]);
-        y[c] = value;
-    }
+    for (int64_t c = 0; c < C; ++c)
+        y[c] = body::affine_tangent(c, x, scale, z, mean, inverse_std, slope, shift);
 }
 
 template <class T>
 FLATCORE_CLONES void forward_row(int64_t C, const ChannelAffine<T>& op, const T* x, T* y) {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) y[c] = (x[c] - op.mean[c]) * op.scale[c] + (op.bias ? op.bias[c] : T(0));
+    for (int64_t c = 0; c < C; ++c) y[c] = body::affine_forward(c, x, op.mean, op.scale, op.bias);
 }
 
 template <class T>
 FLATCORE_CLONES void adjoint_row(int64_t C, const T* tdy, const T* scale, const T* dy, const T* slope,
                                  const T* inverse_std, T* tdx) {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-        T value = tdy ? scale[c] * tdy[c] : T(0);
-        if (dy) value += slope[c] * inverse_std[c] * dy[c];
-        tdx[c] = value;
-    }
+    for (int64_t c = 0; c < C; ++c) tdx[c] = body::affine_adjoint(c, tdy, scale, dy, slope, inverse_std);
 }
 
 template <class T>
@@ -48,11 +41,9 @@ FLATCORE_CLONES void add_row(int64_t C, const T* tdy, const T* x, const T* mean,
                              const T* tx, const T* dy, double* weight_sums, double* bias_sums) {
     if (weight_sums) {
 #pragma omp simd
-        for (int64_t c = 0; c < C; ++c) {
-            T value = tdy ? (x[c] - mean[c]) * tdy[c] : T(0);
-            if (dy) value += tx[c] * dy[c];
-            weight_sums[c] += static_cast<double>(inverse_std[c] * value);
-        }
+        for (int64_t c = 0; c < C; ++c)
+            weight_sums[c] +=
+                static_cast<double>(body::affine_weight_term(c, tdy, x, mean, inverse_std, tx, dy));
     }
     if (bias_sums && tdy) {
 #pragma omp simd
@@ -76,9 +67,9 @@ void channel_affine_tangent(const ChannelAffine<T>& op, int64_t K, const T* tx, 
     parallel_for(0, K * rows, row_grain(C), [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             const int64_t k = row / rows, r = row % rows;
-            affine_row<T>(C, tx ? tx + row * C : nullptr, op.scale, tweight ? op.x + r * C : nullptr, op.mean,
-                          op.inverse_std, tweight ? tweight + k * weight_stride : nullptr,
-                          tbias ? tbias + k * bias_stride : nullptr, ty + row * C);
+            tangent_row<T>(C, tx ? tx + row * C : nullptr, op.scale, tweight ? op.x + r * C : nullptr,
+                           op.mean, op.inverse_std, tweight ? tweight + k * weight_stride : nullptr,
+                           tbias ? tbias + k * bias_stride : nullptr, ty + row * C);
         }
     });
 }

@@ -7,11 +7,13 @@
 
 #include <cstdint>
 
+#include "macros.h"
+
 namespace flatcore {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ULL;
 
-inline uint64_t mix(uint64_t z) {
+FLATCORE_HOST_DEVICE uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
     return z ^ (z >> 31);
@@ -20,13 +22,13 @@ inline uint64_t mix(uint64_t z) {
 // What draws of the same seed for different purposes are kept apart by.
 enum class Stream : uint64_t { signs = 0, normals = 1, examples = 2 };
 
-inline uint64_t row_key(uint64_t seed, Stream stream, int64_t row) {
+FLATCORE_HOST_DEVICE uint64_t row_key(uint64_t seed, Stream stream, int64_t row) {
     return mix(mix(mix(seed + kGolden) + static_cast<uint64_t>(stream) * kGolden) +
                (static_cast<uint64_t>(row) + 1) * kGolden);
 }
 
 // The 64 bits at a position of a row; below a row, of one of its examples.
-inline uint64_t word(uint64_t key, int64_t index) {
+FLATCORE_HOST_DEVICE uint64_t word(uint64_t key, int64_t index) {
     return mix(key + (static_cast<uint64_t>(index) + 1) * kGolden);
 }
 

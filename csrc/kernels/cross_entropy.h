@@ -38,4 +38,19 @@ template <class T, class Target>
 void cross_entropy_adjoint(int64_t K, int64_t rows, int64_t C, Target target, const T* p, const T* total,
                            const T* tdloss, const T* dloss, const T* tz, T* out);
 
+#if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
+namespace cuda {
+// The same three on a device; `stream` is a cudaStream_t.
+template <class T, class Target>
+void cross_entropy_forward(int64_t rows, int64_t C, const T* z, Target target, T* loss, T* p, T* total,
+                           void* stream);
+template <class T, class Target>
+void cross_entropy_tangent(int64_t K, int64_t rows, int64_t C, Target target, const T* p, const T* total,
+                           const T* tz, T* tloss, void* stream);
+template <class T, class Target>
+void cross_entropy_adjoint(int64_t K, int64_t rows, int64_t C, Target target, const T* p, const T* total,
+                           const T* tdloss, const T* dloss, const T* tz, T* out, void* stream);
+}  // namespace cuda
+#endif
+
 }  // namespace flatcore

@@ -12,6 +12,7 @@
 namespace flatcore::cuda {
 
 constexpr int64_t kThreads = 256;
+constexpr int kWarp = 32;
 // Leaves 64 registers a thread, 128 where it computes in double; without it ptxas stays at 32 and spills for
 // 1/z in double.
 template <class T>
@@ -54,6 +55,22 @@ __device__ inline int64_t row_stride() { return int64_t{gridDim.x} * blockDim.y;
 __device__ inline int64_t first_column() { return int64_t{blockIdx.y} * blockDim.x + threadIdx.x; }
 __device__ inline int64_t column_stride() { return int64_t{gridDim.y} * blockDim.x; }
 
+// The sum over the threads along x of a block, a multiple of a warp, where x is 0: lanes add as a binary
+// tree, then warps in their order. All threads of the block must call it; `sums` is shared, a place for each
+// warp.
+__device__ inline double sum_along_x(double sum, double* sums) {
+    const int x = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
+    double* of_row = sums + static_cast<int>(threadIdx.y) * warps;
+    for (int step = kWarp / 2; step > 0; step /= 2)
+        sum += __shfl_down_sync(~0u, sum, static_cast<unsigned>(step));
+    if (x % kWarp == 0) of_row[x / kWarp] = sum;
+    __syncthreads();
+    if (x == 0)
+        for (int warp = 1; warp < warps; ++warp) sum += of_row[warp];
+    __syncthreads();  // what comes next must not arrive before these are read
+    return sum;
+}
+
 // Neighbours that one instruction loads or stores.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {
@@ -63,6 +80,21 @@ struct alignas(N * sizeof(T)) Pack {
 template <int N, class T>
 __device__ inline Pack<T, N> load(const T* p) {
     return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+
+// Nothing but zeros where the array is absent.
+template <bool Present, int N, class T>
+__device__ inline Pack<T, N> load_or_zero(const T* p, int64_t i) {
+    if constexpr (Present) return load<N>(p + i);
+    return {};
+}
+
+// From any address.
+template <int N, class T>
+__device__ inline Pack<T, N> load_singly(const T* p) {
+    Pack<T, N> result;
+    for (int lane = 0; lane < N; ++lane) result.lane[lane] = p[lane];
+    return result;
 }
 
 template <class T, int N>

@@ -2,18 +2,14 @@
 
 #include <algorithm>
 
-#include "counter.h"
+#include "dots.inl"
+#include "example_probes.inl"
 #include "parallel.h"
 
 namespace flatcore {
 namespace {
 
 constexpr int64_t kSignsPerPiece = 1 << 14;  // fewer are not worth a thread
-
-uint64_t example_key(const ExampleBlock& block, int64_t probe, int64_t example) {
-    const uint64_t key = row_key(block.seed, Stream::examples, block.first_probe + probe);
-    return mix(key + (static_cast<uint64_t>(block.first_example + example) + 1) * kGolden);
-}
 
 // The signs of every byte: looking them up is four times as fast as shifting bits where the processor's
 // vectors have no shifts of their own for each lane.
@@ -22,7 +18,7 @@ struct ByteSigns {
     T of[256][8];
     ByteSigns() {
         for (int byte = 0; byte < 256; ++byte)
-            for (int j = 0; j < 8; ++j) of[byte][j] = (byte >> j) & 1 ? T(-1) : T(1);
+            for (int j = 0; j < 8; ++j) of[byte][j] = body::example_sign<T>(static_cast<uint64_t>(byte >> j));
     }
 };
 
@@ -44,14 +40,14 @@ void run(uint64_t key, int64_t first, int64_t count, T* out) {
     }
 }
 
-// body(key, probe, example, target) for every probe and example; `count` elements of the result each.
-template <class T, class Body>
-void for_each_example(const ExampleBlock& block, int64_t count, T* out, const Body& body) {
+// fill(key, example, target) for every probe and example; `count` elements of the result each.
+template <class T, class Fill>
+void for_each_example(const ExampleBlock& block, int64_t count, T* out, const Fill& fill) {
     const int64_t grain = std::max<int64_t>(1, kSignsPerPiece / std::max<int64_t>(count, 1));
     parallel_for(0, block.probes * block.examples, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t probe = i / block.examples, example = i % block.examples;
-            body(example_key(block, probe, example), example, out + i * count);
+            fill(body::example_key(block, probe, example), example, out + i * count);
         }
     });
 }
@@ -61,7 +57,7 @@ void for_each_example(const ExampleBlock& block, int64_t count, T* out, const Bo
 template <class T>
 void example_signs(const ExampleBlock& block, int64_t first, int64_t count, T* out) {
     if (block.probes * block.examples == 1) {  // few and long: the elements are what threads share
-        const uint64_t key = example_key(block, 0, 0);
+        const uint64_t key = body::example_key(block, 0, 0);
         parallel_for(0, count, kSignsPerPiece,
                      [&](int64_t begin, int64_t end) { run(key, first + begin, end - begin, out + begin); });
         return;
@@ -103,7 +99,7 @@ void row_dots(int64_t rows, int64_t width, const T* a, const T* b, double* out) 
             const T *x = a + r * width, *y = b + r * width;
             double sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < width; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(y[j]);
+            for (int64_t j = 0; j < width; ++j) sum += body::dot_term(x[j], y[j]);
             out[r] = sum;
         }
     });

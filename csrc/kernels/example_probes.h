@@ -32,4 +32,21 @@ void example_row_signs(const ExampleBlock& block, int64_t offset, const int64_t*
 template <class T>
 void row_dots(int64_t rows, int64_t width, const T* a, const T* b, double* out);
 
+#if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
+namespace cuda {
+// The same four on a device; `stream` is a cudaStream_t. Signs are the CPU's bit for bit; a dot's terms are
+// added in another order.
+template <class T>
+void example_signs(const ExampleBlock& block, int64_t first, int64_t count, T* out, void* stream);
+template <class T>
+void example_signs_at(const ExampleBlock& block, int64_t offset, const int64_t* elements, int64_t count,
+                      T* out, void* stream);
+template <class T>
+void example_row_signs(const ExampleBlock& block, int64_t offset, const int64_t* index, int64_t rows,
+                       int64_t width, int64_t frozen, T* out, void* stream);
+template <class T>
+void row_dots(int64_t rows, int64_t width, const T* a, const T* b, double* out, void* stream);
+}  // namespace cuda
+#endif
+
 }  // namespace flatcore

@@ -9,13 +9,6 @@
 namespace flatcore::cuda {
 namespace {
 
-// A thread's own copy of a pack, at index 0 of which the loop bodies begin; zeros of an absent array.
-template <bool Present, int N, class T>
-__device__ inline Pack<T, N> load_or_zero(const T* p, int64_t i) {
-    if constexpr (Present) return load<N>(p + i);
-    return {};
-}
-
 template <int N, class F, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     forward_kernel(F f, int64_t n, const T* __restrict__ z, T* __restrict__ y, T* __restrict__ d1,

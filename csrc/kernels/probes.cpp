@@ -1,18 +1,14 @@
 #include "probes.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "counter.h"
 #include "parallel.h"
+#include "probes.inl"
 
 namespace flatcore {
 namespace {
 
 constexpr int64_t kWordsPerPiece = 1024;  // fewer are not worth a thread
-
-// Uniform on (0, 1], 53 bits; never 0, so its logarithm is finite.
-double uniform(uint64_t bits) { return static_cast<double>((bits >> 11) + 1) * 0x1.0p-53; }
 
 }  // namespace
 
@@ -25,7 +21,7 @@ void rademacher_rows(uint64_t seed, int64_t first, int64_t K, int64_t P, T* out)
             const uint64_t bits = word(row_key(seed, Stream::signs, first + row), index);
             T* target = out + row * P + index * 64;
             const int64_t count = std::min<int64_t>(64, P - index * 64);
-            for (int64_t j = 0; j < count; ++j) target[j] = ((bits >> j) & 1) ? T(1) : T(-1);
+            for (int64_t j = 0; j < count; ++j) target[j] = body::rademacher_sign<T>(bits, j);
         }
     });
 }
@@ -37,11 +33,10 @@ void normal_rows(uint64_t seed, int64_t first, int64_t K, int64_t P, T* out) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = i / pairs, pair = i % pairs;
             const uint64_t key = row_key(seed, Stream::normals, first + row);
-            const double radius = std::sqrt(-2.0 * std::log(uniform(word(key, 2 * pair))));
-            const double angle = 2.0 * M_PI * uniform(word(key, 2 * pair + 1));
+            const auto [even, odd] = body::normal_pair(key, pair);
             T* target = out + row * P + 2 * pair;
-            target[0] = static_cast<T>(radius * std::cos(angle));
-            if (2 * pair + 1 < P) target[1] = static_cast<T>(radius * std::sin(angle));
+            target[0] = static_cast<T>(even);
+            if (2 * pair + 1 < P) target[1] = static_cast<T>(odd);
         }
     });
 }

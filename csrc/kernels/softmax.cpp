@@ -1,12 +1,11 @@
 #include "softmax.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "macros.h"
 #include "parallel.h"
-#include "vector_math.h"
+#include "softmax.inl"
 
 namespace flatcore {
 namespace {
@@ -27,14 +26,14 @@ FLATCORE_CLONES T forward_row(int64_t C, const T* z, T* p) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < C; ++c) {
-        const T e = std::exp(z[c] - peak);
+        const T e = body::softmax_exponential(z[c], peak);
         p[c] = e;
         sum += e;
     }
     const T scale = T(1) / sum;
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) p[c] *= scale;
-    return peak + std::log(sum);
+    return body::log_sum_exp(peak, sum);
 }
 
 template <class T>
@@ -48,7 +47,7 @@ FLATCORE_CLONES T dot(int64_t C, const T* a, const T* b) {
 template <class T>
 FLATCORE_CLONES void centred_row(int64_t C, const T* p, const T* t, T mean, T* out) {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) out[c] = p[c] * (t[c] - mean);
+    for (int64_t c = 0; c < C; ++c) out[c] = body::softmax_centred(p[c], t[c], mean);
 }
 
 template <class T>
@@ -56,10 +55,11 @@ FLATCORE_CLONES void adjoint_row(int64_t C, const T* p, const T* tdp, const T* d
     const T s = dot(C, p, dp), mean = dot(C, p, tz);
     T ts = 0;
 #pragma omp simd reduction(+ : ts)
-    for (int64_t c = 0; c < C; ++c) ts += p[c] * ((tz[c] - mean) * dp[c] + (tdp ? tdp[c] : T(0)));
+    for (int64_t c = 0; c < C; ++c)
+        ts += body::softmax_adjoint_term(p[c], tdp ? tdp[c] : T(0), dp[c], tz[c], mean);
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c)
-        tdz[c] = p[c] * ((tdp ? tdp[c] : T(0)) - ts + (tz[c] - mean) * (dp[c] - s));
+        tdz[c] = body::softmax_adjoint(p[c], tdp ? tdp[c] : T(0), dp[c], tz[c], mean, s, ts);
 }
 
 }  // namespace

@@ -23,4 +23,17 @@ template <class T>
 void softmax_adjoint(int64_t K, int64_t rows, int64_t C, const T* p, const T* tdp, const T* dp, const T* tz,
                      T* tdz);
 
+#if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
+namespace cuda {
+// The same three on a device; `stream` is a cudaStream_t.
+template <class T>
+void softmax_forward(int64_t rows, int64_t C, const T* z, T* p, T* log_sum, void* stream);
+template <class T>
+void softmax_tangent(int64_t K, int64_t rows, int64_t C, const T* p, const T* tz, T* tp, void* stream);
+template <class T>
+void softmax_adjoint(int64_t K, int64_t rows, int64_t C, const T* p, const T* tdp, const T* dp, const T* tz,
+                     T* tdz, void* stream);
+}  // namespace cuda
+#endif
+
 }  // namespace flatcore

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-import flatcore as fc
 from flatcore.bench import bare_jax, bare_torch, bare_torch_ggn, peers
 from flatcore.bench.bare_torch import Directions, Way, joined, split
-from flatcore.bench.setting import OPERATORS
+from flatcore.bench.setting import Setting
 from flatcore.bench.workloads import Built
 
 FLATCORE = "flatcore"
@@ -38,14 +37,15 @@ class Candidate:
 
 
 def candidates(
-    built: Built, V: Tensor, operator: str, *, compiled: bool, only: Collection[str]
+    built: Built, V: Tensor, setting: Setting, *, compiled: bool, only: Collection[str]
 ) -> dict[str, Candidate]:
-    """Every way to the products of the operator with V (K, P), flatcore first.
+    """Every way to the products of the setting's operator with V (K, P), flatcore first.
 
     compiled: also the bare-torch ways through torch.compile. only: names of the ways beside flatcore; empty: all.
     """
+    operator = setting.operator
     directions = split(V, tuple(built[0].parameters()))
-    found = {FLATCORE: Candidate(FLATCORE, lambda: _flatcore(built, V, operator))}
+    found = {FLATCORE: Candidate(FLATCORE, lambda: _flatcore(built, V, setting))}
     for name, prepare in torch_ways(built, operator, compiled).items():
         found[name] = Candidate("torch", _bound(prepare, directions))
     for name in peers.installed(operator):
@@ -68,8 +68,8 @@ def torch_ways(built: Built, operator: str, compiled: bool) -> dict[str, Callabl
     return bare_torch.ways(*bare_torch.loss_of_parameters(*built), compiled)
 
 
-def _flatcore(built: Built, V: Tensor, operator: str) -> Run:
-    A = OPERATORS[operator](fc.Objective(*built))
+def _flatcore(built: Built, V: Tensor, setting: Setting) -> Run:
+    A = setting.product_operator(*built)
     A.plan()  # captured, so that its memory is the product's
     return lambda: (A @ V.T).T
 

@@ -34,9 +34,9 @@ def run(
     picture: Path | None = None,
 ) -> dict[str, Any]:
     """Run the workloads, `say` each table as it is ready, and give the JSON document."""
-    ceilings = measure(setting.torch_dtype, setting.torch_device)
+    ceilings = measure(setting.torch_dtype, setting.torch_device, precision=setting.precision)
     say(
-        f"{setting.operator}, {setting.dtype}, {_place(setting)}: GEMM {ceilings.gemm / 1e9:.0f} Gflop/s "
+        f"{setting.operator}, {_numbers(setting)}, {_place(setting)}: GEMM {ceilings.gemm / 1e9:.0f} Gflop/s "
         f"({ceilings.gemm_library}), copy {ceilings.bandwidth / 1e9:.0f} GB/s"
     )
     results: list[Comparison] = []
@@ -66,6 +66,11 @@ def run(
     if picture is not None and results:
         show.figure(results, picture)
     return show.document(results, setting, ceilings)
+
+
+def _numbers(setting: Setting) -> str:
+    rounded = "" if setting.precision == "full" else f", flatcore's products in {setting.precision}"
+    return setting.dtype + rounded
 
 
 def _place(setting: Setting) -> str:

@@ -123,7 +123,9 @@ def figure(results: Iterable[Comparison], path: Path) -> None:
 
 
 def _title(result: Comparison) -> str:
-    return f"{_NAMES[result.setting.operator]} of {result.title}: K = {result.K}"
+    precision = result.setting.precision
+    rounded = "" if precision == "full" else f", flatcore in {precision}"
+    return f"{_NAMES[result.setting.operator]} of {result.title}: K = {result.K}{rounded}"
 
 
 def _ms(seconds: float) -> str:

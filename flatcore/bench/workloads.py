@@ -181,10 +181,10 @@ class _Logits(nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def gpt2(tokens: int) -> Built:
+def gpt2(tokens: int, examples: int = 1) -> Built:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    ids = torch.randint(50257, (1, tokens))
+    ids = torch.randint(50257, (examples, tokens))
     return _Logits(GPT2LMHeadModel(GPT2Config())).eval(), next_token_loss, (ids, ids)
 
 
@@ -202,5 +202,12 @@ WORKLOADS = {
             "vit", "ViT-tiny, 32x32 images, patch 4, batch 4", lambda: vision_transformer(4), large=True
         ),
         Workload("gpt2", "GPT-2 small, 128 tokens", lambda: gpt2(128), needs="transformers", large=True),
+        Workload(
+            "gpt2-long",
+            "GPT-2 small, 4 x 1024 tokens",
+            lambda: gpt2(1024, 4),
+            needs="transformers",
+            large=True,
+        ),
     )
 }

@@ -46,11 +46,3 @@ def seconds(value: float) -> str:
 
 def count(value: int) -> str:
     return f"{value:,}".replace(",", " ")
-
-
-def size(value: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flatcore.memory import readable
 from flatcore.report.compute import Report
-from flatcore.report.numbers import count, percent, plain, seconds, size, with_error
+from flatcore.report.numbers import count, percent, plain, seconds, with_error
 
 
 @dataclass(frozen=True)
@@ -121,5 +122,5 @@ _ROWS: tuple[tuple[str, str, str, Callable[[Report], str]], ...] = (
     ),
     ("cost", "relative difference", "of the two traces, of the two sets of eigenvalues", _agreement),
     ("cost", "native share", "of the arithmetic, in flatcore's engine", lambda r: percent(r.native_fraction)),
-    ("cost", "memory", "planned for the buffers of the widest product", lambda r: size(r.peak_bytes)),
+    ("cost", "memory", "planned for the buffers of the widest product", lambda r: readable(r.peak_bytes)),
 )

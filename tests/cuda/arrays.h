@@ -7,6 +7,8 @@
 #include <random>
 #include <vector>
 
+#include "expect.h"
+
 template <class T>
 std::vector<T> numbers(int64_t count, unsigned seed) {
     std::mt19937 generator(seed);
@@ -25,10 +27,10 @@ inline std::vector<int64_t> indices(int64_t count, int64_t bound, unsigned seed)
     return result;
 }
 
-// Bit for bit, but for the sign of zero and of NaN.
+// Element by element as `agree` has it: bit for bit where no function of the C library comes in.
 template <class T>
 bool equal(const std::vector<T>& a, const std::vector<T>& b) {
     for (size_t i = 0; i < a.size(); ++i)
-        if (a[i] != b[i] && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+        if (!agree(a[i], b[i])) return false;
     return a.size() == b.size();
 }

@@ -26,8 +26,6 @@ namespace flatcore {
 
 namespace {
 
-enum Input { kQuery, kKey, kValue, kMask };  // and what forward saves
-
 // The tiles that a unit of work holds: p alone forward, then as many as the sweep reaches down the list.
 enum Buffer { kP, kTz, kTdz, kDp, kDz };
 constexpr int64_t kForward = 1, kTangent = 2, kFirstOrder = 3, kSecondOrder = 5;
@@ -59,24 +57,25 @@ at::Tensor mask_part(const at::Tensor& mask, const HeadGroup& group, const Atten
 void softmax_tangent_in_place(const at::Tensor& p, const at::Tensor& tz) {
     FLATCORE_DISPATCH(p, "attention", [&] {
         scalar_t* data = tz.mutable_data_ptr<scalar_t>();
-        softmax_tangent<scalar_t>(1, p.size(0) * p.size(1), p.size(2), p.const_data_ptr<scalar_t>(), data,
-                                  data);
+        FLATCORE_RUN(p, softmax_tangent<scalar_t>, 1, p.size(0) * p.size(1), p.size(2),
+                     p.const_data_ptr<scalar_t>(), data, data);
     });
 }
 
 void backward_in_place(const at::Tensor& p, const at::Tensor& dp, const at::Tensor& dz) {
     FLATCORE_DISPATCH(p, "attention", [&] {
-        attention_backward<scalar_t>(p.size(0) * p.size(1), p.size(2), p.const_data_ptr<scalar_t>(),
-                                     dp.mutable_data_ptr<scalar_t>(), dz.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(p, attention_backward<scalar_t>, p.size(0) * p.size(1), p.size(2),
+                     p.const_data_ptr<scalar_t>(), dp.mutable_data_ptr<scalar_t>(),
+                     dz.mutable_data_ptr<scalar_t>());
     });
 }
 
 void second_order_in_place(const at::Tensor& p, const at::Tensor& u, bool tdp_is_zero, const at::Tensor& tz,
                            const at::Tensor& tdp) {
     FLATCORE_DISPATCH(p, "attention", [&] {
-        attention_second_order<scalar_t>(p.size(0) * p.size(1), p.size(2), p.const_data_ptr<scalar_t>(),
-                                         u.const_data_ptr<scalar_t>(), tdp_is_zero,
-                                         tz.mutable_data_ptr<scalar_t>(), tdp.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(p, attention_second_order<scalar_t>, p.size(0) * p.size(1), p.size(2),
+                     p.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(), tdp_is_zero,
+                     tz.mutable_data_ptr<scalar_t>(), tdp.mutable_data_ptr<scalar_t>());
     });
 }
 
@@ -109,7 +108,7 @@ struct AttentionWork {
 };
 
 // What a unit reads and writes in the adjoint sweep. Undefined: zero, or not asked for.
-struct AttentionAdjoint {
+struct AttentionTileAdjoint {
     at::Tensor tq, tk, tv, tdo;  // (directions, heads, length, width)
     at::Tensor dout;             // defined where there are second-derivative terms
     at::Tensor tdq;              // like tq, a view of the result
@@ -129,7 +128,7 @@ AttentionRule::AttentionRule(const Program& program, const Op& op)
     const Integers &q = input(kQuery).shape, &k = input(kKey).shape, &v = input(kValue).shape;
     if (v[2] != k[2] || k[3] != q[3])
         throw std::invalid_argument("key must have the width of query and the length of value");
-    tiling_ = AttentionTiling(q[0], q[1], q[2], k[2], causal_);
+    tiling_ = AttentionTiling(q[0], q[1], q[2], k[2], causal_, program.gpu());
 }
 
 // Calls body(work) for each unit, over the threads.
@@ -137,7 +136,7 @@ template <class Body>
 void AttentionRule::for_each_unit(const State& state, int64_t K, int64_t buffers, const Body& body) const {
     const std::vector<AttentionUnit> units = tiling_.units(K);
     const std::vector<at::Tensor>& saved = state.saved(op_);
-    at::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t first, int64_t last) {
+    const auto some = [&](int64_t first, int64_t last) {
         at::AutoDispatchBelowADInplaceOrView guard;  // as in the calling thread
         for (int64_t i = first; i < last; ++i) {
             const AttentionUnit& unit = units[static_cast<size_t>(i)];
@@ -146,7 +145,12 @@ void AttentionRule::for_each_unit(const State& state, int64_t K, int64_t buffers
                 unit, part(kQuery), part(kKey), part(kValue), saved[kMask],
                 at::empty({buffers, unit.group.size() * tiling_.tile_elements()}, state.options())});
         }
-    });
+    };
+    const auto count = static_cast<int64_t>(units.size());
+    if (program_.gpu())
+        some(0, count);
+    else
+        at::parallel_for(0, count, 1, some);
 }
 
 at::Tensor AttentionRule::probabilities(const AttentionWork& work, const AttentionTile& tile) const {
@@ -163,8 +167,8 @@ at::Tensor AttentionRule::probabilities(const AttentionWork& work, const Attenti
     }
     FLATCORE_DISPATCH(z, "attention", [&] {
         scalar_t* data = z.mutable_data_ptr<scalar_t>();
-        if (causal_) causal_mask(group.size(), tile.rows, tile.keys, tile.row, data);
-        softmax_forward<scalar_t>(group.size() * tile.rows, tile.keys, data, data, nullptr);
+        if (causal_) FLATCORE_RUN(z, causal_mask, group.size(), tile.rows, tile.keys, tile.row, data);
+        FLATCORE_RUN(z, softmax_forward<scalar_t>, group.size() * tile.rows, tile.keys, data, data, nullptr);
     });
     return z;
 }
@@ -182,9 +186,14 @@ at::Tensor AttentionRule::logit_tangent(const AttentionWork& work, const Attenti
 at::Tensor AttentionRule::forward(State& state) const {
     at::Tensor mask = has(kMask) ? state.value(op_.inputs[kMask]) : at::Tensor();
     while (mask.defined() && mask.dim() < 4) mask = mask.unsqueeze(0);
+    if (mask.defined() && mask.scalar_type() != at::kBool) mask = mask.to(state.options().dtype());
     const auto dense = [&](Input i) { return state.value(op_.inputs[i]).contiguous(); };
     state.saved(op_) = {dense(kQuery), dense(kKey), dense(kValue), mask};
     at::Tensor o = at::empty(output().shape, state.options());
+    if (fuses()) {
+        fused_forward(state, o);
+        return o;
+    }
     for_each_unit(state, 1, kForward, [&](const AttentionWork& work) {
         const at::Tensor out = group_part(o, work.unit.group);
         for (const AttentionTile& tile : tiling_.tiles())
@@ -194,6 +203,7 @@ at::Tensor AttentionRule::forward(State& state) const {
 }
 
 at::Tensor AttentionRule::tangent(const Directions& d) const {
+    if (fuses(d.precision())) return fused_tangent(d);
     const auto directions = [&](Input i) { return active(i) ? d.tangent(i) : at::Tensor(); };
     const at::Tensor tq = directions(kQuery), tk = directions(kKey), tv = directions(kValue);
     const bool p_moves = tq.defined() || tk.defined();
@@ -219,7 +229,7 @@ at::Tensor AttentionRule::tangent(const Directions& d) const {
 }
 
 void AttentionRule::adjoint_of_tile(const AttentionWork& work, const AttentionTile& tile,
-                                    const AttentionAdjoint& a) const {
+                                    const AttentionTileAdjoint& a) const {
     const at::Tensor q = rows_of(work.q, tile), k = keys_of(work.k, tile), v = keys_of(work.v, tile);
     const bool cross = a.dout.defined(), wants_tdz = a.tdq.defined() || a.tdk.defined();
     const at::Tensor p = probabilities(work, tile);
@@ -266,6 +276,7 @@ void AttentionRule::adjoint(Directions& d) const {
     const bool cross = d.second_order() && has_second_order();
     const at::Tensor tdo = d.cotangent(), dout = cross ? d.state().adjoint(op_.output) : at::Tensor();
     if (!tdo.defined() && !cross) return;
+    if (fuses(d.precision())) return fused_adjoint(d, cross);
     const auto directions = [&](Input i) { return cross && active(i) ? d.tangent(i) : at::Tensor(); };
     const at::Tensor tq = directions(kQuery), tk = directions(kKey), tv = directions(kValue);
     std::array<at::Tensor, 3> results;
@@ -281,14 +292,14 @@ void AttentionRule::adjoint(Directions& d) const {
             if (!result.defined()) return result;
             return at::zeros({unit.directions, unit.group.size(), result.size(-1), seen}, result.options());
         };
-        const AttentionAdjoint a{.tq = work.dense_part(tq),
-                                 .tk = work.dense_part(tk),
-                                 .tv = work.dense_part(tv),
-                                 .tdo = work.dense_part(tdo),
-                                 .dout = cross ? group_part(dout, unit.group).contiguous() : dout,
-                                 .tdq = work.part(tdq),
-                                 .tdk = sum(tdk),
-                                 .tdv = sum(tdv)};
+        const AttentionTileAdjoint a{.tq = work.dense_part(tq),
+                                     .tk = work.dense_part(tk),
+                                     .tv = work.dense_part(tv),
+                                     .tdo = work.dense_part(tdo),
+                                     .dout = cross ? group_part(dout, unit.group).contiguous() : dout,
+                                     .tdq = work.part(tdq),
+                                     .tdk = sum(tdk),
+                                     .tdv = sum(tdv)};
         for (const AttentionTile& tile : tiling_.tiles()) adjoint_of_tile(work, tile, a);
         const auto write = [&](const at::Tensor& result, const at::Tensor& sums) {
             if (!result.defined()) return;
@@ -332,8 +343,8 @@ int64_t AttentionRule::workspace(int64_t K) const {
     int64_t results = 0;
     for (int i : {kQuery, kKey, kValue})
         if (active(i) && input(i).kind == ValueKind::parameter) results += K * input(i).numel;
-    return std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(units.size())) * unit.group.size() *
-               heads +
+    const int64_t threads = program_.gpu() ? 1 : at::get_num_threads();
+    return std::min<int64_t>(threads, static_cast<int64_t>(units.size())) * unit.group.size() * heads +
            results;
 }
 

@@ -17,20 +17,31 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kTileElements = 1 << 19;
 constexpr int64_t kLeastRows = 64, kMostRows = 128;
 
+// On a GPU a tile is one launch of each product and row pass: the buffers, 128 MiB each in float32, bound how
+// few they are. A causal sweep over 256 rows at a time computes an eighth too much where there are 1,024.
+// Chosen by counting, not measured.
+constexpr int64_t kGpuTileElements = int64_t{1} << 25;
+constexpr int64_t kGpuCausalRows = 256;
+
 }  // namespace
 
-AttentionTiling::AttentionTiling(int64_t batches, int64_t heads, int64_t queries, int64_t keys, bool causal)
+AttentionTiling::AttentionTiling(int64_t batches, int64_t heads, int64_t queries, int64_t keys, bool causal,
+                                 bool gpu)
     : batches_(batches), heads_(heads), queries_(queries),
-      seen_keys_(causal ? std::min(queries, keys) : keys), causal_(causal) {
-    const int64_t most = std::clamp(kTileElements / std::max<int64_t>(1, seen_keys_), kLeastRows, kMostRows);
+      seen_keys_(causal ? std::min(queries, keys) : keys),
+      most_elements_(gpu ? kGpuTileElements : kTileElements), causal_(causal), gpu_(gpu) {
+    const int64_t most_rows = !gpu ? kMostRows : causal ? kGpuCausalRows : std::max(kLeastRows, queries);
+    const int64_t most = std::clamp(most_elements_ / std::max<int64_t>(1, seen_keys_), kLeastRows, most_rows);
     const int64_t pieces = std::max<int64_t>(1, ceil_div(queries, most));
     tile_rows_ = ceil_div(queries, pieces);
 }
 
+int64_t AttentionTiling::threads() const { return gpu_ ? 1 : at::get_num_threads(); }
+
 int64_t AttentionTiling::group_size() const {
-    if (tile_rows_ < queries_) return 1;
-    const int64_t fitting = kTileElements / std::max<int64_t>(1, tile_elements());
-    const int64_t per_thread = ceil_div(batches_ * heads_, at::get_num_threads());
+    if (!gpu_ && tile_rows_ < queries_) return 1;
+    const int64_t fitting = most_elements_ / std::max<int64_t>(1, tile_elements());
+    const int64_t per_thread = ceil_div(batches_ * heads_, threads());
     return std::max<int64_t>(1, std::min(fitting, per_thread));
 }
 
@@ -49,8 +60,8 @@ std::vector<AttentionUnit> AttentionTiling::units(int64_t directions) const {
     }
     // Few groups that do not divide among the threads: divide the directions too, though each range of them
     // then recomputes the probabilities.
-    const int64_t threads = at::get_num_threads(), count = static_cast<int64_t>(groups.size());
-    const int64_t ranges = count >= 4 * threads ? 1 : threads / std::gcd(count, threads);
+    const int64_t count = static_cast<int64_t>(groups.size());
+    const int64_t ranges = count >= 4 * threads() ? 1 : threads() / std::gcd(count, threads());
     const int64_t range = std::max<int64_t>(1, ceil_div(directions, ranges));
     std::vector<AttentionUnit> units;
     for (const HeadGroup& group : groups)

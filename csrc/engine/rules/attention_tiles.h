@@ -1,5 +1,5 @@
 // How attention is cut: units of work for the threads, each a group of heads times a range of directions, and
-// within a unit tiles of query rows times the keys those rows may see.
+// within a unit tiles of query rows times the keys those rows may see. A GPU works at one unit at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,7 +27,7 @@ struct AttentionTile {
 class AttentionTiling {
  public:
     AttentionTiling() = default;
-    AttentionTiling(int64_t batches, int64_t heads, int64_t queries, int64_t keys, bool causal);
+    AttentionTiling(int64_t batches, int64_t heads, int64_t queries, int64_t keys, bool causal, bool gpu);
 
     // No two units write the same memory. The cut depends on the number of threads, and on nothing else that
     // changes between calls. The first unit is the largest.
@@ -39,9 +39,11 @@ class AttentionTiling {
 
  private:
     int64_t group_size() const;  // heads of the largest group, at most
+    int64_t threads() const;
 
     int64_t batches_ = 0, heads_ = 0, queries_ = 0, seen_keys_ = 0, tile_rows_ = 0;
-    bool causal_ = false;
+    int64_t most_elements_ = 0;  // of a tile over its heads
+    bool causal_ = false, gpu_ = false;
 };
 
 // The group's part of t (..., batch, heads, length, width) as (..., heads, length, width): a view where the

@@ -65,8 +65,8 @@ at::Tensor BatchNormRule::forward(State& state) const {
     const at::Tensor bias = has(kBias) ? state.value(op_.inputs[kBias]).contiguous() : at::Tensor();
     at::Tensor y = at::empty({rows_, channels_}, x.options());
     FLATCORE_DISPATCH(y, "batch_norm", [&] {
-        channel_affine_forward(kernel_of<scalar_t>(state, op_, rows_, channels_, bias, x),
-                               y.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(y, channel_affine_forward, kernel_of<scalar_t>(state, op_, rows_, channels_, bias, x),
+                     y.mutable_data_ptr<scalar_t>());
     });
     return value_of(y, 0);
 }
@@ -79,10 +79,10 @@ at::Tensor BatchNormRule::tangent(const Directions& d) const {
     const at::Tensor tweight = active(kWeight) ? each_contiguous(d.tangent(kWeight)) : at::Tensor();
     const at::Tensor tbias = active(kBias) ? each_contiguous(d.tangent(kBias)) : at::Tensor();
     FLATCORE_DISPATCH(ty, "batch_norm", [&] {
-        channel_affine_tangent(kernel_of<scalar_t>(d.state(), op_, rows_, channels_, {}, x), K,
-                               pointer_or_null<scalar_t>(tx), pointer_or_null<scalar_t>(tweight),
-                               stride_or_zero(tweight), pointer_or_null<scalar_t>(tbias),
-                               stride_or_zero(tbias), ty.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(ty, channel_affine_tangent, kernel_of<scalar_t>(d.state(), op_, rows_, channels_, {}, x),
+                     K, pointer_or_null<scalar_t>(tx), pointer_or_null<scalar_t>(tweight),
+                     stride_or_zero(tweight), pointer_or_null<scalar_t>(tbias), stride_or_zero(tbias),
+                     ty.mutable_data_ptr<scalar_t>());
     });
     return value_of(ty, K);
 }
@@ -107,11 +107,13 @@ void BatchNormRule::adjoint(Directions& d) const {
         const auto kernel = kernel_of<scalar_t>(state, op_, rows_, channels_, {}, x);
         const scalar_t *tdy_data = pointer_or_null<scalar_t>(tdy), *dy_data = pointer_or_null<scalar_t>(dy);
         if (tdx.defined())
-            channel_affine_adjoint(kernel, K, tdy_data, dy_data, pointer_or_null<scalar_t>(tweight),
-                                   stride_or_zero(tweight), tdx.mutable_data_ptr<scalar_t>());
+            FLATCORE_RUN(tdx, channel_affine_adjoint, kernel, K, tdy_data, dy_data,
+                         pointer_or_null<scalar_t>(tweight), stride_or_zero(tweight),
+                         tdx.mutable_data_ptr<scalar_t>());
         if (weight_sums.defined() || bias_sums.defined())
-            channel_affine_sums(kernel, K, tdy_data, dy_data, pointer_or_null<scalar_t>(tx),
-                                writable_or_null<double>(weight_sums), writable_or_null<double>(bias_sums));
+            FLATCORE_RUN(state.saved(op_)[kScale], channel_affine_sums, kernel, K, tdy_data, dy_data,
+                         pointer_or_null<scalar_t>(tx), writable_or_null<double>(weight_sums),
+                         writable_or_null<double>(bias_sums));
     });
     if (tdx.defined()) d.add(kX, value_of(tdx, K), true);
     if (weight_sums.defined()) d.add(kWeight, weight_sums.sum(1).to(state.options().dtype()), true);

@@ -4,8 +4,8 @@
 // Where W is shared, K folds into the batch axis. The other terms run one direction at a time: channels last
 // needs no reordering of x or dy, and one direction's working set stays in the cache.
 //
-// In bf16 the results are rounded too: oneDNN's convolutions, as torch calls them, give the type that they
-// take.
+// In bf16 the results are rounded too: oneDNN's and cuDNN's convolutions, as torch calls them, give the type
+// that they take.
 #include <ATen/Context.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -29,10 +29,10 @@ at::Tensor widened(const at::Tensor& t) { return t.scalar_type() == at::kBFloat1
 // With fewer channels, or less to do, the passes over operands and results cost more than the products save.
 constexpr int64_t kFewestChannels = 16, kFewestProducts = int64_t{1} << 21;
 
-bool pays_in_bf16(const Integers& weight, int64_t results, int64_t groups) {
+bool pays_in_bf16(bool gpu, const Integers& weight, int64_t results, int64_t groups) {
     return groups == 1 && std::min(weight[0], weight[1]) >= kFewestChannels &&
            results * weight[1] * weight[2] * weight[3] >= kFewestProducts &&
-           at::globalContext().userEnabledMkldnn();
+           (gpu || at::globalContext().userEnabledMkldnn());
 }
 
 }  // namespace
@@ -174,13 +174,13 @@ double ConvolutionRule::flops(int64_t K, bool second_order) const {
 }
 
 at::ScalarType ConvolutionRule::operand_type(const Directions& d) const {
-    const bool rounds =
-        d.precision() == Precision::bf16 && pays_in_bf16(input(1).shape, output().numel, groups_);
+    const bool rounds = d.precision() == Precision::bf16 &&
+                        pays_in_bf16(program_.gpu(), input(1).shape, output().numel, groups_);
     return rounds ? at::kBFloat16 : c10::typeMetaToScalarType(d.state().options().dtype());
 }
 
 Rounding ConvolutionRule::rounding(int64_t K, bool second_order) const {
-    if (!pays_in_bf16(input(1).shape, output().numel, groups_)) return {};
+    if (!pays_in_bf16(program_.gpu(), input(1).shape, output().numel, groups_)) return {};
     // In half the bytes: K directions of an operand and of the result at once, the operands that they share,
     // weights.
     const int64_t rounded = (K + 1) * (input(0).numel + output().numel) + 2 * input(1).numel;

@@ -45,9 +45,9 @@ at::Tensor CrossEntropyRule::forward(State& state) const {
     const at::Tensor total = has(kIndex) ? at::Tensor() : at::empty({rows_}, z.options());
     FLATCORE_DISPATCH(z, "cross_entropy", [&] {
         with_target<scalar_t>(state, [&](auto target, const scalar_t*) {
-            cross_entropy_forward(rows_, classes_, z.const_data_ptr<scalar_t>(), target,
-                                  loss.mutable_data_ptr<scalar_t>(), p.mutable_data_ptr<scalar_t>(),
-                                  total.defined() ? total.mutable_data_ptr<scalar_t>() : nullptr);
+            FLATCORE_RUN(z, cross_entropy_forward, rows_, classes_, z.const_data_ptr<scalar_t>(), target,
+                         loss.mutable_data_ptr<scalar_t>(), p.mutable_data_ptr<scalar_t>(),
+                         total.defined() ? total.mutable_data_ptr<scalar_t>() : nullptr);
         });
     });
     state.saved(op_) = {p, total};
@@ -60,8 +60,9 @@ at::Tensor CrossEntropyRule::tangent(const Directions& d) const {
     at::Tensor tloss = new_directions(d.K(), output(), tz.options());
     FLATCORE_DISPATCH(tz, "cross_entropy", [&] {
         with_target<scalar_t>(d.state(), [&](auto target, const scalar_t* total) {
-            cross_entropy_tangent(d.K(), rows_, classes_, target, p.const_data_ptr<scalar_t>(), total,
-                                  tz.const_data_ptr<scalar_t>(), tloss.mutable_data_ptr<scalar_t>());
+            FLATCORE_RUN(tz, cross_entropy_tangent, d.K(), rows_, classes_, target,
+                         p.const_data_ptr<scalar_t>(), total, tz.const_data_ptr<scalar_t>(),
+                         tloss.mutable_data_ptr<scalar_t>());
         });
     });
     return tloss;
@@ -77,9 +78,10 @@ void CrossEntropyRule::adjoint(Directions& d) const {
     at::Tensor tdz = at::empty(with_directions(d.K(), input(kLogits).shape), state.options());
     FLATCORE_DISPATCH(tdz, "cross_entropy", [&] {
         with_target<scalar_t>(state, [&](auto target, const scalar_t* total) {
-            cross_entropy_adjoint(d.K(), rows_, classes_, target, p.const_data_ptr<scalar_t>(), total,
-                                  pointer_or_null<scalar_t>(tdloss), pointer_or_null<scalar_t>(dloss),
-                                  pointer_or_null<scalar_t>(tz), tdz.mutable_data_ptr<scalar_t>());
+            FLATCORE_RUN(tdz, cross_entropy_adjoint, d.K(), rows_, classes_, target,
+                         p.const_data_ptr<scalar_t>(), total, pointer_or_null<scalar_t>(tdloss),
+                         pointer_or_null<scalar_t>(dloss), pointer_or_null<scalar_t>(tz),
+                         tdz.mutable_data_ptr<scalar_t>());
         });
     });
     d.add(kLogits, tdz, true);

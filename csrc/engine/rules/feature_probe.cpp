@@ -83,7 +83,7 @@ at::Tensor new_signs(const ExampleBlock& block, int64_t first, int64_t count,
                      const at::TensorOptions& options) {
     at::Tensor signs = at::empty({block.probes, block.examples, count}, options);
     FLATCORE_DISPATCH(signs, "signs", [&] {
-        example_signs<scalar_t>(block, first, count, signs.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(signs, example_signs<scalar_t>, block, first, count, signs.mutable_data_ptr<scalar_t>());
     });
     return signs;
 }
@@ -165,7 +165,7 @@ void FeatureProbeRule::each_example(const Body& body) const {
         const at::AutoDispatchBelowADInplaceOrView guard;  // set for each thread
         for (int64_t n = first; n < last; ++n) body(n);
     };
-    if (examples_ >= 2 * at::get_num_threads() && !at::in_parallel_region())
+    if (!program_.gpu() && examples_ >= 2 * at::get_num_threads() && !at::in_parallel_region())
         at::parallel_for(0, examples_, 1, some);
     else
         some(0, examples_);
@@ -312,7 +312,7 @@ void FeatureProbeRule::add_diagonal(const State& state, ExampleProbes& probes, c
         const at::AutoDispatchBelowADInplaceOrView guard;  // set for each thread
         for (int64_t piece = first; piece < last; ++piece) one_piece(piece);
     };
-    if (pieces > 1 && !at::in_parallel_region())
+    if (!program_.gpu() && pieces > 1 && !at::in_parallel_region())
         at::parallel_for(0, pieces, 1, some);
     else
         some(0, pieces);

@@ -109,6 +109,12 @@ double LinearRule::flops(int64_t K, bool second_order) const {
 // Of all the products, whichever side is rounded ahead.
 Rounding LinearRule::rounding(int64_t K, bool second_order) const {
     if (!bf16_pays(rows_, in_, out_)) return {};
+    const int64_t x = rows_ * in_, y = rows_ * out_, weight = in_ * out_;
+    if (program_.gpu())
+        return {flops(K, second_order),
+                std::max({rounded_whole(K * x + weight), rounded_whole(K * y + weight),
+                          rounded_whole(K * weight + std::max(x, y)), rounded_whole(K * y + x),
+                          rounded_whole(K * x + y)})};
     return {flops(K, second_order),
             std::max({bf16_workspace(out_, in_), bf16_workspace(in_, out_), bf16_workspace(rows_, in_),
                       bf16_workspace(in_, rows_), bf16_workspace(rows_, out_), bf16_workspace(out_, rows_)})};
@@ -119,8 +125,8 @@ int64_t LinearRule::workspace(int64_t K) const {
     // parameter brought together for one GEMM; the adjoint of an image before it is laid channels last.
     const bool apart = input(0).channels_last || (input(0).kind == ValueKind::parameter && K > 1);
     const int64_t gathered = apart ? K * input(0).numel : 0;
-    return gathered +
-           std::max(active(1) ? gemm_each_workspace(K, in_, out_, rows_) : 0, active(2) ? K * out_ : 0);
+    return gathered + std::max(active(1) ? gemm_each_workspace(program_.gpu(), K, in_, out_, rows_) : 0,
+                               active(2) ? K * out_ : 0);
 }
 
 }  // namespace flatcore

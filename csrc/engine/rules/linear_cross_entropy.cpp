@@ -105,8 +105,8 @@ at::Tensor LinearCrossEntropyRule::probabilities(const State& state, const Opera
     const at::Tensor p = buffer.narrow(0, 0, rows);
     logits(v, first, p);
     FLATCORE_DISPATCH(p, "linear_cross_entropy", [&] {
-        softmax_forward<scalar_t>(rows, classes_, p.const_data_ptr<scalar_t>(),
-                                  p.mutable_data_ptr<scalar_t>(), nullptr);
+        FLATCORE_RUN(p, softmax_forward<scalar_t>, rows, classes_, p.const_data_ptr<scalar_t>(),
+                     p.mutable_data_ptr<scalar_t>(), nullptr);
     });
     return p;
 }
@@ -145,8 +145,8 @@ at::Tensor LinearCrossEntropyRule::forward(State& state) const {
         FLATCORE_DISPATCH(z, "linear_cross_entropy", [&] {
             with_target<scalar_t>(state, first, [&](auto target, const scalar_t*) {
                 scalar_t* data = z.mutable_data_ptr<scalar_t>();
-                cross_entropy_forward<scalar_t>(rows, classes_, data, target,
-                                                loss.mutable_data_ptr<scalar_t>() + first, data, nullptr);
+                FLATCORE_RUN(z, cross_entropy_forward<scalar_t>, rows, classes_, data, target,
+                             loss.mutable_data_ptr<scalar_t>() + first, data, nullptr);
             });
         });
     });
@@ -167,9 +167,9 @@ at::Tensor LinearCrossEntropyRule::tangent(const Directions& d) const {
             logit_tangent(v, t, k, first, tz, d.precision());
             FLATCORE_DISPATCH(tz, "linear_cross_entropy", [&] {
                 with_target<scalar_t>(state, first, [&](auto target, const scalar_t* total) {
-                    cross_entropy_tangent<scalar_t>(1, rows, classes_, target, p.const_data_ptr<scalar_t>(),
-                                                    total, tz.const_data_ptr<scalar_t>(),
-                                                    tloss.mutable_data_ptr<scalar_t>() + k * rows_ + first);
+                    FLATCORE_RUN(tz, cross_entropy_tangent<scalar_t>, 1, rows, classes_, target,
+                                 p.const_data_ptr<scalar_t>(), total, tz.const_data_ptr<scalar_t>(),
+                                 tloss.mutable_data_ptr<scalar_t>() + k * rows_ + first);
                 });
             });
         }
@@ -209,10 +209,10 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
             const at::Tensor out = buffer.narrow(0, 0, rows);
             FLATCORE_DISPATCH(out, "linear_cross_entropy", [&] {
                 with_target<scalar_t>(state, first, [&](auto target, const scalar_t* total) {
-                    cross_entropy_adjoint<scalar_t>(
-                        1, rows, classes_, target, p.const_data_ptr<scalar_t>(), total,
-                        row_or_null<scalar_t>(own, first), row_or_null<scalar_t>(curvature, first),
-                        pointer_or_null<scalar_t>(tz), out.mutable_data_ptr<scalar_t>());
+                    FLATCORE_RUN(out, cross_entropy_adjoint<scalar_t>, 1, rows, classes_, target,
+                                 p.const_data_ptr<scalar_t>(), total, row_or_null<scalar_t>(own, first),
+                                 row_or_null<scalar_t>(curvature, first), pointer_or_null<scalar_t>(tz),
+                                 out.mutable_data_ptr<scalar_t>());
                 });
             });
             return out;
@@ -257,6 +257,10 @@ double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
 // The logits are values, in full precision. Of a chunk's operands the smaller are rounded ahead.
 Rounding LinearCrossEntropyRule::rounding(int64_t K, bool second_order) const {
     if (!bf16_pays(chunk_rows_, width_, classes_)) return {};
+    if (program_.gpu())
+        return {flops(K, second_order) - flops(0, second_order),
+                rounded_whole(std::max(chunk_rows_, width_) * classes_ +
+                              std::max(chunk_rows_, classes_) * width_)};
     return {flops(K, second_order) - flops(0, second_order),
             std::max({bf16_workspace(chunk_rows_, width_), bf16_workspace(width_, chunk_rows_),
                       bf16_workspace(chunk_rows_, classes_)})};

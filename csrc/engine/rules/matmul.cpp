@@ -21,7 +21,7 @@ at::Tensor transposed(const at::Tensor& t) { return t.transpose(-2, -1); }
 
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, Precision precision) {
     const int64_t m = a.size(-2), n = b.size(-1), k = a.size(-1);
-    if (precision == Precision::full || !bf16_pays(m, n, k)) return at::matmul(a, b);
+    if (precision != Precision::bf16 || !bf16_pays(m, n, k)) return at::matmul(a, b);
     const auto batch_of = [](const at::Tensor& t) { return t.sizes().slice(0, t.dim() - 2); };
     const Integers batch = at::infer_size(batch_of(a), batch_of(b));
     const auto with_batch = [&](int64_t rows, int64_t columns) {
@@ -83,6 +83,10 @@ Rounding MatmulRule::rounding(int64_t K, bool second_order) const {
     const int64_t m = y[y.size() - 2], n = y.back(), k = a.back();
     if (!bf16_pays(m, n, k)) return {};
     const int64_t batches = output().numel / (m * n);
+    if (program_.gpu())
+        return {flops(K, second_order),
+                rounded_whole(K * batches * std::max({m * k + k * n, m * n + k * n, m * n + m * k})) +
+                    K * batches * (m * k + k * n + m * n)};
     const auto ahead = [&](int64_t length, int64_t depth) {
         return bf16_workspace(length, depth, K * batches);
     };

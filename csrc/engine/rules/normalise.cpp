@@ -40,10 +40,10 @@ at::Tensor NormaliseRule::forward(State& state) const {
     at::Tensor y = at::empty(x.sizes(), x.options()), normalised = at::empty(x.sizes(), x.options());
     at::Tensor inverse = at::empty({rows_}, x.options());
     FLATCORE_DISPATCH(x, "normalise", [&] {
-        normalise_forward<scalar_t>({rows_, columns_, centred_}, eps_, x.const_data_ptr<scalar_t>(),
-                                    pointer_or_null<scalar_t>(weight), pointer_or_null<scalar_t>(bias),
-                                    normalised.mutable_data_ptr<scalar_t>(),
-                                    inverse.mutable_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(y, normalise_forward<scalar_t>, {rows_, columns_, centred_}, eps_,
+                     x.const_data_ptr<scalar_t>(), pointer_or_null<scalar_t>(weight),
+                     pointer_or_null<scalar_t>(bias), normalised.mutable_data_ptr<scalar_t>(),
+                     inverse.mutable_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>());
     });
     state.saved(op_) = {normalised, inverse};
     return y;
@@ -57,11 +57,12 @@ at::Tensor NormaliseRule::tangent(const Directions& d) const {
     const at::Tensor tbias = active(kBias) ? each_contiguous(d.tangent(kBias)) : at::Tensor();
     at::Tensor ty = new_directions(d.K(), output(), d.state().options());
     FLATCORE_DISPATCH(ty, "normalise", [&] {
-        normalise_tangent<scalar_t>(
-            {rows_, columns_, centred_}, d.K(), saved[kNormalised].const_data_ptr<scalar_t>(),
-            saved[kInverse].const_data_ptr<scalar_t>(), pointer_or_null<scalar_t>(weight),
-            pointer_or_null<scalar_t>(tx), pointer_or_null<scalar_t>(tweight), stride_or_zero(tweight),
-            pointer_or_null<scalar_t>(tbias), stride_or_zero(tbias), ty.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(ty, normalise_tangent<scalar_t>, {rows_, columns_, centred_}, d.K(),
+                     saved[kNormalised].const_data_ptr<scalar_t>(),
+                     saved[kInverse].const_data_ptr<scalar_t>(), pointer_or_null<scalar_t>(weight),
+                     pointer_or_null<scalar_t>(tx), pointer_or_null<scalar_t>(tweight),
+                     stride_or_zero(tweight), pointer_or_null<scalar_t>(tbias), stride_or_zero(tbias),
+                     ty.mutable_data_ptr<scalar_t>());
     });
     return ty;
 }
@@ -95,10 +96,11 @@ void NormaliseRule::adjoint(Directions& d) const {
                                                pointer_or_null<scalar_t>(tweight),
                                                stride_or_zero(tweight)};
         const NormShape shape{rows_, columns_, centred_};
-        if (tdx.defined()) normalise_adjoint<scalar_t>(shape, K, terms, tdx.mutable_data_ptr<scalar_t>());
+        if (tdx.defined())
+            FLATCORE_RUN(tdx, normalise_adjoint<scalar_t>, shape, K, terms, tdx.mutable_data_ptr<scalar_t>());
         if (weight_sums.defined() || bias_sums.defined())
-            normalise_sums<scalar_t>(shape, K, terms, writable_or_null<double>(weight_sums),
-                                     writable_or_null<double>(bias_sums));
+            FLATCORE_RUN(saved[kNormalised], normalise_sums<scalar_t>, shape, K, terms,
+                         writable_or_null<double>(weight_sums), writable_or_null<double>(bias_sums));
     });
     const auto total = [&](const at::Tensor& t, int i) {
         return t.sum(1).to(state.options().dtype()).view(with_directions(K, input(i).shape));

@@ -51,9 +51,9 @@ at::Tensor MaxPoolRule::tangent(const Directions& d) const {
     const Value &in = input(0), &out = output();
     at::Tensor ty = new_batch(d.K(), out, tx.options());
     FLATCORE_DISPATCH(ty, "max_pool2d", [&] {
-        gather_pixels<scalar_t>(d.K(), {in.shape[0], plane(in), plane(out), in.shape[1]},
-                                d.state().saved(op_)[0].const_data_ptr<int64_t>(),
-                                tx.const_data_ptr<scalar_t>(), ty.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(ty, gather_pixels<scalar_t>, d.K(), {in.shape[0], plane(in), plane(out), in.shape[1]},
+                     d.state().saved(op_)[0].const_data_ptr<int64_t>(), tx.const_data_ptr<scalar_t>(),
+                     ty.mutable_data_ptr<scalar_t>());
     });
     return ty.unflatten(0, {d.K(), out.shape[0]});
 }
@@ -64,9 +64,9 @@ void MaxPoolRule::adjoint(Directions& d) const {
     const Value &in = input(0), &out = output();
     at::Tensor tdx = new_batch(d.K(), in, tdy.options());
     FLATCORE_DISPATCH(tdx, "max_pool2d", [&] {
-        scatter_pixels<scalar_t>(d.K(), {in.shape[0], plane(in), plane(out), in.shape[1]},
-                                 d.state().saved(op_)[0].const_data_ptr<int64_t>(),
-                                 tdy.const_data_ptr<scalar_t>(), tdx.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(tdx, scatter_pixels<scalar_t>, d.K(), {in.shape[0], plane(in), plane(out), in.shape[1]},
+                     d.state().saved(op_)[0].const_data_ptr<int64_t>(), tdy.const_data_ptr<scalar_t>(),
+                     tdx.mutable_data_ptr<scalar_t>());
     });
     d.add(0, tdx.unflatten(0, {d.K(), in.shape[0]}), true);
 }

@@ -65,8 +65,8 @@ at::Tensor dots(const at::Tensor& a, const at::Tensor& b) {
     at::Tensor result = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kDouble));
     if (!rows) return result;
     FLATCORE_DISPATCH(x, "dots", [&] {
-        row_dots<scalar_t>(rows, x.numel() / rows, x.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(),
-                           result.mutable_data_ptr<double>());
+        FLATCORE_RUN(x, row_dots<scalar_t>, rows, x.numel() / rows, x.const_data_ptr<scalar_t>(),
+                     y.const_data_ptr<scalar_t>(), result.mutable_data_ptr<double>());
     });
     return result;
 }
@@ -104,8 +104,8 @@ at::Tensor BroadcastProbeRule::signs(const Directions& d, const ExampleProbes& p
     const at::Tensor index = d.state().value(op_.inputs[1]).contiguous();
     at::Tensor result = at::empty({d.K(), examples_, count_}, d.state().options());
     FLATCORE_DISPATCH(result, "signs", [&] {
-        example_signs_at<scalar_t>(block(probes, 0, examples_), offset_, index.const_data_ptr<int64_t>(),
-                                   count_, result.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(result, example_signs_at<scalar_t>, block(probes, 0, examples_), offset_,
+                     index.const_data_ptr<int64_t>(), count_, result.mutable_data_ptr<scalar_t>());
     });
     return result;
 }
@@ -150,8 +150,8 @@ at::Tensor BroadcastProbeRule::collect(const Directions& d, ExampleProbes& probe
     if (by_element && !distinct_) {
         v = at::empty({d.K(), examples_, size_}, back.options());
         FLATCORE_DISPATCH(v, "signs", [&] {
-            example_signs<scalar_t>(block(probes, 0, examples_), offset_, size_,
-                                    v.mutable_data_ptr<scalar_t>());
+            FLATCORE_RUN(v, example_signs<scalar_t>, block(probes, 0, examples_), offset_, size_,
+                         v.mutable_data_ptr<scalar_t>());
         });
     } else {
         v = signs(d, probes);
@@ -188,8 +188,9 @@ at::Tensor RowsProbeRule::inject(const Directions& d, const ExampleProbes& probe
     const at::Tensor index = d.state().value(op_.inputs[1]).to(at::kLong).contiguous();
     at::Tensor e = at::empty(with_directions(d.K(), output().shape), d.state().options());
     FLATCORE_DISPATCH(e, "row_signs", [&] {
-        example_row_signs<scalar_t>(block(probes, 0, examples_), offset_, index.const_data_ptr<int64_t>(),
-                                    positions_, width_, frozen_, e.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(e, example_row_signs<scalar_t>, block(probes, 0, examples_), offset_,
+                     index.const_data_ptr<int64_t>(), positions_, width_, frozen_,
+                     e.mutable_data_ptr<scalar_t>());
     });
     return e;
 }

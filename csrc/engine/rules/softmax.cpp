@@ -29,8 +29,8 @@ at::Tensor SoftmaxRule::forward(State& state) const {
     const at::Tensor z = state.value(op_.inputs[0]).contiguous();
     at::Tensor p = at::empty(z.sizes(), z.options());
     FLATCORE_DISPATCH(z, "softmax", [&] {
-        softmax_forward<scalar_t>(rows_, columns_, data_of<scalar_t>(z), p.mutable_data_ptr<scalar_t>(),
-                                  nullptr);
+        FLATCORE_RUN(p, softmax_forward<scalar_t>, rows_, columns_, data_of<scalar_t>(z),
+                     p.mutable_data_ptr<scalar_t>(), nullptr);
     });
     state.saved(op_) = {p};
     return p;
@@ -40,8 +40,9 @@ at::Tensor SoftmaxRule::tangent(const Directions& d) const {
     const at::Tensor tz = d.tangent(0).contiguous();
     at::Tensor tp = at::empty(tz.sizes(), tz.options());
     FLATCORE_DISPATCH(tp, "softmax", [&] {
-        softmax_tangent<scalar_t>(d.K(), rows_, columns_, data_of<scalar_t>(d.state().saved(op_)[0]),
-                                  data_of<scalar_t>(tz), tp.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(tp, softmax_tangent<scalar_t>, d.K(), rows_, columns_,
+                     data_of<scalar_t>(d.state().saved(op_)[0]), data_of<scalar_t>(tz),
+                     tp.mutable_data_ptr<scalar_t>());
     });
     return tp;
 }
@@ -55,9 +56,10 @@ void SoftmaxRule::adjoint(Directions& d) const {
     // Contiguous, as the kernel writes, whatever layout z is kept in.
     at::Tensor tdz = at::empty(with_directions(d.K(), input(0).shape), d.state().options());
     FLATCORE_DISPATCH(tdz, "softmax", [&] {
-        softmax_adjoint<scalar_t>(d.K(), rows_, columns_, data_of<scalar_t>(d.state().saved(op_)[0]),
-                                  pointer_or_null<scalar_t>(tdp), pointer_or_null<scalar_t>(dp),
-                                  pointer_or_null<scalar_t>(tz), tdz.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(tdz, softmax_adjoint<scalar_t>, d.K(), rows_, columns_,
+                     data_of<scalar_t>(d.state().saved(op_)[0]), pointer_or_null<scalar_t>(tdp),
+                     pointer_or_null<scalar_t>(dp), pointer_or_null<scalar_t>(tz),
+                     tdz.mutable_data_ptr<scalar_t>());
     });
     d.add(0, tdz, true);
 }
@@ -74,8 +76,8 @@ at::Tensor LogSumExpRule::forward(State& state) const {
     const at::Tensor z = state.value(op_.inputs[0]).contiguous();
     at::Tensor p = at::empty(z.sizes(), z.options()), y = at::empty(output().shape, z.options());
     FLATCORE_DISPATCH(z, "logsumexp", [&] {
-        softmax_forward<scalar_t>(rows_, columns_, data_of<scalar_t>(z), p.mutable_data_ptr<scalar_t>(),
-                                  y.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(p, softmax_forward<scalar_t>, rows_, columns_, data_of<scalar_t>(z),
+                     p.mutable_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>());
     });
     state.saved(op_) = {p};
     return y;

@@ -19,10 +19,10 @@ at::Tensor UnaryRule::forward(State& state) const {
     at::Tensor y = new_value(output(), z.options()), first = new_value(output(), z.options());
     at::Tensor second = curved_ ? new_value(output(), z.options()) : at::Tensor();
     FLATCORE_DISPATCH(z, "unary", [&] {
-        unary_forward<scalar_t>(static_cast<Function>(function_), {a_, b_, c_}, z.numel(),
-                                z.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(),
-                                first.mutable_data_ptr<scalar_t>(),
-                                curved_ ? second.mutable_data_ptr<scalar_t>() : nullptr);
+        FLATCORE_RUN(z, unary_forward<scalar_t>, static_cast<Function>(function_), {a_, b_, c_}, z.numel(),
+                     z.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(),
+                     first.mutable_data_ptr<scalar_t>(),
+                     curved_ ? second.mutable_data_ptr<scalar_t>() : nullptr);
     });
     state.saved(op_) = {first, second};
     return y;
@@ -43,8 +43,8 @@ at::Tensor UnaryRule::tangent(const Directions& d) const {
     const at::Tensor& first = d.state().saved(op_)[kFirst];
     at::Tensor ty = new_directions(d.K(), output(), tz.options());
     FLATCORE_DISPATCH(ty, "unary", [&] {
-        scale_directions<scalar_t>(d.K(), output().numel, first.const_data_ptr<scalar_t>(),
-                                   tz.const_data_ptr<scalar_t>(), ty.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(ty, scale_directions<scalar_t>, d.K(), output().numel, first.const_data_ptr<scalar_t>(),
+                     tz.const_data_ptr<scalar_t>(), ty.mutable_data_ptr<scalar_t>());
     });
     return ty;
 }
@@ -57,10 +57,10 @@ void UnaryRule::adjoint(Directions& d) const {
     const at::Tensor tz = cross ? dense_directions(d.tangent(0), input(0)) : at::Tensor();
     at::Tensor tdz = new_directions(d.K(), input(0), d.state().options());
     FLATCORE_DISPATCH(tdz, "unary", [&] {
-        adjoint_directions<scalar_t>(d.K(), output().numel, saved[kFirst].const_data_ptr<scalar_t>(),
-                                     pointer_or_null<scalar_t>(tdy),
-                                     cross ? saved[kSecond].const_data_ptr<scalar_t>() : nullptr,
-                                     pointer_or_null<scalar_t>(tz), false, tdz.mutable_data_ptr<scalar_t>());
+        FLATCORE_RUN(tdz, adjoint_directions<scalar_t>, d.K(), output().numel,
+                     saved[kFirst].const_data_ptr<scalar_t>(), pointer_or_null<scalar_t>(tdy),
+                     cross ? saved[kSecond].const_data_ptr<scalar_t>() : nullptr,
+                     pointer_or_null<scalar_t>(tz), false, tdz.mutable_data_ptr<scalar_t>());
     });
     d.add(0, tdz, true);
 }
