@@ -61,7 +61,7 @@ check: $(VENV)/.ready  ## format, lint, types, layers
 	$(BIN)/python tools/check_layers.py
 	$(BIN)/python tools/check_lengths.py
 
-check-cuda: $(VENV)/.ready  ## CUDA kernels: emulated on the host, and compiled for every architecture where nvcc is
+check-cuda: dev  ## CUDA: kernels and engine emulated on the host; compiled for every architecture where nvcc is
 	$(BIN)/python tools/check_cuda.py
 
 bench: dev  ## flatcore against bare torch and the other packages installed

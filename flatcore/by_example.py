@@ -68,6 +68,7 @@ class ByExample:
             seed,
             bar,
         )
+        self.device = operator.device
         self.used = 0
         self.pilot = max(_PILOT, 1 + math.ceil(_LEAST_DEGREES / max(sweeps.examples, 1)))
         self.sums = Sums(len(sweeps.probed), operator.P if diagonal else None)
@@ -196,6 +197,7 @@ class ByExample:
         if self.rest is not None:
             places = self.rest.places.cpu()
             values[places], errors[places] = (t.cpu() for t in others[""])
+        values, errors = values.to(self.device), errors.to(self.device)
         return {name: (values[part], errors[part]) for name, part in {"": slice(None), **slices}.items()}
 
 

@@ -353,6 +353,11 @@ class _QuadratureSource:
         return gauss, float(jacobi.gauss_error(sums).mean()), False
 
 
+def _inner_products(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    """X Yᵀ of rows, in float64; on a GPU, whose memory is dear, without the rows in float64."""
+    return _C.krylov.products_of_rows(X, Y) if X.is_cuda else X.double() @ Y.double().T
+
+
 class _SquareSource:
     """|A v|², a sample of tr A²."""
 
@@ -365,11 +370,11 @@ class _SquareSource:
     def draw(self, first: int, count: int, most_products: int) -> Block:
         V = _C.krylov.rademacher(self.seed, first, count, self.operator.P, self.like)
         Y = finite(self.operator.apply(V))
-        V, Y = V.double(), Y.double()
         # Of each B whose trace is wanted: <v_i, B v_j>, whose diagonal is sampled.
-        forms = self.forms(*(x.cpu().numpy() for x in (V @ V.T, V @ Y.T, Y @ Y.T)))
+        VV, VY, YY = torch.stack([_inner_products(*pair) for pair in ((V, V), (V, Y), (Y, Y))]).cpu().numpy()
+        forms = self.forms(VV, VY, YY)
         values = forms.diagonal(axis1=1, axis2=2).T
-        return Block(values, self._bound(forms, (V @ V.T).cpu().numpy()), np.zeros(self.q), count)
+        return Block(values, self._bound(forms, VV), np.zeros(self.q), count)
 
     def forms(self, VV: np.ndarray, VY: np.ndarray, YY: np.ndarray) -> np.ndarray:
         return YY[None]

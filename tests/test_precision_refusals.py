@@ -17,7 +17,7 @@ from flatcore.errors import FlatcoreWarning
 
 def test_other_names() -> None:
     for wrong in ("half", "float32", torch.bfloat16, None, 16):
-        with pytest.raises(ValueError, match=r'^precision: expected "full" or "bf16", got '):
+        with pytest.raises(ValueError, match=r'^precision: expected "full", "tf32" or "bf16", got '):
             fc.Hessian(problem(20, 30, 10), precision=wrong)  # type: ignore[arg-type]
 
 
@@ -29,17 +29,29 @@ def test_float64_has_no_lower_precision(operator: type) -> None:
     operator(objective, precision="full")
 
 
-def test_other_devices_have_none() -> None:
+@pytest.mark.skipif(engine.gpu == "emulated", reason="the emulated GPU rounds to TF32")
+def test_tf32_is_for_gpus() -> None:
+    with pytest.raises(
+        ValueError, match=r'^precision: expected "full" or "bf16" for parameters on cpu, got "tf32"'
+    ):
+        fc.Hessian(problem(20, 30, 10), precision="tf32")
+
+
+@pytest.mark.parametrize("rounded", ["tf32", "bf16"])
+def test_gpus_before_tensor_cores(rounded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = dataclasses.replace(problem(20, 30, 10).layout, device=torch.device("cuda:0"))
-    with pytest.raises(ValueError, match=r'^precision: expected "full" for parameters on cuda:0, got "bf16"'):
-        precision.usable("bf16", layout)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(FlatcoreWarning, match=f'^precision="{rounded}": cuda:0 has no instructions for it'):
+        assert precision.usable(rounded, layout) == "full"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert precision.usable(rounded, layout) == rounded
     assert precision.usable("full", layout) == "full"
 
 
 def test_a_processor_without_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "bf16_available", lambda: False)
     objective = problem()
-    with pytest.warns(FlatcoreWarning, match='^precision="bf16": this processor') as said:
+    with pytest.warns(FlatcoreWarning, match='^precision="bf16": cpu has no instructions') as said:
         B = fc.Hessian(objective, precision="bf16")
     assert len(said) == 1
     assert said[0].filename == __file__
@@ -91,7 +103,7 @@ def test_the_engine_refuses_too() -> None:
     V = torch.ones(1, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="precision: bf16 needs float32"):
         state.product(V, torch.empty_like(V), "hessian", False, 1, 1.0, "bf16")
-    with pytest.raises(ValueError, match="precision: expected full or bf16, got 'half'"):
+    with pytest.raises(ValueError, match="precision: expected full, tf32 or bf16, got 'half'"):
         state.product(V, torch.empty_like(V), "hessian", False, 1, 1.0, "half")
 
 

@@ -1,7 +1,9 @@
 """Checks the CUDA side where there is no GPU.
 
 1. Host: tests/cuda, the kernels as emulated threads (csrc/kernels/cuda_shim.h) under the sanitizers.
-2. Where nvcc is found: every csrc/kernels/*.cu compiles for all architectures without a warning and without
+2. The engine: the extension whose kernel calls all take the CUDA path, emulated (tests/emulated), held to the table of
+   cases by the engine's own tests.
+3. Where nvcc is found: every csrc/kernels/*.cu compiles for all architectures without a warning and without
    a spilled register; the C++ that differs in a CUDA build compiles against the installed torch's headers.
 """
 
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +23,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "cuda-check"
 ARCHITECTURES = (80, 90, 100)
+# What a CUDA build compiles otherwise stands in engine/on_device.h; any file that calls kernels will do. That all calls
+# match their kernels shows in the emulated build.
+HOST_CODE = ("engine/rules/unary.cpp", "engine/float32_products.cpp")
+# In float64, where an index that is wrong cannot hide behind rounding.
+ENGINE_TESTS = (
+    "tests/test_engine.py",
+    "-k",
+    "(test_hessian and not float32) or test_ggn or test_gradient",
+    "--tb=short",
+    "-p",
+    "no:cacheprovider",
+)
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -28,9 +43,16 @@ KERNEL = re.compile(
 )
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, environment: Mapping[str, str] | None = None) -> str:
     """Output of a command run at the root; ends the check with that output where the command fails."""
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
     if result.returncode:
         sys.exit(f"{result.stdout}\ncheck-cuda: failed: {' '.join(map(str, command))}")
     return result.stdout
@@ -43,6 +65,25 @@ def check_host() -> None:
     run("ctest", "--test-dir", build, "--output-on-failure")
     tests = len(list((ROOT / "tests" / "cuda").glob("*_test.cpp")))
     print(f"check-cuda: {tests} test programs pass with emulated threads, forward and backward")
+
+
+def check_engine() -> None:
+    build = ROOT / "build" / "dev"
+    if not (build / "CMakeCache.txt").exists():
+        sys.exit("check-cuda: no build in build/dev: run `make dev` first")
+    run("cmake", "--build", build, "--target", "emulated")
+    package = build / "tests" / "emulated" / "package"
+    path = os.pathsep.join([str(package), str(ROOT)])
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("pytest"),
+        *ENGINE_TESTS,
+        "-n",
+        "auto",
+        "--maxprocesses",
+        "8",
+    ]
+    print(run(*command, environment={"PYTHONPATH": path}).strip().splitlines()[-1])
+    print("check-cuda: the engine is right on the CUDA path, emulated")
 
 
 def compile_kernels(source: Path) -> str:
@@ -85,19 +126,18 @@ def check_device(nvcc: str) -> None:
     if not top:
         sys.exit(f"{dry_run}\ncheck-cuda: {nvcc} does not say where its toolkit is")
     kernels = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
-    sources = sorted((ROOT / "csrc").rglob("*.cpp"))
-    host_code = [path for path in sources if re.search(r"FLATCORE_WITH_CUDA|c10/cuda", path.read_text())]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for line in pool.map(compile_kernels, kernels):
             print(line)
         include = Path(top[1].strip()) / "include"
-        list(pool.map(lambda path: compile_host_code(path, include), host_code))
-    print(f"check-cuda: {len(host_code)} C++ files compile as in a CUDA build")
+        list(pool.map(lambda name: compile_host_code(ROOT / "csrc" / name, include), HOST_CODE))
+    print(f"check-cuda: {len(HOST_CODE)} C++ files compile as in a CUDA build")
 
 
 if __name__ == "__main__":
     BUILD.mkdir(parents=True, exist_ok=True)
     check_host()
+    check_engine()
     if nvcc := shutil.which("nvcc"):
         check_device(nvcc)
     else:

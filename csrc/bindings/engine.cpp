@@ -13,6 +13,7 @@
 #include "engine/on_device.h"
 #include "engine/quadratic_form.h"
 #include "engine/rule.h"
+#include "engine/rules/attention_policy.h"
 #include "engine/sweep.h"
 #include "engine/workspace.h"
 #include "external.h"
@@ -183,6 +184,8 @@ void bind_engine(py::module_ m) {
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
     engine.def("set_gemm_policy", &set_gemm_policy, py::arg("policy"),
                "Which library multiplies float32 matrices: measure, blas or onednn.");
+    engine.def("set_attention_policy", &set_attention_policy, py::arg("policy"),
+               "Attention on a GPU, for states made from now on: choose, tiles or fused.");
     engine.def("gemm_choices", &gemm_choices, "What was measured: class of shapes -> oneDNN is faster.");
     engine.def("set_gemm_choices", &set_gemm_choices, py::arg("choices"));
     engine.def(

@@ -31,10 +31,10 @@ at::Tensor remainder_of(const EstimatorSpace& space, krylov::RangeBasis<Estimato
 }
 
 at::Tensor known_diagonal_of(const EstimatorSpace& space, krylov::RangeBasis<EstimatorSpace>& basis) {
-    constexpr int64_t kPiece = int64_t{1} << 16;
+    const int64_t piece = std::max(int64_t{1} << 16, space.piece(basis.rows()));
     at::Tensor result = float64_vector(space);
-    for (int64_t first = 0; first < space.dimension(); first += kPiece) {
-        const int64_t n = std::min(kPiece, space.dimension() - first);
+    for (int64_t first = 0; first < space.dimension(); first += piece) {
+        const int64_t n = std::min(piece, space.dimension() - first);
         result.narrow(0, first, n).copy_(basis.known_diagonal(first, n));
     }
     return result;
@@ -80,8 +80,7 @@ class LeaveOneOut {
     }
 
     at::Tensor estimates(bool of_slices) {
-        const krylov::Matrix values = estimator_.estimates(of_slices);
-        return TensorSpace({}, 0, at::TensorOptions(at::kDouble), 0).to_tensor(values);
+        return to_tensor(estimator_.estimates(of_slices), at::TensorOptions(at::kDouble));
     }
 
     // Mean and its variance, (P,) each.

@@ -5,10 +5,11 @@
 
 #include <algorithm>
 
-#include "../kernels/probes.h"
 #include "../krylov/block_lanczos.h"
 #include "../krylov/probe_lanczos.h"
 #include "products.h"
+#include "random_rows.h"
+#include "tall_rows.h"
 
 namespace py = pybind11;
 
@@ -72,15 +73,20 @@ py::tuple tridiagonalise(const py::function& product, const at::Tensor& start, i
 }
 
 at::Tensor rademacher(uint64_t seed, int64_t first, int64_t K, int64_t P, const at::Tensor& like) {
-    at::Tensor host = at::empty({K, P}, like.options().device(at::kCPU));
-    py::gil_scoped_release release;
-    if (host.scalar_type() == at::kFloat)
-        rademacher_rows(seed, first, K, P, host.mutable_data_ptr<float>());
-    else if (host.scalar_type() == at::kDouble)
-        rademacher_rows(seed, first, K, P, host.mutable_data_ptr<double>());
-    else
+    if (like.scalar_type() != at::kFloat && like.scalar_type() != at::kDouble)
         throw py::value_error("like: expected float32 or float64");
-    return host.to(like.options());
+    py::gil_scoped_release release;
+    return sign_rows(seed, first, K, P, like.options());
+}
+
+// X Yᵀ by each of its ways, for tests: "piece by piece", "kernel" and "batches"; "" takes the device's.
+at::Tensor products_of_rows(const at::Tensor& X, const at::Tensor& Y, const std::string& way) {
+    check_rows("X", X);
+    check_rows("Y", Y);
+    if (way == "piece by piece") return products_piece_by_piece(X, Y);
+    if (way == "kernel") return products_by_kernel(X, Y);
+    if (way == "batches") return products_in_batches(X, Y);
+    return inner_products(X, Y);
 }
 
 }  // namespace
@@ -95,6 +101,8 @@ void bind_krylov(py::module_ module) {
           py::arg("enough") = py::none(), py::arg("looks") = std::vector<int64_t>());
     m.def("rademacher", &rademacher, py::arg("seed"), py::arg("first"), py::arg("K"), py::arg("P"),
           py::arg("like"));
+    m.def("products_of_rows", &products_of_rows, py::arg("X"), py::arg("Y"), py::arg("way") = "");
+    m.def("fetches", &fetches);
 }
 
 }  // namespace flatcore

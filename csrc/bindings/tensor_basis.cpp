@@ -1,54 +1,25 @@
 #include "tensor_basis.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
+
+#include "tall_rows.h"
+#include "transfers.h"
 
 namespace flatcore {
 namespace {
 
 using krylov::Matrix;
 
-constexpr int64_t kPanel = int64_t{1} << 22;  // entries of a panel
-
-int64_t piece_of(int64_t rows) { return std::max<int64_t>(1, kPanel / std::max<int64_t>(rows, 1)); }
-
 at::Tensor narrow_columns(const at::Tensor& X, int64_t first, int64_t n) { return X.narrow(1, first, n); }
 
 }  // namespace
-
-at::Tensor to_tensor(const Matrix& B, const at::TensorOptions& options) {
-    at::Tensor host = at::empty({B.rows, B.cols}, at::kDouble);
-    std::copy(B.data.begin(), B.data.end(), host.mutable_data_ptr<double>());
-    return host.to(options);
-}
-
-Matrix to_matrix(const at::Tensor& B) {
-    const at::Tensor host = B.to(at::kCPU, at::kDouble).contiguous();
-    Matrix result(host.size(0), host.size(1));
-    std::copy_n(host.const_data_ptr<double>(), host.numel(), result.data.begin());
-    return result;
-}
-
-// A float32 sum of P terms of one sign, in the order of a BLAS, is off by far more than sqrt(P) roundings; so
-// the sums of pieces are added up in float64. The BLAS is twice as fast with the narrow factor on the left.
-Matrix gram_of(const at::Tensor& X, const at::Tensor& Y) {
-    constexpr int64_t kPiece = int64_t{1} << 14;
-    const bool swap = X.size(0) > Y.size(0);
-    const at::Tensor &left = swap ? Y : X, &right = swap ? X : Y;
-    const int64_t P = X.size(1);
-    at::Tensor sum = at::zeros({left.size(0), right.size(0)}, X.options().dtype(at::kDouble));
-    for (int64_t first = 0; first < P; first += kPiece) {
-        const int64_t n = std::min(kPiece, P - first);
-        sum.add_(at::mm(narrow_columns(left, first, n), narrow_columns(right, first, n).t()));
-    }
-    return to_matrix(swap ? sum.t() : sum);
-}
 
 double TensorBasis::rounding() const {
     if (tail_.scalar_type() == at::kHalf) return 0x1.0p-11;
@@ -64,13 +35,26 @@ at::Tensor TensorBasis::columns(int64_t first_row, int64_t rows, int64_t first_c
     if (above == rows) return top;
     const int64_t from = std::max<int64_t>(first_row - h, 0);
     at::Tensor bottom = narrow_columns(tail_.narrow(0, from, rows - above), first_column, n);
-    const bool converts = bottom.scalar_type() != head_.scalar_type() || bottom.device() != head_.device();
-    if (converts) bottom = bottom.to(head_.options());
+    const bool away = bottom.device() != head_.device();
+    const bool converts = away || bottom.scalar_type() != head_.scalar_type();
+    if (away) {
+        // Row by row: what is contiguous and pinned needs no copy on the host, and nobody waits for it.
+        const at::Tensor here = at::empty({rows - above, n}, head_.options());
+        for (int64_t i = 0; i < rows - above; ++i)
+            here.select(0, i).copy_(bottom.select(0, i), /*non_blocking=*/true);
+        bottom = here;
+    } else if (converts) {
+        bottom = bottom.to(head_.options());
+    }
     if (scale_ != 1.0) bottom = converts ? bottom.div_(scale_) : bottom.div(scale_);
     return above == 0 ? bottom : at::cat({top, bottom});
 }
 
 at::Tensor TensorBasis::load(int64_t first, int64_t n) const { return columns(first, n, 0, head_.size(1)); }
+
+int64_t TensorBasis::panel_columns(int64_t rows) const {
+    return std::max<int64_t>(1, panel_entries(head_.device()) / std::max<int64_t>(rows, 1));
+}
 
 // The tail's part of these rows and columns is not needed for a while.
 void TensorBasis::rest(int64_t first_row, int64_t rows, int64_t first_column, int64_t n) const {
@@ -79,24 +63,31 @@ void TensorBasis::rest(int64_t first_row, int64_t rows, int64_t first_column, in
     mapped_.rest(narrow_columns(tail_.narrow(0, from, to - from), first_column, n));
 }
 
-std::vector<double> TensorBasis::store(int64_t first, const Block& X) {
+at::Tensor TensorBasis::put(int64_t first, const Block& X) {
     const int64_t h = head_.size(0), n = X.size(0), above = std::clamp<int64_t>(h - first, 0, n);
     if (above > 0) head_.narrow(0, first, above).copy_(X.narrow(0, 0, above));
-    if (rounding() == 0.0) {
-        for (int64_t i = above; i < n; ++i) {
-            tail_.select(0, first + i - h).copy_(X.select(0, i));
-            rest(first + i, 1, 0, X.size(1));
-        }
-        return {};
-    }
-    std::vector<double> errors(static_cast<size_t>(n), 0.0);
+    const bool rounded = rounding() > 0.0;
+    const at::Tensor errors = rounded ? at::zeros({n}, X.options().dtype(at::kDouble)) : at::Tensor();
     for (int64_t i = above; i < n; ++i) {
         at::Tensor row = tail_.select(0, first + i - h);
-        row.copy_(X.select(0, i).mul(scale_));
-        const at::Tensor error = row.to(X.options()).div_(scale_).sub_(X.select(0, i));
-        errors[static_cast<size_t>(i)] = at::linalg_vector_norm(error).item<double>();
+        if (rounded) {
+            row.copy_(X.select(0, i).mul(scale_));
+            const at::Tensor error = row.to(X.options()).div_(scale_).sub_(X.select(0, i));
+            errors.select(0, i).copy_(at::linalg_vector_norm(error));
+        } else {
+            row.copy_(X.select(0, i));
+            rest(first + i, 1, 0, X.size(1));
+        }
     }
     return errors;
+}
+
+std::vector<double> TensorBasis::store(int64_t first, const Block& X) {
+    const at::Tensor errors = put(first, X);
+    if (!errors.defined()) return {};
+    // The head rounds nothing.
+    if (first + X.size(0) <= head_.size(0)) return std::vector<double>(static_cast<size_t>(X.size(0)), 0.0);
+    return to_matrix(errors.unsqueeze(0)).data;
 }
 
 void TensorBasis::for_each_panel(int64_t first, int64_t m,
@@ -104,7 +95,7 @@ void TensorBasis::for_each_panel(int64_t first, int64_t m,
     const int64_t h = head_.size(0), P = head_.size(1), above = std::clamp<int64_t>(h - first, 0, m);
     if (above > 0) use(head_.narrow(0, first, above), 0, 0);
     if (above == m) return;
-    for (int64_t column = 0, piece = piece_of(m - above); column < P; column += piece) {
+    for (int64_t column = 0, piece = panel_columns(m - above); column < P; column += piece) {
         const int64_t n = std::min(piece, P - column);
         use(columns(first + above, m - above, column, n), above, column);
         rest(first + above, m - above, column, n);
@@ -112,25 +103,28 @@ void TensorBasis::for_each_panel(int64_t first, int64_t m,
     rest(first + above, m - above, 0, P);
 }
 
-krylov::Matrix TensorBasis::gram(int64_t m, const Block& W) const {
-    Matrix result(m, W.size(0));
+krylov::Projection TensorBasis::project(const Block& W, int64_t m) const {
+    const at::Tensor inside = at::zeros({m, W.size(0)}, W.options().dtype(at::kDouble));
     for_each_panel(0, m, [&](const at::Tensor& V, int64_t row, int64_t column) {
-        const Matrix part = gram_of(V, narrow_columns(W, column, V.size(1)));
-        for (int64_t i = 0; i < part.rows; ++i)
-            for (int64_t j = 0; j < part.cols; ++j) result(row + i, j) += part(i, j);
+        inside.narrow(0, row, V.size(0)).add_(inner_products(V, narrow_columns(W, column, V.size(1))));
     });
-    return result;
+    if (inside.numel() > 0) update_by(W, inside.t().to(W.options()).contiguous(), m);
+    std::vector<Matrix> found = fetch({inside, inner_products(W, W)});
+    return {std::move(found[0]), std::move(found[1])};
 }
 
 void TensorBasis::update(Block& W, const Matrix& B, int64_t m) const {
-    if (B.rows == 0 || m == 0) return;
-    const at::Tensor coefficients = to_tensor(B, head_.options());
+    if (B.rows > 0 && m > 0) update_by(W, to_tensor(B, head_.options()), m);
+}
+
+void TensorBasis::update_by(const Block& W, const at::Tensor& B, int64_t m) const {
     for_each_panel(0, m, [&](const at::Tensor& V, int64_t row, int64_t column) {
-        narrow_columns(W, column, V.size(1)).addmm_(coefficients.narrow(1, row, V.size(0)), V, 1, -1);
+        update_rows(narrow_columns(W, column, V.size(1)), B.narrow(1, row, V.size(0)), V);
     });
 }
 
 void TensorBasis::combine_into(Block X, const Matrix& B, int64_t m) const {
+    const at::NoTF32Guard full_precision;
     const at::Tensor coefficients = to_tensor(B, head_.options());
     X.zero_();
     mapped_.rest(X);
@@ -144,20 +138,22 @@ void TensorBasis::combine_into(Block X, const Matrix& B, int64_t m) const {
 
 std::vector<double> TensorBasis::rotate(int64_t first, int64_t m, const Matrix& B) {
     const at::Tensor coefficients = to_tensor(B, head_.options());
-    const int64_t P = head_.size(1), piece = piece_of(m);
-    std::vector<double> squares(static_cast<size_t>(B.rows), 0.0);
+    const int64_t P = head_.size(1), piece = panel_columns(m);
+    const at::Tensor squares = at::zeros({1, B.rows}, coefficients.options().dtype(at::kDouble));
     for (int64_t column = 0; column < P; column += piece) {
         const int64_t n = std::min(piece, P - column);
-        const at::Tensor rotated = at::mm(coefficients, columns(first, m, column, n));
+        const at::Tensor rotated = at::empty({B.rows, n}, coefficients.options());
+        combine_rows(rotated, coefficients, columns(first, m, column, n));
         TensorBasis part(narrow_columns(head_, column, n), narrow_columns(tail_, column, n), scale_);
-        const std::vector<double> errors = part.store(first, rotated);
+        const at::Tensor errors = part.put(first, rotated);
         rest(first, m, column, n);
-        for (size_t i = 0; i < errors.size(); ++i) squares[i] += errors[i] * errors[i];
+        if (errors.defined()) squares.add_(errors.square());
     }
     rest(first, m, 0, P);
     if (rounding() == 0.0) return {};
-    for (double& square : squares) square = std::sqrt(square);
-    return squares;
+    std::vector<double> errors = to_matrix(squares).data;
+    for (double& error : errors) error = std::sqrt(error);
+    return errors;
 }
 
 }  // namespace flatcore

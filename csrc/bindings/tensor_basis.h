@@ -27,29 +27,26 @@ class TensorBasis {
     double rounding() const;
     Block load(int64_t first, int64_t n) const;
     std::vector<double> store(int64_t first, const Block& X);
-    Matrix gram(int64_t m, const Block& W) const;
+    krylov::Projection project(const Block& W, int64_t m) const;
     void update(Block& W, const Matrix& B, int64_t m) const;
     void combine_into(Block X, const Matrix& B, int64_t m) const;
     std::vector<double> rotate(int64_t first, int64_t m, const Matrix& B);
 
  private:
+    // The lengths of the errors, (n,) in float64 and where the vectors are; undefined where nothing is
+    // rounded.
+    at::Tensor put(int64_t first, const Block& X);
     // The basis' first m rows part by part, in full precision: (rows, first row, first column).
     void for_each_panel(int64_t first, int64_t m,
                         const std::function<void(const at::Tensor&, int64_t, int64_t)>& use) const;
     void rest(int64_t first_row, int64_t rows, int64_t first_column, int64_t n) const;
     at::Tensor columns(int64_t first_row, int64_t rows, int64_t first_column, int64_t n) const;
-    bool plain() const { return tail_.size(0) == 0; }
+    void update_by(const Block& W, const at::Tensor& B, int64_t m) const;
+    int64_t panel_columns(int64_t rows) const;
 
     at::Tensor head_, tail_;
     double scale_;
     MappedRows mapped_;
 };
-
-// X Yᵀ for (p, P) and (m, P) rows.
-krylov::Matrix gram_of(const at::Tensor& X, const at::Tensor& Y);
-
-// Host matrix to a tensor, and back.
-at::Tensor to_tensor(const krylov::Matrix& B, const at::TensorOptions& options);
-krylov::Matrix to_matrix(const at::Tensor& B);
 
 }  // namespace flatcore

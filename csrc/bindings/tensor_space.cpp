@@ -1,7 +1,5 @@
 #include "tensor_space.h"
 
-#include <ATen/ops/baddbmm.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/mm.h>
@@ -9,25 +7,22 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../kernels/probes.h"
+#include "random_rows.h"
+#include "tall_rows.h"
 
 namespace flatcore {
 
 at::Tensor TensorSpace::allocate(int64_t p) const { return at::empty({p, P_}, options_); }
 
 at::Tensor TensorSpace::allocate_pair(int64_t which, int64_t p) const {
-    at::Tensor block = mapped_.block(which, p);
+    // A file is memory of the host.
+    at::Tensor block = options_.device().is_cpu() ? mapped_.block(which, p) : at::Tensor();
     return block.defined() ? block : allocate(p);
 }
 
 at::Tensor TensorSpace::random(int64_t p) {
-    at::Tensor host = at::empty({p, P_}, options_.device(at::kCPU));
-    if (host.scalar_type() == at::kFloat)
-        normal_rows(seed_, random_rows_, p, P_, host.mutable_data_ptr<float>());
-    else
-        normal_rows(seed_, random_rows_, p, P_, host.mutable_data_ptr<double>());
     random_rows_ += p;
-    return host.to(options_);
+    return gaussian_rows(seed_, random_rows_ - p, p, P_, options_);
 }
 
 at::Tensor TensorSpace::select(const Block& X, const std::vector<int64_t>& indices) const {
@@ -66,40 +61,57 @@ void TensorSpace::for_each_piece(const Block& X, const Block& Y,
     rest(Y);
 }
 
-krylov::Matrix TensorSpace::gram(const Block& X, const Block& Y) const {
-    Matrix sum(X.size(0), Y.size(0));
-    for_each_piece(X, Y, [&](const at::Tensor& x, const at::Tensor& y) { krylov::add(sum, gram_of(x, y)); });
+at::Tensor TensorSpace::gram_there(const Block& X, const Block& Y) const {
+    Numbers sum;
+    for_each_piece(X, Y, [&](const at::Tensor& x, const at::Tensor& y) {
+        const Numbers products = inner_products(x, y);
+        sum = sum.defined() ? sum.add_(products) : products;
+    });
     return sum;
 }
 
+krylov::Projection TensorSpace::project(const Block& X, const Block& Y) const {
+    const Numbers inside = gram_there(X, Y);
+    update(X, inside, Y);
+    std::vector<Matrix> found = fetch({inside, gram_there(X, X)});
+    return {std::move(found[0]), std::move(found[1])};
+}
+
 std::vector<double> TensorSpace::lengths(const Block& X) const {
-    std::vector<double> result;
+    std::vector<Numbers> squares;
     for (int64_t i = 0; i < X.size(0); ++i) {
         const Block row = X.narrow(0, i, 1);
-        result.push_back(std::sqrt(gram(row, row)(0, 0)));
+        squares.push_back(gram_there(row, row));
     }
+    std::vector<double> result;
+    for (const Matrix& square : fetch(squares)) result.push_back(std::sqrt(square(0, 0)));
     return result;
 }
 
-void TensorSpace::update(Block& X, const Matrix& B, const Block& Y) const {
-    if (B.rows == 0 || B.cols == 0) return;
-    const at::Tensor coefficients = to_tensor(B);
-    for_each_piece(X, Y, [&](at::Tensor x, const at::Tensor& y) { x.addmm_(coefficients, y, 1, -1); });
+void TensorSpace::update(const Block& X, const Numbers& B, const Block& Y) const {
+    if (B.numel() == 0) return;
+    const at::Tensor coefficients = B.to(options_).contiguous();
+    for_each_piece(X, Y, [&](const at::Tensor& x, const at::Tensor& y) { update_rows(x, coefficients, y); });
 }
 
-at::Tensor TensorSpace::combine(const Matrix& B, const Block& Y) const { return at::mm(to_tensor(B), Y); }
+at::Tensor TensorSpace::combine(const Numbers& B, const Block& Y) const {
+    const Block X = at::empty({B.size(0), Y.size(1)}, options_);
+    combine_rows(X, B, Y);
+    return X;
+}
 
-void TensorSpace::combine_into(Block X, const Matrix& B, const Block& Y) const {
-    at::mm_out(X, to_tensor(B), Y);
+void TensorSpace::combine_into(const Block& X, const Matrix& B, const Block& Y) const {
+    combine_rows(X, place(B), Y);
 }
 
 void TensorSpace::rotate(Block X, const Matrix& B) const {
     // By column pieces: the temporary stays small beside the basis.
-    const at::Tensor coefficients = to_tensor(B);
-    const int64_t piece = std::max<int64_t>(1, (int64_t{1} << 22) / std::max<int64_t>(B.rows, 1));
+    const at::Tensor coefficients = place(B);
+    const int64_t piece =
+        std::max<int64_t>(1, panel_entries(options_.device()) / std::max<int64_t>(B.rows, 1));
     for (int64_t first = 0; first < P_; first += piece) {
         const at::Tensor part = X.narrow(1, first, std::min(piece, P_ - first));
-        part.narrow(0, 0, B.rows).copy_(at::mm(coefficients, part));
+        part.narrow(0, 0, B.rows).copy_(combine(coefficients, part));
         rest(part);
     }
     rest(X);
@@ -110,30 +122,35 @@ krylov::Spectral TensorSpace::eigh(const Matrix& T) const {
     std::copy(T.data.begin(), T.data.end(), host.mutable_data_ptr<double>());
     const auto [values, vectors] = at::linalg_eigh(host);
     const double* first = values.const_data_ptr<double>();
-    return {std::vector<double>(first, first + values.numel()), to_matrix(vectors)};
+    Matrix columns(T.rows, T.cols);
+    const at::Tensor rows = vectors.contiguous();
+    std::copy_n(rows.const_data_ptr<double>(), rows.numel(), columns.data.begin());
+    return {std::vector<double>(first, first + values.numel()), std::move(columns)};
 }
 
 at::Tensor TensorSpace::allocate_bases(int64_t K, int64_t steps) const {
     return at::empty({K, steps, P_}, options_);
 }
 
-krylov::Matrix TensorSpace::gram_each(const Block& bases, int64_t j, const Block& X) const {
-    return to_matrix(at::bmm(bases.narrow(1, 0, j), X.unsqueeze(2)).squeeze(2));
+std::vector<double> TensorSpace::squares(const Block& X) const {
+    return to_matrix(inner_products_each(X.unsqueeze(1), X)).data;
 }
 
-void TensorSpace::update_each(Block& X, const Matrix& B, const Block& bases, int64_t j) const {
-    at::Tensor rows = X.unsqueeze(1);
-    rows.baddbmm_(to_tensor(B).unsqueeze(1), bases.narrow(1, 0, j), 1, -1);
-}
-
-std::vector<double> TensorSpace::dot_each(const Block& X, const Block& Y) const {
-    return to_matrix(at::bmm(X.unsqueeze(1), Y.unsqueeze(2)).squeeze(2)).data;
+krylov::ProjectionsOfEach TensorSpace::project_each(const Block& X, const Block& bases, int64_t j) const {
+    const at::Tensor V = bases.narrow(1, 0, j);
+    const at::Tensor inside = inner_products_each(V, X);
+    update_each_row(X, inside.to(options_), V);
+    const at::Tensor again = inner_products_each(V, X);
+    update_each_row(X, again.to(options_), V);
+    std::vector<Matrix> found =
+        fetch({inside, again.narrow(1, j - 1, 1), inner_products_each(X.unsqueeze(1), X)});
+    return {std::move(found[0]), std::move(found[1].data), std::move(found[2].data)};
 }
 
 void TensorSpace::scale_each(Block& X, const std::vector<double>& factors) const {
     Matrix column(static_cast<int64_t>(factors.size()), 1);
     column.data = factors;
-    X.mul_(to_tensor(column));
+    X.mul_(place(column));
 }
 
 }  // namespace flatcore

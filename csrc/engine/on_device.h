@@ -9,6 +9,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <stdexcept>
+#include <string>
+
 #if defined(FLATCORE_WITH_CUDA)
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -38,6 +41,10 @@ inline namespace without_cuda {
 
 constexpr const char* kGpu = "none";
 inline bool on_gpu(const at::Device&) { return false; }
+template <class... Arguments>
+[[noreturn]] void no_gpu(const char* kernel, const Arguments&...) {
+    throw std::logic_error(std::string(kernel) + ": flatcore was built without CUDA");
+}
 
 #endif
 
@@ -47,13 +54,17 @@ inline bool on_gpu(const at::Tensor& t) { return on_gpu(t.device()); }
 
 #if defined(FLATCORE_CUDA_SHIM) || defined(FLATCORE_WITH_CUDA)
 #define FLATCORE_RUN(tensor, kernel, ...)                                          \
-    (::flatcore::on_gpu(tensor) ? [&](const at::Tensor& flatcore_on) {             \
+    (::flatcore::on_gpu(tensor) ? FLATCORE_RUN_ON_GPU(tensor, kernel, __VA_ARGS__) \
+                                : ::flatcore::kernel(__VA_ARGS__))
+// Of a kernel that only a GPU has.
+#define FLATCORE_RUN_ON_GPU(tensor, kernel, ...)                                   \
+    [&](const at::Tensor& flatcore_on) {                                           \
         const c10::DeviceGuard flatcore_device(flatcore_on.device());              \
         ::flatcore::cuda::kernel(__VA_ARGS__, ::flatcore::stream_of(flatcore_on)); \
-    }(tensor)                                                                      \
-                                : ::flatcore::kernel(__VA_ARGS__))
+    }(tensor)
 #else
 #define FLATCORE_RUN(tensor, kernel, ...) ::flatcore::kernel(__VA_ARGS__)
+#define FLATCORE_RUN_ON_GPU(tensor, kernel, ...) ::flatcore::no_gpu(#kernel, __VA_ARGS__)
 #endif
 
 }  // namespace flatcore

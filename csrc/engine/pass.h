@@ -1,6 +1,7 @@
 // The tangents and adjoint-tangents of one pass over K directions, handed to one rule at a time.
 #pragma once
 
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -49,6 +50,7 @@ class Pass final : public Directions {
             enter(op);
             visit(op, rule);
             if (cotangent().defined() || has_second_order_terms(rule)) rule.adjoint(*this);
+            kept_.erase(op.index);
             cotangents_[static_cast<size_t>(op.output)] = at::Tensor();
             for (int input : op.inputs)
                 if (input >= 0 && program_.first_tangent_use(mode_, input) == op.index)
@@ -124,6 +126,7 @@ class Pass final : public Directions {
         return {current, fresh};
     }
 
+    std::vector<at::Tensor>& kept() const override { return kept_[op_->index]; }
     ExampleProbes* probes() const override { return probes_; }
     void set_probes(ExampleProbes* probes) { probes_ = probes; }
 
@@ -161,7 +164,8 @@ class Pass final : public Directions {
     const Op* op_ = nullptr;
     ExampleProbes* probes_ = nullptr;
     std::vector<at::Tensor> tangents_, cotangents_;
-    std::vector<bool> owned_;    // a cotangent buffer no one else holds
+    mutable std::unordered_map<int, std::vector<at::Tensor>> kept_;  // by op
+    std::vector<bool> owned_;                                        // a cotangent buffer no one else holds
     std::vector<bool> written_;  // a parameter's slice of Y that holds something
 };
 

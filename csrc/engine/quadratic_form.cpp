@@ -13,12 +13,15 @@
 #include <algorithm>
 
 #include "covariance.h"
+#include "kernels/direction_dots.h"
 #include "pass.h"
 #include "workspace.h"
 
 namespace flatcore {
 
 namespace {
+
+bool contiguous_each(const at::Tensor& t) { return t.numel() > 0 && t.select(0, 0).is_contiguous(); }
 
 // One op seen alone: nothing comes back to it, and what it gives is kept aside.
 class OneOp final : public Directions {
@@ -33,6 +36,7 @@ class OneOp final : public Directions {
     bool curved() const override { return pass_.curved(); }
     at::Tensor tangent(int i) const override { return pass_.tangent(i); }
     at::Tensor cotangent() const override { return {}; }
+    std::vector<at::Tensor>& kept() const override { return pass_.kept(); }
     // Of f bilinear in two inputs, <dy, f''[t, t]> is twice what either input gets.
     bool wants(int i) const override { return pass_.wants(i) && !(bilinear_ && i != 0); }
     void add(int i, at::Tensor contribution, bool owned) override {
@@ -47,8 +51,20 @@ class OneOp final : public Directions {
     // (K) doubles
     at::Tensor sum() {
         at::Tensor total = at::zeros({K()}, state().options().dtype(at::kDouble));
+        at::Tensor workspace;
         for (auto& [i, value, owned] : terms_) {
-            at::Tensor product = owned ? value.mul_(tangent(i)) : value * tangent(i);
+            const at::Tensor t = tangent(i);
+            if (contiguous_each(value) && contiguous_each(t)) {
+                if (!workspace.defined()) workspace = at::empty({K(), kDotPieces}, total.options());
+                FLATCORE_DISPATCH(value, "quadratic_form", [&] {
+                    FLATCORE_RUN(value, direction_dots<scalar_t>, K(), value.numel() / K(),
+                                 value.const_data_ptr<scalar_t>(), value.stride(0),
+                                 t.const_data_ptr<scalar_t>(), t.stride(0),
+                                 workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>());
+                });
+                continue;
+            }
+            at::Tensor product = owned ? value.mul_(t) : value * t;
             total += product.reshape({K(), -1}).sum(1, /*keepdim=*/false, at::kDouble);
         }
         return bilinear_ ? total * 2 : total;

@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <vector>
 
 #include "program.h"
 
@@ -47,6 +48,8 @@ class Directions {
     virtual void add(int i, at::Tensor contribution, bool owned) = 0;
     // The buffer itself, for rules that write or add in place. Once taken it counts as written.
     virtual Accumulator accumulator(int i) = 0;
+    // What the op's tangent leaves for its adjoint in the same pass.
+    virtual std::vector<at::Tensor>& kept() const = 0;
     // Of a pass over probes of each example's own; null in any other.
     virtual ExampleProbes* probes() const { return nullptr; }
 };

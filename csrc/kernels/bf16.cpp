@@ -1,8 +1,7 @@
 #include "bf16.h"
 
-#include <bit>
-
 #include "macros.h"
+#include "rounding.h"
 
 namespace flatcore {
 
@@ -11,30 +10,19 @@ namespace {
 // Tiles of 16 x 16 pairs: one vector register a row.
 constexpr int64_t kTile = 16;
 
-// The upper half is the bfloat16.
-FLATCORE_HOST_DEVICE uint32_t rounded(float x) {
-    const auto bits = std::bit_cast<uint32_t>(x);
-    constexpr uint32_t kHalf = 0x7fff, kQuiet = 0x400000;
-    return x != x ? bits | kQuiet : bits + kHalf + ((bits >> 16) & 1);
-}
-
-FLATCORE_HOST_DEVICE uint32_t pair(float first, float second) {
-    return (rounded(first) >> 16) | (rounded(second) & 0xffff0000U);
-}
-
 // A tile whose elements lie side by side along k: tile[i][p].
 FLATCORE_CLONES void load_along_k(const float* x, int64_t stride_i, uint32_t* tile) {
     uint16_t* elements = reinterpret_cast<uint16_t*>(tile);
     for (int64_t i = 0; i < kTile; ++i)
         for (int64_t k = 0; k < 2 * kTile; ++k)
-            elements[i * 2 * kTile + k] = static_cast<uint16_t>(rounded(x[i * stride_i + k]) >> 16);
+            elements[i * 2 * kTile + k] = static_cast<uint16_t>(rounded_to_bf16(x[i * stride_i + k]) >> 16);
 }
 
 // Side by side along i: tile[p][i].
 FLATCORE_CLONES void load_along_i(const float* x, int64_t stride_k, uint32_t* tile) {
     for (int64_t p = 0; p < kTile; ++p)
         for (int64_t i = 0; i < kTile; ++i)
-            tile[p * kTile + i] = pair(x[2 * p * stride_k + i], x[(2 * p + 1) * stride_k + i]);
+            tile[p * kTile + i] = bf16_pair(x[2 * p * stride_k + i], x[(2 * p + 1) * stride_k + i]);
 }
 
 FLATCORE_CLONES void store(const uint32_t* tile, uint32_t* out, int64_t stride) {
@@ -78,8 +66,9 @@ void round_to_pairs(int64_t count_i, int64_t count_k, const PairSource& source, 
         const float* x = source.data + i * source.stride_i;
         uint32_t* out = target.data + i * target.stride_i;
         for (int64_t p = i < whole_i ? whole_p : 0; p < pairs; ++p)
-            out[p * target.stride_p] = pair(x[2 * p * source.stride_k], x[(2 * p + 1) * source.stride_k]);
-        if (count_k % 2) out[pairs * target.stride_p] = pair(x[(count_k - 1) * source.stride_k], 0);
+            out[p * target.stride_p] =
+                bf16_pair(x[2 * p * source.stride_k], x[(2 * p + 1) * source.stride_k]);
+        if (count_k % 2) out[pairs * target.stride_p] = bf16_pair(x[(count_k - 1) * source.stride_k], 0);
     }
 }
 

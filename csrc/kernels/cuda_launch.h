@@ -13,6 +13,11 @@
 // An array of a constant size in the memory of a block.
 #define FLATCORE_SHARED(T, name, count) __shared__ T name[count]
 
+// In front of a loop over arrays in registers, whose indices must be known when compiling; and of one that
+// must stay a loop.
+#define FLATCORE_UNROLL _Pragma("unroll")
+#define FLATCORE_NO_UNROLL _Pragma("unroll 1")
+
 namespace flatcore::cuda {
 
 template <class... Parameters, class... Arguments>
@@ -30,4 +35,6 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, 
 
 #elif defined(FLATCORE_CUDA_SHIM)
 #include "cuda_shim.h"
+#define FLATCORE_UNROLL
+#define FLATCORE_NO_UNROLL
 #endif

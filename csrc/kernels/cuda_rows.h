@@ -144,15 +144,17 @@ __device__ PeakSum<T> peak_sum(int64_t C, const T* z) {
 // The rows of K directions, numbered so that neighbours take the same row in successive directions: what the
 // directions share comes from memory once.
 struct DirectionRow {
+    int64_t k;
     int64_t row;  // of the arrays that the directions share
     int64_t at;   // of the directions, k * rows + row
 };
 
 __device__ inline DirectionRow direction_row(int64_t task, int64_t K, int64_t rows) {
-    if (K == 1) return {task, task};
+    if (K == 1) return {0, task, task};
     const bool narrow = (task | K) >> 32 == 0;  // 64-bit division is slow
     const int64_t row = narrow ? static_cast<uint32_t>(task) / static_cast<uint32_t>(K) : task / K;
-    return {row, (task - row * K) * rows + row};
+    const int64_t k = task - row * K;
+    return {k, row, k * rows + row};
 }
 
 template <class T, int N, class Team, class Pass>

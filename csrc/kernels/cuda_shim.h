@@ -1,12 +1,13 @@
 // CUDA threads on the host, to run the index logic of a kernel where there is no GPU: under the address
 // sanitizer, and in both orders of threads, so that a missing barrier shows. Blocks run one after another;
 // the threads of a block are fibers that run until they reach a barrier. Shared arrays lie on the heap,
-// filled with garbage before every block. Emulated: barriers, warp shuffles, ballot, atomicAdd. Not: memory
-// ordering, dynamic shared memory, speed.
+// filled with garbage before every block. Emulated: barriers, warp shuffles, ballot, atomicAdd, and in
+// tensor_core.h the matrix units. Not: memory ordering, dynamic shared memory, speed.
 #pragma once
 
 #include <ucontext.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -45,6 +46,11 @@ void wait_for_warp(uint32_t mask, std::source_location place);
 // `source`.
 uint64_t exchange(uint32_t mask, uint64_t value, int source, std::source_location place);
 uint32_t ballot(uint32_t mask, bool predicate, std::source_location place);
+
+// Leaves this lane's words for the whole warp, waits for all its lanes, returns the words of each. They stay
+// until this lane's next exchange.
+using LaneWords = std::array<uint32_t, 8>;
+const std::array<LaneWords, 32>& exchange_words(const LaneWords& words, std::source_location place);
 int lane();
 
 // Memory of `bytes` that one place in a kernel shares between the threads of a block; lives until the program

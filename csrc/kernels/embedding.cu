@@ -9,7 +9,7 @@ namespace flatcore::cuda {
 namespace {
 
 template <int N, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     gather_kernel(int64_t K, int64_t n, int64_t width, const int64_t* __restrict__ index, int64_t frozen,
                   const T* __restrict__ x, int64_t x_stride, T* __restrict__ out) {
     for (int64_t i = first_row(); i < n; i += row_stride()) {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int N, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     scatter_kernel(int64_t K, int64_t n, int64_t width, const int64_t* __restrict__ index,
                    RowSegments segments, int64_t frozen, const T* __restrict__ rows, T* __restrict__ x,
                    int64_t x_stride) {

@@ -1,9 +1,10 @@
 #include "normalise.h"
 
 #include <algorithm>
-#include <cmath>
+#include <type_traits>
 
 #include "macros.h"
+#include "normalise.inl"
 #include "parallel.h"
 #include "row_sums.h"
 
@@ -14,6 +15,34 @@ constexpr int64_t kGrain = 4096;  // elements per thread below which a second th
 
 int64_t row_grain(int64_t C) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(C, 1)); }
 
+using body::Moments;
+
+// Which of the arrays are there, known while the loops are compiled: with conditions in them they are not
+// vectorised.
+template <bool W, bool Tdy, bool Tx, bool Tw>
+struct Has {
+    static constexpr bool w = W, tdy = Tdy, tx = Tx, tw = Tw;
+};
+
+template <class T, class Has>
+using Row = body::NormaliseRow<T, const T*, Has>;
+
+// body(Has<flags...>{})
+template <bool... flags, class Body>
+void with_has(const Body& body) {
+    body(Has<flags...>{});
+}
+
+template <bool... flags, class Body, class Flag, class... Others>
+void with_has(const Body& body, Flag flag, Others... others) {
+    if constexpr (std::is_same_v<Flag, std::false_type>)
+        with_has<flags..., false>(body, others...);
+    else if (flag)
+        with_has<flags..., true>(body, others...);
+    else
+        with_has<flags..., false>(body, others...);
+}
+
 template <class T>
 FLATCORE_CLONES void forward_row(int64_t C, bool centred, T eps, const T* x, const T* w, const T* b, T* xhat,
                                  T* r, T* y) {
@@ -23,23 +52,15 @@ FLATCORE_CLONES void forward_row(int64_t C, bool centred, T eps, const T* x, con
         for (int64_t c = 0; c < C; ++c) sum += x[c];
     }
     const T mean = sum / T(C);
-    T square = 0;
-#pragma omp simd reduction(+ : square)
-    for (int64_t c = 0; c < C; ++c) square += (x[c] - mean) * (x[c] - mean);
-    const T inverse = T(1) / std::sqrt(square / T(C) + eps);
+    T squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t c = 0; c < C; ++c) squares += body::squared_deviation(x[c], mean);
+    const T inverse = body::inverse_deviation(squares, C, eps);
     *r = inverse;
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-        xhat[c] = (x[c] - mean) * inverse;
-        y[c] = xhat[c] * (w ? w[c] : T(1)) + (b ? b[c] : T(0));
-    }
+    for (int64_t c = 0; c < C; ++c)
+        body::normalise_forward(x[c], mean, inverse, w ? w[c] : T(1), b ? b[c] : T(0), xhat[c], y[c]);
 }
-
-// mean(t) where centred, and mean(xhat t).
-template <class T>
-struct Moments {
-    T mean, along;
-};
 
 template <class T>
 FLATCORE_CLONES Moments<T> moments(int64_t C, bool centred, const T* xhat, const T* t) {
@@ -49,72 +70,48 @@ FLATCORE_CLONES Moments<T> moments(int64_t C, bool centred, const T* xhat, const
         sum += t[c];
         along += xhat[c] * t[c];
     }
-    return {centred ? sum / T(C) : T(0), along / T(C)};
+    return body::moments_of_sums(centred, C, sum, along);
 }
 
-template <class T>
-FLATCORE_CLONES void tangent_row(int64_t C, bool centred, const T* xhat, T r, const T* w, const T* tx,
-                                 const T* tw, const T* tb, T* ty) {
-    const Moments<T> m = tx ? moments(C, centred, xhat, tx) : Moments<T>{0, 0};
+template <class Has, class T>
+FLATCORE_CLONES void tangent_row(Has has, int64_t C, bool centred, const T* xhat, T r, const T* w,
+                                 const T* tx, const T* tw, const T* tb, T* ty) {
+    const Moments<T> m = has.tx ? moments(C, centred, xhat, tx) : Moments<T>{0, 0};
+    const Row<T, Has> row{has, xhat, w, nullptr, nullptr, tx, tw, r, m};
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-        T value = tb ? tb[c] : T(0);
-        if (tx) value += r * (tx[c] - m.mean - xhat[c] * m.along) * (w ? w[c] : T(1));
-        if (tw) value += xhat[c] * tw[c];
-        ty[c] = value;
-    }
+    for (int64_t c = 0; c < C; ++c) ty[c] = body::normalise_tangent(row, c, tb ? tb[c] : T(0));
 }
 
-template <class T>
-FLATCORE_CLONES void adjoint_row(int64_t C, bool centred, const T* xhat, T r, const T* w, const T* tdy,
-                                 const T* dy, const T* tx, const T* tw, T* tdx) {
-    const Moments<T> m = tx ? moments(C, centred, xhat, tx) : Moments<T>{0, 0};
-    T ta_sum = 0, tB = 0, a_sum = 0, B = 0;
-#pragma omp simd reduction(+ : ta_sum, tB, a_sum, B)
+template <class Has, class T>
+FLATCORE_CLONES void adjoint_row(Has has, int64_t C, bool centred, const T* xhat, T r, const T* w,
+                                 const T* tdy, const T* dy, const T* tx, const T* tw, T* tdx) {
+    const Moments<T> m = has.tx ? moments(C, centred, xhat, tx) : Moments<T>{0, 0};
+    const Row<T, Has> row{has, xhat, w, tdy, dy, tx, tw, r, m};
+    T ta = 0, tB = 0, a = 0, B = 0;
+#pragma omp simd reduction(+ : ta, tB, a, B)
     for (int64_t c = 0; c < C; ++c) {
-        const T weight = w ? w[c] : T(1);
-        T ta = tdy ? tdy[c] * weight : T(0);
-        if (dy && tw) ta += dy[c] * tw[c];
-        ta_sum += ta;
-        tB += ta * xhat[c];
-        if (dy && tx) {
-            const T a = dy[c] * weight;
-            a_sum += a;
-            B += a * xhat[c];
-            tB += a * (r * (tx[c] - m.mean - xhat[c] * m.along));
-        }
+        const auto terms = body::normalise_terms(row, c);
+        ta += terms.ta;
+        tB += terms.tB;
+        a += terms.a;
+        B += terms.B;
     }
-    const T scale = T(1) / T(C);
-    const T ta_mean = centred ? ta_sum * scale : T(0), a_mean = centred ? a_sum * scale : T(0);
-    tB *= scale;
-    B *= scale;
+    const auto means = body::normalise_means<T>(centred, C, {ta, tB, a, B});
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-        const T weight = w ? w[c] : T(1);
-        T ta = tdy ? tdy[c] * weight : T(0);
-        if (dy && tw) ta += dy[c] * tw[c];
-        T value = ta - ta_mean - xhat[c] * tB;
-        if (dy && tx) {
-            const T txhat = r * (tx[c] - m.mean - xhat[c] * m.along);
-            value -= txhat * B + r * m.along * (dy[c] * weight - a_mean - xhat[c] * B);
-        }
-        tdx[c] = r * value;
-    }
+    for (int64_t c = 0; c < C; ++c) tdx[c] = body::normalise_adjoint(row, c, means);
 }
 
-template <class T>
-FLATCORE_CLONES void sums_row(int64_t C, bool centred, const T* xhat, T r, const T* tdy, const T* dy,
+template <class Has, class T>
+FLATCORE_CLONES void sums_row(Has has, int64_t C, bool centred, const T* xhat, T r, const T* tdy, const T* dy,
                               const T* tx, double* weight_sums, double* bias_sums) {
-    const Moments<T> m = dy && tx ? moments(C, centred, xhat, tx) : Moments<T>{0, 0};
     if (weight_sums) {
+        const Moments<T> m = has.tx ? moments(C, centred, xhat, tx) : Moments<T>{0, 0};
+        const Row<T, Has> row{has, xhat, nullptr, tdy, dy, tx, nullptr, r, m};
 #pragma omp simd
-        for (int64_t c = 0; c < C; ++c) {
-            T value = tdy ? tdy[c] * xhat[c] : T(0);
-            if (dy && tx) value += dy[c] * (r * (tx[c] - m.mean - xhat[c] * m.along));
-            weight_sums[c] += static_cast<double>(value);
-        }
+        for (int64_t c = 0; c < C; ++c)
+            weight_sums[c] += static_cast<double>(body::normalise_weight_term(row, c));
     }
-    if (bias_sums && tdy) {
+    if (bias_sums && has.tdy) {
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) bias_sums[c] += static_cast<double>(tdy[c]);
     }
@@ -137,37 +134,48 @@ template <class T>
 void normalise_tangent(const NormShape& shape, int64_t K, const T* xhat, const T* r, const T* w, const T* tx,
                        const T* tw, int64_t tw_stride, const T* tb, int64_t tb_stride, T* ty) {
     const int64_t C = shape.C;
-    parallel_for(0, K * shape.rows, row_grain(C), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t k = i / shape.rows, row = i % shape.rows;
-            tangent_row<T>(C, shape.centred, xhat + row * C, r[row], w, tx ? tx + i * C : nullptr,
-                           tw ? tw + k * tw_stride : nullptr, tb ? tb + k * tb_stride : nullptr, ty + i * C);
-        }
-    });
+    const auto run = [&](auto has) {
+        parallel_for(0, K * shape.rows, row_grain(C), [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) {
+                const int64_t k = i / shape.rows, row = i % shape.rows;
+                tangent_row(has, C, shape.centred, xhat + row * C, r[row], w, tx ? tx + i * C : nullptr,
+                            tw ? tw + k * tw_stride : nullptr, tb ? tb + k * tb_stride : nullptr, ty + i * C);
+            }
+        });
+    };
+    with_has(run, w, std::false_type{}, tx, tw);
 }
 
 template <class T>
 void normalise_adjoint(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, T* tdx) {
     const int64_t C = shape.C;
-    parallel_for(0, K * shape.rows, row_grain(C), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t k = i / shape.rows, row = i % shape.rows;
-            adjoint_row<T>(C, shape.centred, d.xhat + row * C, d.r[row], d.w, d.tdy ? d.tdy + i * C : nullptr,
-                           d.dy ? d.dy + row * C : nullptr, d.dy && d.tx ? d.tx + i * C : nullptr,
-                           d.dy && d.tw ? d.tw + k * d.tw_stride : nullptr, tdx + i * C);
-        }
-    });
+    const auto run = [&](auto has) {
+        parallel_for(0, K * shape.rows, row_grain(C), [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) {
+                const int64_t k = i / shape.rows, row = i % shape.rows;
+                adjoint_row(has, C, shape.centred, d.xhat + row * C, d.r[row], d.w,
+                            has.tdy ? d.tdy + i * C : nullptr, d.dy ? d.dy + row * C : nullptr,
+                            has.tx ? d.tx + i * C : nullptr, has.tw ? d.tw + k * d.tw_stride : nullptr,
+                            tdx + i * C);
+            }
+        });
+    };
+    with_has(run, d.w, d.tdy, d.dy && d.tx, d.dy && d.tw);
 }
 
 template <class T>
 void normalise_sums(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, double* weight_sums,
                     double* bias_sums) {
     const int64_t C = shape.C, rows = shape.rows;
-    sum_rows(K, rows, C, weight_sums, bias_sums, [&](int64_t k, int64_t row, double* weight, double* bias) {
-        const int64_t at = (k * rows + row) * C;
-        sums_row<T>(C, shape.centred, d.xhat + row * C, d.r[row], d.tdy ? d.tdy + at : nullptr,
-                    d.dy ? d.dy + row * C : nullptr, d.dy && d.tx ? d.tx + at : nullptr, weight, bias);
-    });
+    const auto run = [&](auto has) {
+        sum_rows(
+            K, rows, C, weight_sums, bias_sums, [&](int64_t k, int64_t row, double* weight, double* bias) {
+                const int64_t at = (k * rows + row) * C;
+                sums_row(has, C, shape.centred, d.xhat + row * C, d.r[row], has.tdy ? d.tdy + at : nullptr,
+                         d.dy ? d.dy + row * C : nullptr, has.tx ? d.tx + at : nullptr, weight, bias);
+            });
+    };
+    with_has(run, std::false_type{}, d.tdy, d.dy && d.tx, std::false_type{});
 }
 
 #define INSTANTIATE(T)                                                                                   \

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "row_sums.h"
+#include "row_pieces.h"
 
 namespace flatcore {
 
@@ -44,10 +44,27 @@ struct NormaliseAdjoint {
 template <class T>
 void normalise_adjoint(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, T* tdx);
 
-// Sums over the rows, in the kRowPieces pieces of row_sums.h: weight_sums[k, piece, c] of tdw, bias_sums of
+// Sums over the rows, in the kRowPieces pieces of row_pieces.h: weight_sums[k, piece, c] of tdw, bias_sums of
 // tdb. Either may be null.
 template <class T>
 void normalise_sums(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, double* weight_sums,
                     double* bias_sums);
+
+#if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
+namespace cuda {
+// The same four on a device; `stream` is a cudaStream_t.
+template <class T>
+void normalise_forward(const NormShape& shape, double eps, const T* x, const T* w, const T* b, T* xhat, T* r,
+                       T* y, void* stream);
+template <class T>
+void normalise_tangent(const NormShape& shape, int64_t K, const T* xhat, const T* r, const T* w, const T* tx,
+                       const T* tw, int64_t tw_stride, const T* tb, int64_t tb_stride, T* ty, void* stream);
+template <class T>
+void normalise_adjoint(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, T* tdx, void* stream);
+template <class T>
+void normalise_sums(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, double* weight_sums,
+                    double* bias_sums, void* stream);
+}  // namespace cuda
+#endif
 
 }  // namespace flatcore

@@ -13,7 +13,8 @@
 //
 //     X += C M⁻¹ S,    Q - M⁻¹ T = Z Q',    S' = Q' + Zᵀ S,    C' = C Z
 //
-// Ledger of one iteration: r products; 10 r² P operations; memory K + 5 r rows.
+// Ledger of one iteration: r products; 10 r² P operations; memory K + 5 r rows. Where vectors are on a
+// device, the host waits for it three times.
 #pragma once
 
 #include <algorithm>
@@ -65,8 +66,11 @@ class BlockCG {
             Block T = space_.apply(S);
             result.products += r;
             space_.update(T, scaled_identity(r, -damping_), S);
-            const Matrix M = symmetric_part(space_.gram(S, T), S, T);
-            const double curvature = least_curvature(M, space_.gram(S, S), result.iterations + 1);
+            const std::vector<Matrix> found = space_.fetch({space_.gram_there(S, T), space_.gram_there(S, S),
+                                                            space_.row_dots(S, S), space_.row_dots(T, T)});
+            const std::vector<double> lengths = roots(found[3]);
+            const Matrix M = symmetric_part(found[0], roots(found[2]), lengths);
+            const double curvature = least_curvature(M, found[1], result.iterations + 1);
             result.curvature = first ? curvature : std::min(result.curvature, curvature);
             first = false;
             if (curvature <= kRounding * space_.epsilon() * size_) {
@@ -78,7 +82,6 @@ class BlockCG {
             for (double& x : along.data) x = -x;
             space_.update(result.X, along, S);
             double longest = 1.0;
-            const std::vector<double> lengths = space_.norms(T);
             for (int64_t i = 0; i < r; ++i) {
                 double sum = 0.0;
                 for (int64_t j = 0; j < r; ++j) sum += std::abs(step(i, j)) * lengths[static_cast<size_t>(j)];
@@ -117,9 +120,15 @@ class BlockCG {
         return longest;
     }
 
-    Matrix symmetric_part(Matrix M, const Block& S, const Block& T) {
+    static std::vector<double> roots(const Matrix& squares) {
+        std::vector<double> result = squares.data;
+        for (double& x : result) x = std::sqrt(x);
+        return result;
+    }
+
+    // s and t: the lengths of the rows of S and T.
+    Matrix symmetric_part(Matrix M, const std::vector<double>& s, const std::vector<double>& t) {
         if (!all_finite(M)) throw OperatorError(kNotFinite);
-        const std::vector<double> s = space_.norms(S), t = space_.norms(T);
         for (size_t i = 0; i < s.size(); ++i) size_ = std::max(size_, t[i] / s[i]);
         for (int64_t i = 0; i < M.rows; ++i)
             for (int64_t j = 0; j < i; ++j) {

@@ -29,6 +29,7 @@
 //     select(X, i), scatter(X, i, Y), assign(X, Y)     X[i] as new rows; X[i] = Y; X = Y
 //     apply(X)                  X A
 //     gram(X, Y), lengths(X)    X Yᵀ, on the host; the lengths of the rows
+//     project(X, Y)             X -= (X Yᵀ) Y; X Yᵀ and then X Xᵀ, on the host
 //     update(X, B, Y)           X -= B Y
 //     combine_into(X, B, Y)     X = B Y
 //     rotate(X, B)              the first rows of X become B X, in place
@@ -37,12 +38,15 @@
 //     capacity(), rounding()    rows; the relative error of a stored row, 0 if there is none
 //     load(first, n)            rows in full precision, maybe sharing memory
 //     store(first, X)           rounds X into the rows from `first`; the errors' lengths
-//     gram(m, W), update(W, B, m), combine_into(X, B, m)     V Wᵀ; W -= B V; X = B V; V the first m rows
+//     project(W, m)             W -= (W Vᵀ) V; V Wᵀ and then W Wᵀ, on the host; V the first m rows
+//     update(W, B, m), combine_into(X, B, m)     W -= B V; X = B V
 //     rotate(first, m, B)       the rows from `first` become B V, V the m rows from `first`; the errors'
 //     lengths
 //
 // Ledger of one step with q rows, m the basis with them: q operator applications; words moved 4 m P for the
 // two projections (each reads V twice) and about 16 q P for the block itself. Memory: the basis and 4 q P.
+// Where vectors are on a device, the host waits for it twice, for what `project` returns, and once more for
+// the errors of rows that were rounded; what goes the other way, two factors of q x q, nobody waits for.
 #pragma once
 
 #include <algorithm>
@@ -121,8 +125,7 @@ class BlockLanczos {
     void fill(int64_t target) {
         target = std::min(target, space_.dimension() - s_.m);
         const int64_t before = s_.q;
-        for (int attempt = 0; attempt < 8 && s_.q < target; ++attempt)
-            append(project(space_.random(target - s_.q)));
+        for (int attempt = 0; attempt < 8 && s_.q < target; ++attempt) append(space_.random(target - s_.q));
         if (s_.q > before) s_.injections.push_back({s_.steps, s_.q - before});
     }
 
@@ -166,17 +169,18 @@ class BlockLanczos {
     // Two projections, each followed by an orthonormalisation, keep V Vᵀ = I to rounding (Barlow and
     // Smoktunowicz, "Reorthogonalized block classical Gram-Schmidt", Numer. Math. 123 (2013) 395-423).
     Outside outside(Block W) {
-        Matrix H = basis_.gram(s_.m, W);
+        Projection once = basis_.project(W, s_.m);
+        Matrix H = std::move(once.inside);
         if (!all_finite(H)) throw OperatorError(kNotFinite);
-        basis_.update(W, transpose(H), s_.m);
         for (int64_t j = 0; j < H.cols; ++j) s_.scale = std::max(s_.scale, column_norm(H, j));
         // What is shorter than the rounding of A Q is no direction. Keeping such a row would be harmless (it
         // acts as a random one), dividing by it unchecked would not.
-        Orthonormal<Block> first = orthonormalise(space_, std::move(W), 8.0 * space_.epsilon() * s_.scale);
-        const Matrix G = basis_.gram(s_.m, first.rows);
-        basis_.update(first.rows, transpose(G), s_.m);
-        add(H, multiply(G, transpose(first.factor)));
-        Orthonormal<Block> second = orthonormalise(space_, std::move(first.rows), kLostLength);
+        Orthonormal<Block> first =
+            orthonormalise(space_, std::move(W), std::move(once.gram), 8.0 * space_.epsilon() * s_.scale);
+        Projection twice = basis_.project(first.rows, s_.m);
+        add(H, multiply(twice.inside, transpose(first.factor)));
+        Orthonormal<Block> second =
+            orthonormalise(space_, std::move(first.rows), std::move(twice.gram), kLostLength);
         Matrix B = multiply(first.factor, second.factor);
         for (int64_t j = 0; j < B.rows; ++j) s_.scale = std::max(s_.scale, column_norm(transpose(B), j));
         return {std::move(H), std::move(second.rows), std::move(B)};
@@ -199,15 +203,12 @@ class BlockLanczos {
         if (!errors.empty()) s_.add_slack(row_lengths(s_.C, errors));
     }
 
-    Block project(Block W) {
-        const int64_t known = s_.m + s_.q;
-        if (known > 0) basis_.update(W, transpose(basis_.gram(known, W)), known);
-        return W;
-    }
-
     void append(Block W) {
-        Orthonormal<Block> first = orthonormalise(space_, std::move(W), 0.0);
-        Orthonormal<Block> second = orthonormalise(space_, project(std::move(first.rows)), kLostLength);
+        Matrix before = basis_.project(W, s_.m + s_.q).gram;
+        Orthonormal<Block> first = orthonormalise(space_, std::move(W), std::move(before), 0.0);
+        Matrix gram = basis_.project(first.rows, s_.m + s_.q).gram;
+        Orthonormal<Block> second =
+            orthonormalise(space_, std::move(first.rows), std::move(gram), kLostLength);
         const int64_t room = std::min(space_.dimension(), basis_.capacity()) - s_.m - s_.q;
         const int64_t r = std::min(space_.count(second.rows), room);
         basis_.store(s_.m + s_.q, space_.rows(second.rows, 0, r));

@@ -33,8 +33,12 @@
 //
 // Beyond what range_basis.h asks of a Space:
 //     signs(first, n)                   probes first to first + n - 1, rows of random signs
-//     row_dots(X, Y)                    <x_i, y_i>, in float64
-//     put_moments(mean, squares, first, base, S, U, V, R)    of the rows base + s_i * u_i + v_i * r_i
+//     put_moments(mean, squares, first, base, S, U, V, R)    of the rows base + s_i * u_i + v_i * r_i; the
+//     sum of
+//                                       the squares as Numbers
+//     common(S, E, V, there, back)      the sum of d_ij d_ji over pairs, as Numbers
+//     place(B)                          B where the vectors are, for combine and update
+//     piece()                           columns to take at a time
 //
 // Ledger of m probes: 2 m products with A; about 12 m² P operations; 2 m P words.
 #pragma once
@@ -75,24 +79,25 @@ class LeaveOneOut {
         const int64_t old = probes(), b = space_.count(Y);
         const Block V = space_.signs(old, b);
         quadratic_ = padded(quadratic_, 1 + static_cast<int64_t>(slices_.size()), old + b);
+        Entries entries(space_);
         for (int64_t s = 0; s < quadratic_.rows; ++s) {
             const auto [first, n] = s == 0 ? std::pair<int64_t, int64_t>{0, space_.dimension()}
                                            : slices_[static_cast<size_t>(s - 1)];
-            const std::vector<double> dots =
-                space_.row_dots(space_.columns(V, first, n), space_.columns(Y, first, n));
-            for (int64_t i = 0; i < b; ++i) quadratic_(s, old + i) = dots[static_cast<size_t>(i)];
+            entries.add(quadratic_, s, old,
+                        space_.row_dots(space_.columns(V, first, n), space_.columns(Y, first, n)));
         }
         basis_.extend(std::move(Y));
         const int64_t m = probes();
         W_ = padded(W_, m, m);
         T_ = padded(T_, m, m);
-        put(W_, space_.gram(basis_.Q(), V), 0, old);
-        put(T_, space_.gram(basis_.Z(), V), 0, old);
+        entries.add(W_, 0, old, space_.gram_there(basis_.Q(), V));
+        entries.add(T_, 0, old, space_.gram_there(basis_.Z(), V));
         for (int64_t first = 0; first < old; first += b) {
             const Block earlier = space_.signs(first, std::min(b, old - first));
-            put(W_, space_.gram(space_.rows(basis_.Q(), old, b), earlier), old, first);
-            put(T_, space_.gram(space_.rows(basis_.Z(), old, b), earlier), old, first);
+            entries.add(W_, old, first, space_.gram_there(space_.rows(basis_.Q(), old, b), earlier));
+            entries.add(T_, old, first, space_.gram_there(space_.rows(basis_.Z(), old, b), earlier));
         }
+        entries.put();
         downdate();
     }
 
@@ -123,8 +128,8 @@ class LeaveOneOut {
     // entry alone the covariance would be too uncertain.
     template <class Vector>
     double diagonal_moments(Vector& mean, Vector& squares) {
-        constexpr int64_t kPiece = int64_t{1} << 12;
-        const int64_t P = space_.dimension(), sampled = 1 + P / (kPiece * kSampledPieces);
+        const int64_t P = space_.dimension(), piece = space_.piece(probes());
+        const int64_t sampled = 1 + P / (piece * kSampledPieces);
         // a_i = base + s_i Q * u_i + w_i * r_i, with u and r combinations of the rows of Q and Z.
         Matrix along = transpose(S_), u_q(probes(), probes()), r_q = basis_.coefficients();
         for (int64_t i = 0; i < probes(); ++i)
@@ -134,30 +139,33 @@ class LeaveOneOut {
             }
         Matrix u_z = along;
         for (double& x : u_z.data) x *= 2.0;
-        const Matrix r_z = transpose(X_);
+        const auto along_q = space_.place(along), from_q = space_.place(u_q), from_z = space_.place(u_z);
+        const auto rest_q = space_.place(r_q), rest_z = space_.place(transpose(X_));
+        const auto bend_q = space_.place(transpose(HS_));
         std::vector<PairTerms> there, back;
         for (int64_t shift = 1; shift <= std::min(kShifts, probes() / 2); ++shift) {
             there.push_back(pair_terms(shift));
             back.push_back(pair_terms(probes() - shift));
         }
-        double spread = 0.0, common = 0.0;
+        std::vector<typename Space::Numbers> spreads, commons;
         const Block signs = space_.signs(0, probes());
-        for (int64_t first = 0; first < P; first += kPiece) {
-            const int64_t n = std::min(kPiece, P - first);
+        for (int64_t first = 0; first < P; first += piece) {
+            const int64_t n = std::min(piece, P - first);
             const Block q = space_.columns(basis_.Q(), first, n), z = space_.columns(basis_.Z(), first, n);
-            Block u = space_.combine(u_q, q), r = space_.combine(r_q, q);
-            space_.update(u, u_z, z);
-            space_.update(r, r_z, z);
-            const Block v = space_.columns(signs, first, n), tau = space_.combine(along, q);
-            const double squares_here =
+            Block u = space_.combine(from_q, q), r = space_.combine(rest_q, q);
+            space_.update(u, from_z, z);
+            space_.update(r, rest_z, z);
+            const Block v = space_.columns(signs, first, n), tau = space_.combine(along_q, q);
+            const auto squares_here =
                 space_.put_moments(mean, squares, first, basis_.known_diagonal(first, n), tau, u, v, r);
-            if (first / kPiece % sampled != 0) continue;
-            spread += squares_here;
-            Block e = space_.combine(along, z);
-            space_.update(e, transpose(HS_), q);
+            if (first / piece % sampled != 0) continue;
+            spreads.push_back(squares_here);
+            Block e = space_.combine(along_q, z);
+            space_.update(e, bend_q, q);
             for (size_t shift = 0; shift < there.size(); ++shift)
-                common += space_.common(tau, e, v, there[shift], back[shift]);
+                commons.push_back(space_.common(tau, e, v, there[shift], back[shift]));
         }
+        const double spread = sum(spreads), common = sum(commons);
         const double m = static_cast<double>(probes()), pairs = m * static_cast<double>(there.size());
         return spread > 0.0 ? 1.0 + std::max(common, 0.0) / pairs * m * (m - 1.0) / spread : 1.0;
     }
@@ -200,19 +208,26 @@ class LeaveOneOut {
 
     void add_sums_of_slices(std::vector<Sums>& sums) {
         const int64_t m = probes(), piece = 16;
-        for (const auto& [first, n] : slices_) {
+        Entries entries(space_);
+        sums.resize(1 + slices_.size(), {Matrix(m, m), Matrix(m, m), Matrix(m, m), Matrix(m, m)});
+        for (size_t s = 0; s < slices_.size(); ++s) {
+            const auto [first, n] = slices_[s];
             const Block q = space_.columns(basis_.Q(), first, n), z = space_.columns(basis_.Z(), first, n);
-            sums.push_back({space_.gram(q, q), space_.gram(q, z), Matrix(m, m), Matrix(m, m)});
+            entries.add(sums[s + 1].QQ, 0, 0, space_.gram_there(q, q));
+            entries.add(sums[s + 1].QZ, 0, 0, space_.gram_there(q, z));
         }
         for (int64_t at = 0; at < m; at += piece) {
             const Block signs = space_.signs(at, std::min(piece, m - at));
             for (size_t s = 0; s < slices_.size(); ++s) {
                 const auto [first, n] = slices_[s];
                 const Block v = space_.columns(signs, first, n);
-                put(sums[s + 1].QV, space_.gram(space_.columns(basis_.Q(), first, n), v), 0, at);
-                put(sums[s + 1].ZV, space_.gram(space_.columns(basis_.Z(), first, n), v), 0, at);
+                entries.add(sums[s + 1].QV, 0, at,
+                            space_.gram_there(space_.columns(basis_.Q(), first, n), v));
+                entries.add(sums[s + 1].ZV, 0, at,
+                            space_.gram_there(space_.columns(basis_.Z(), first, n), v));
             }
         }
+        entries.put();
     }
 
     // a_i summed over slice s.
@@ -302,9 +317,37 @@ class LeaveOneOut {
         return terms;
     }
 
-    static void put(Matrix& whole, const Matrix& part, int64_t row, int64_t col) {
-        for (int64_t i = 0; i < part.rows; ++i)
-            for (int64_t j = 0; j < part.cols; ++j) whole(row + i, col + j) = part(i, j);
+    // Numbers on their way into larger matrices, which must stay where they are until then.
+    class Entries {
+     public:
+        explicit Entries(Space& space) : space_(space) {}
+
+        void add(Matrix& whole, int64_t row, int64_t col, typename Space::Numbers numbers) {
+            places_.push_back({&whole, row, col});
+            numbers_.push_back(std::move(numbers));
+        }
+        void put() {
+            const std::vector<Matrix> parts = space_.fetch(numbers_);
+            for (size_t at = 0; at < parts.size(); ++at)
+                for (int64_t i = 0; i < parts[at].rows; ++i)
+                    for (int64_t j = 0; j < parts[at].cols; ++j)
+                        (*places_[at].whole)(places_[at].row + i, places_[at].col + j) = parts[at](i, j);
+        }
+
+     private:
+        struct Place {
+            Matrix* whole;
+            int64_t row, col;
+        };
+        Space& space_;
+        std::vector<Place> places_;
+        std::vector<typename Space::Numbers> numbers_;
+    };
+
+    double sum(const std::vector<typename Space::Numbers>& numbers) const {
+        double total = 0.0;
+        for (const Matrix& number : space_.fetch(numbers)) total += number(0, 0);
+        return total;
     }
 
     Space& space_;

@@ -83,6 +83,13 @@ inline bool all_finite(const Matrix& a) {
     return true;
 }
 
+// Of a projection W' = W - (W Vᵀ) V: the inner products of V and W, as the function that does it says, and
+// W' W'ᵀ. Both at once, since fetching small matrices from a device is what a step waits for.
+struct Projection {
+    Matrix inside;
+    Matrix gram;
+};
+
 // a = vectors diag(values) vectorsᵀ, values ascending.
 struct Spectral {
     std::vector<double> values;

@@ -1,5 +1,5 @@
-// Rank-revealing orthonormalisation of a block of rows, written over a space's `gram`, `update` and
-// `combine`.
+// Rank-revealing orthonormalisation of a block of rows, written over a space's `gram`, `project` and
+// `combine_into`.
 #pragma once
 
 #include <algorithm>
@@ -87,9 +87,10 @@ struct Orthonormal {
 
 // Each round takes the rows its Gram matrix resolves and removes them from the others, whose shorter lengths
 // the next round resolves; rows of length <= drop are left out. Q Qᵀ = I to about 100 p eps: call twice for
-// full accuracy.
+// full accuracy. gram = W Wᵀ.
 template <class Space>
-Orthonormal<typename Space::Block> orthonormalise(Space& space, typename Space::Block W, double drop) {
+Orthonormal<typename Space::Block> orthonormalise(Space& space, typename Space::Block W, Matrix gram,
+                                                  double drop) {
     const int64_t p = space.count(W);
     typename Space::Block Q = space.allocate(p);
     Matrix factor(p, p);
@@ -100,7 +101,6 @@ Orthonormal<typename Space::Block> orthonormalise(Space& space, typename Space::
         // The common case, every row in the first round, copies nothing: rest is W and Q one product with it.
         const bool all = static_cast<int64_t>(remaining.size()) == p;
         typename Space::Block rest = all ? W : space.select(W, remaining);
-        const Matrix gram = space.gram(rest, rest);
         if (!all_finite(gram)) throw OperatorError(kNotFinite);
         const PivotedCholesky cholesky = pivoted_cholesky(gram, drop * drop);
         const auto picked = static_cast<int64_t>(cholesky.picked.size());
@@ -120,12 +120,12 @@ Orthonormal<typename Space::Block> orthonormalise(Space& space, typename Space::
         for (const int64_t i : cholesky.left) left.push_back(remaining[static_cast<size_t>(i)]);
         if (!left.empty()) {
             typename Space::Block others = space.select(rest, cholesky.left);
-            const Matrix coefficients = space.gram(others, fresh);
-            space.update(others, coefficients, fresh);
+            Projection projection = space.project(others, fresh);
             for (size_t i = 0; i < left.size(); ++i)
                 for (int64_t j = 0; j < picked; ++j)
-                    factor(left[i], rank + j) = coefficients(static_cast<int64_t>(i), j);
+                    factor(left[i], rank + j) = projection.inside(static_cast<int64_t>(i), j);
             space.scatter(W, left, others);
+            gram = std::move(projection.gram);
         }
         remaining = std::move(left);
         rank += picked;
@@ -134,6 +134,12 @@ Orthonormal<typename Space::Block> orthonormalise(Space& space, typename Space::
     for (int64_t i = 0; i < p; ++i)
         for (int64_t j = 0; j < rank; ++j) kept(i, j) = factor(i, j);
     return {space.rows(Q, 0, rank), std::move(kept)};
+}
+
+template <class Space>
+Orthonormal<typename Space::Block> orthonormalise(Space& space, typename Space::Block W, double drop) {
+    Matrix gram = space.gram(W, W);
+    return orthonormalise(space, std::move(W), std::move(gram), drop);
 }
 
 }  // namespace flatcore::krylov

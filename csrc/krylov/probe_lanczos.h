@@ -10,11 +10,12 @@
 // The K probes share each product, not their Krylov spaces, so that the K quadratures are independent samples
 // and their spread is an error bar. A Space here also knows, for the probes' bases stored as (K, steps, P)
 // and rows (K, P):
-//     gram_each(bases, j, X)       (K, j): the first j rows of V_k with x_k
-//     update_each(X, B, bases, j)  x_k -= B_k V_k
-//     dot_each(X, Y) (K,);  scale_each(X, factors)
+//     squares(X)                   (K,): the rows' squared lengths
+//     project_each(X, bases, j)    x_k -= (x_k V_kᵀ) V_k, twice, with the first j rows of V_k
+//     scale_each(X, factors)
 //
-// Ledger of step j: K operator applications; 4 j K P words for the two passes. Memory: steps x K x P.
+// Ledger of step j: K operator applications; 4 j K P words for the two passes, and one wait for a device.
+// Memory: steps x K x P.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +36,13 @@ struct Tridiagonals {
     int64_t applications = 0;
 };
 
+// What projecting K rows w_k twice on the first j rows of V_k found.
+struct ProjectionsOfEach {
+    Matrix inside;                   // (K, j): V_k w_kᵀ, the first time
+    std::vector<double> correction;  // (K,): of its last column, the second time
+    std::vector<double> squares;     // (K,): |w_k|² after both
+};
+
 // `start` (K, P), no row zero, is overwritten. on_step gets what is known after so many steps; it may throw,
 // and where it returns true the recurrence ends, with the steps done as the length of the probes still
 // running.
@@ -49,7 +57,7 @@ Tridiagonals probe_lanczos(Space& space, typename Space::Block start, int64_t st
     std::vector<bool> running(static_cast<size_t>(K), true);
 
     auto bases = space.allocate_bases(K, steps);
-    std::vector<double> square = space.dot_each(start, start);
+    const std::vector<double> square = space.squares(start);
     for (int64_t k = 0; k < K; ++k)
         factor[static_cast<size_t>(k)] = 1.0 / std::sqrt(square[static_cast<size_t>(k)]);
     auto q = start;
@@ -60,19 +68,15 @@ Tridiagonals probe_lanczos(Space& space, typename Space::Block start, int64_t st
         space.assign_each(bases, j, q);
         auto w = space.apply(q);
         result.applications += K;
-        const Matrix h = space.gram_each(bases, j + 1, w);
-        if (!all_finite(h)) throw OperatorError(kNotFinite);
-        space.update_each(w, h, bases, j + 1);
-        const Matrix correction = space.gram_each(bases, j + 1, w);
-        space.update_each(w, correction, bases, j + 1);
-        square = space.dot_each(w, w);
+        const ProjectionsOfEach found = space.project_each(w, bases, j + 1);
+        if (!all_finite(found.inside)) throw OperatorError(kNotFinite);
         for (int64_t k = 0; k < K; ++k) {
             const auto at = static_cast<size_t>(k);
             factor[at] = 0.0;  // an exhausted probe goes on as zeros
             if (!running[at]) continue;
-            const double beta = std::sqrt(square[at]);
+            const double beta = std::sqrt(found.squares[at]);
             if (!std::isfinite(beta)) throw OperatorError(kNotFinite);
-            result.alpha(k, j) = h(k, j) + correction(k, j);
+            result.alpha(k, j) = found.inside(k, j) + found.correction[at];
             result.beta(k, j) = beta;
             scale[at] = std::max({scale[at], std::abs(result.alpha(k, j)), beta});
             // A residual at rounding level: the Krylov space is invariant and its quadrature exact. Dividing

@@ -14,6 +14,9 @@
 //     columns(X, first, n)      n consecutive columns of the rows X, sharing memory
 //     column_dots(X, Y)         sum_k x_k * y_k, entry by entry, in float64
 //     norms(X)                  the rows' lengths
+//     gram_there(X, Y)          X Yᵀ as Numbers, which stay on the vectors' device
+//     row_dots(X, Y)            <x_i, y_i>, (1, p), in float64, as Numbers
+//     fetch(numbers)            the matrices, all of them at once
 //
 // Ledger of extending m rows by b: b products with A; 4 m b P words' worth of projection, 2 m b P of H.
 #pragma once
@@ -56,13 +59,13 @@ class RangeBasis {
         if (!std::isfinite(scale_)) throw OperatorError(kNotFinite);
         const double drop = kRounding * space_.epsilon() * scale_;
 
-        Matrix inside = space_.gram(Y, Q());
-        space_.update(Y, inside, Q());
-        Orthonormal<Block> first = orthonormalise(space_, Y, drop);
-        const Matrix again = space_.gram(first.rows, Q());
-        space_.update(first.rows, again, Q());
-        add(inside, multiply(first.factor, again));
-        const Orthonormal<Block> second = orthonormalise(space_, first.rows, kLostLength);
+        Projection once = space_.project(Y, Q());
+        Matrix inside = std::move(once.inside);
+        Orthonormal<Block> first = orthonormalise(space_, Y, std::move(once.gram), drop);
+        Projection twice = space_.project(first.rows, Q());
+        add(inside, multiply(first.factor, twice.inside));
+        const Orthonormal<Block> second =
+            orthonormalise(space_, first.rows, std::move(twice.gram), kLostLength);
         const int64_t fresh = space_.count(second.rows);
         space_.assign(space_.rows(Q_, old, fresh), second.rows);
         m_ = old + fresh;
@@ -76,8 +79,8 @@ class RangeBasis {
 
     // Y = V A becomes V (I - Pi) A (I - Pi).
     void remainder(const Block& V, Block& Y) {
-        space_.update(Y, space_.gram(V, Q()), Z());
-        space_.update(Y, space_.gram(Y, Q()), Q());
+        space_.update(Y, space_.gram_there(V, Q()), Z());
+        space_.update(Y, space_.gram_there(Y, Q()), Q());
     }
 
     // The diagonal of A without its remainder, n entries from `first`: sum_k q_k * (2 z_k - (H Q)_k).
@@ -109,8 +112,8 @@ class RangeBasis {
                                     " orthonormal rows; sample fewer.");
             Block W = space_.random(target - m_);
             for (int pass = 0; pass < 2; ++pass) {
-                space_.update(W, space_.gram(W, Q()), Q());
-                W = orthonormalise(space_, W, kLostLength).rows;
+                Matrix gram = space_.project(W, Q()).gram;
+                W = orthonormalise(space_, W, std::move(gram), kLostLength).rows;
             }
             const int64_t r = space_.count(W);
             space_.assign(space_.rows(Q_, m_, r), W);
@@ -142,9 +145,10 @@ class RangeBasis {
         const int64_t b = m_ - old;
         Block z = space_.apply(space_.rows(Q_, old, b));
         space_.assign(space_.rows(Z_, old, b), z);
-        const Matrix h = space_.gram(z, Q());
+        const std::vector<Matrix> found = space_.fetch({space_.gram_there(z, Q()), space_.row_dots(z, z)});
+        const Matrix& h = found[0];
         if (!all_finite(h)) throw OperatorError(kNotFinite);
-        for (const double length : space_.norms(z)) size_ = std::max(size_, length);
+        for (const double square : found[1].data) size_ = std::max(size_, std::sqrt(square));
         H_ = padded(H_, m_, m_);
         for (int64_t i = 0; i < b; ++i) {
             for (int64_t j = 0; j < old; ++j) H_(old + i, j) = H_(j, old + i) = h(i, j);

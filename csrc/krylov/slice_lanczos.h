@@ -8,6 +8,11 @@
 // Where a recurrence ends (beta is rounding), its Krylov space is invariant; a random row orthogonal to it
 // starts anew, with beta = 0, until the wanted values hold fewer copies of one than there were starts, since
 // one start finds one copy, and the last start had half as many steps again, 3 at least.
+//
+// Beyond what range_basis.h asks of a Space:
+//     project_twice(W, V)    w -= (w Vᵀ) V, twice; w Vᵀ of both times, and |w|² after them, as Numbers
+//     scale(W, factor)
+// Where vectors are on a device, the host waits for it once a step, whatever the number of recurrences.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +67,14 @@ class SliceLanczos {
 
     std::vector<SlicePairs<Block>> solve(const OnStep& on_step) {
         Block next = space_.random(1);
-        for (Recurrence& r : recurrences_) normalise(next, r);
+        std::vector<typename Space::Numbers> squares;
+        for (const Recurrence& r : recurrences_)
+            squares.push_back(space_.row_dots(part(next, r), part(next, r)));
+        const std::vector<Matrix> starts = space_.fetch(squares);
+        for (size_t b = 0; b < recurrences_.size(); ++b) {
+            const double length = std::sqrt(starts[b](0, 0));
+            space_.scale(part(next, recurrences_[b]), length > 0.0 ? 1.0 / length : 0.0);
+        }
         for (int64_t step = 0; step < options_.steps; ++step) {
             std::vector<Recurrence*> running;
             for (Recurrence& r : recurrences_)
@@ -71,7 +83,14 @@ class SliceLanczos {
             reserve(step + 1);
             space_.assign(space_.rows(V_, step, 1), next);
             Block images = multiply_slices(next, running);
-            for (Recurrence* r : running) advance(*r, images);
+            std::vector<typename Space::Numbers> numbers;
+            for (Recurrence* r : running) {
+                ++r->m;
+                Block w = part(images, *r);
+                for (auto& found : space_.project_twice(w, basis(*r))) numbers.push_back(std::move(found));
+            }
+            const std::vector<Matrix> found = space_.fetch(numbers);
+            for (size_t at = 0; at < running.size(); ++at) advance(*running[at], images, &found[3 * at]);
             next = images;
             on_step(products_, static_cast<int64_t>(recurrences_.size() - running.size()));
         }
@@ -119,15 +138,12 @@ class SliceLanczos {
         return result;
     }
 
-    // One step of one recurrence: its slice of `images` becomes the next unit vector.
-    void advance(Recurrence& r, Block& images) {
-        ++r.m;
-        Block w = part(images, r), V = basis(r);
-        const Matrix h = space_.gram(w, V);
+    // One step of one recurrence: its slice of `images`, projected already, becomes the next unit vector.
+    // found: what project_twice found.
+    void advance(Recurrence& r, Block& images, const Matrix* found) {
+        Block w = part(images, r);
+        const Matrix &h = found[0], &again = found[1];
         if (!all_finite(h)) throw OperatorError(kNotFinite);
-        space_.update(w, h, V);
-        const Matrix again = space_.gram(w, V);
-        space_.update(w, again, V);
         const double before = r.beta;
         r.scale = std::max({r.scale, std::abs(h(0, r.m - 1)), before});
         if (r.m > 1 && std::abs(h(0, r.m - 2) - before) > std::sqrt(space_.epsilon()) * r.scale)
@@ -137,7 +153,8 @@ class SliceLanczos {
         r.T = padded(r.T, r.m, r.m);
         r.T(r.m - 1, r.m - 1) = h(0, r.m - 1) + again(0, r.m - 1);
         if (r.m > 1) r.T(r.m - 2, r.m - 1) = r.T(r.m - 1, r.m - 2) = before;
-        r.beta = space_.norms(w).front();
+        double length = std::sqrt(found[2](0, 0));
+        r.beta = length;
         r.scale = std::max(r.scale, r.beta);
         const bool ended = r.beta <= 8.0 * space_.epsilon() * r.scale || r.m == r.n;
         if (ended) r.beta = 0.0;
@@ -150,15 +167,9 @@ class SliceLanczos {
             ++r.starts;
             r.started = r.m;
             space_.assign(w, part(space_.random(1), r));
-            for (int pass = 0; pass < 2; ++pass) space_.update(w, space_.gram(w, V), V);
+            length = std::sqrt(space_.fetch({space_.project_twice(w, basis(r)).back()})[0](0, 0));
         }
-        normalise(images, r);
-    }
-
-    void normalise(Block& row, const Recurrence& r) {
-        Block w = part(row, r);
-        const double length = space_.norms(w).front();
-        space_.scale_each(w, {length > 0.0 ? 1.0 / length : 0.0});
+        space_.scale(w, length > 0.0 ? 1.0 / length : 0.0);
     }
 
     bool converged(const Recurrence& r, bool ended) {
@@ -207,13 +218,17 @@ class SliceLanczos {
                 which.push_back(b);
             }
             Block images = multiply_slices(row, with);
+            std::vector<typename Space::Numbers> squares;
             for (size_t j = 0; j < with.size(); ++j) {
-                SlicePairs<Block>& pairs = results[which[j]];
+                const SlicePairs<Block>& pairs = results[which[j]];
                 Block residual = part(images, *with[j]);
                 space_.update(residual, scaled_identity(1, pairs.values[static_cast<size_t>(i)]),
                               part(row, *with[j]));
-                pairs.residuals.push_back(space_.norms(residual).front());
+                squares.push_back(space_.row_dots(residual, residual));
             }
+            const std::vector<Matrix> found = space_.fetch(squares);
+            for (size_t j = 0; j < with.size(); ++j)
+                results[which[j]].residuals.push_back(std::sqrt(found[j](0, 0)));
         }
         for (size_t b = 0; b < results.size(); ++b) results[b].products = recurrences_[b].products;
         return results;

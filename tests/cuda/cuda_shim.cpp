@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -23,7 +25,8 @@ constexpr uint64_t kGarbage = 0x7F7F7F7F7F7F7F7F;
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
 bool same(const std::source_location& a, const std::source_location& b) {
-    return a.line() == b.line() && a.column() == b.column() && std::string(a.file_name()) == b.file_name();
+    return a.line() == b.line() && a.column() == b.column() &&
+           std::string_view(a.file_name()) == b.file_name();
 }
 
 // One stack to switch to and from. The sanitizer is told of every switch, or it takes the other stack for an
@@ -61,6 +64,7 @@ struct Fiber {
 using LaneValues = std::array<uint64_t, 32>;
 struct Warp {
     std::array<LaneValues, 2> values;
+    std::array<std::array<LaneWords, 32>, 2> words;
 };
 
 struct Block {
@@ -133,52 +137,65 @@ void prepare(Fiber& fiber, int number, dim3 block) {
                            " for threads that are elsewhere");
 }
 
-// Frees the threads whose barrier is complete. True when there was one.
-bool release(Block& block) {
-    const auto waits_like = [](const Fiber& a) {
-        return
-            [&a](const Fiber& b) { return b.state == a.state && same(a.place, b.place) && a.mask == b.mask; };
-    };
-    auto& fibers = block.fibers;
-    if (fibers[0].state == State::at_block_barrier && std::ranges::all_of(fibers, waits_like(fibers[0]))) {
-        for (Fiber& fiber : fibers) fiber.state = State::ready;
-        return true;
-    }
+bool wait_alike(const Fiber& a, const Fiber& b) {
+    return a.state == b.state && same(a.place, b.place) && a.mask == b.mask;
+}
+
+// Frees the threads of a block whose barrier is complete.
+bool release_block(Block& block) {
+    const Fiber& first = block.fibers[0];
+    if (first.state != State::at_block_barrier ||
+        !std::ranges::all_of(block.fibers, [&](const Fiber& f) { return wait_alike(first, f); }))
+        return false;
+    for (Fiber& fiber : block.fibers) fiber.state = State::ready;
+    return true;
+}
+
+// Frees the lanes of a warp whose barrier is complete. True when there were some.
+bool release_warp(std::span<Fiber> lanes) {
     bool freed = false;
-    for (size_t start = 0; start < fibers.size(); start += 32) {
-        const std::span<Fiber> lanes(&fibers[start], std::min<size_t>(32, fibers.size() - start));
-        for (const Fiber& first : lanes) {
-            if (first.state != State::at_warp_barrier) continue;
-            std::vector<Fiber*> group;
-            for (size_t lane = 0; lane < lanes.size(); ++lane)
-                if (first.mask >> lane & 1) group.push_back(&lanes[lane]);
-            if (!std::ranges::all_of(group, waits_like(first), [](Fiber* f) -> Fiber& { return *f; }))
-                continue;
-            for (Fiber* fiber : group) fiber->state = State::ready;
-            freed = true;
-        }
+    for (const Fiber& first : lanes) {
+        if (first.state != State::at_warp_barrier) continue;
+        std::vector<Fiber*> group;
+        for (size_t lane = 0; lane < lanes.size(); ++lane)
+            if (first.mask >> lane & 1) group.push_back(&lanes[lane]);
+        if (!std::ranges::all_of(group, [&](const Fiber* f) { return wait_alike(first, *f); })) continue;
+        for (Fiber* fiber : group) fiber->state = State::ready;
+        freed = true;
     }
     return freed;
 }
 
+void run_ready(std::span<Fiber> lanes) {
+    for (size_t i = 0; i < lanes.size(); ++i) {
+        Fiber& fiber = lanes[thread_order == Order::forward ? i : lanes.size() - 1 - i];
+        if (fiber.state == State::ready) run_fiber(fiber);
+    }
+}
+
+// A warp runs to a barrier of the block before another one starts, so that it is as far ahead of the others
+// as it can be on a device.
 void run_block(Block& block) {
-    const int count = static_cast<int>(block.fibers.size());
+    const size_t warps = block.warps.size();
     while (true) {
-        for (int i = 0; i < count; ++i) {
-            Fiber& fiber =
-                block.fibers[static_cast<size_t>(thread_order == Order::forward ? i : count - 1 - i)];
-            if (fiber.state == State::ready) run_fiber(fiber);
+        for (size_t i = 0; i < warps; ++i) {
+            const size_t start = 32 * (thread_order == Order::forward ? i : warps - 1 - i);
+            const auto lanes = block.fibers.subspan(start, std::min<size_t>(32, block.fibers.size() - start));
+            do run_ready(lanes);
+            while (release_warp(lanes));
         }
         const auto waiting =
             std::ranges::find_if(block.fibers, [](const Fiber& f) { return f.state != State::done; });
         if (waiting == block.fibers.end()) return;
-        if (!release(block)) divergent(*waiting);
+        if (!release_block(block)) divergent(*waiting);
     }
 }
 
 }  // namespace
 
 void run_grid(dim3 grid, dim3 block_size, const std::function<void()>& thread) {
+    static std::mutex one_at_a_time;  // the emulated threads are all of one
+    const std::lock_guard lock(one_at_a_time);
     const size_t count = size_t{block_size.x} * block_size.y * block_size.z;
     if (count == 0 || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
         throw std::invalid_argument("CUDA launch: invalid configuration");
@@ -215,6 +232,14 @@ uint32_t ballot(uint32_t mask, bool predicate, std::source_location place) {
     for (uint32_t other = 0; other < 32; ++other)
         if (mask >> other & 1 && values[other] == 1) result |= 1u << other;
     return result;
+}
+
+const std::array<LaneWords, 32>& exchange_words(const LaneWords& words, std::source_location place) {
+    Fiber& fiber = *running->current;
+    auto& of_warp = running->warps[static_cast<size_t>(fiber.number / 32)].words[fiber.exchanges++ % 2];
+    of_warp[static_cast<size_t>(fiber.number % 32)] = words;
+    wait(State::at_warp_barrier, ~0u, place);
+    return of_warp;
 }
 
 void* shared_bytes(size_t bytes) {

@@ -15,16 +15,17 @@ namespace {
 template <class Team>
 __global__ void sums_and_peaks(int64_t C, const double* x, double* out) {
     for (int64_t row = Team::row(); row < 2 * Team::rows; row += Team::rows) {
-        double sums[2] = {0, 0}, peak[1] = {kLowest<double>};
+        double sums[1] = {0}, others[1] = {0}, peak[1] = {kLowest<double>};
         for_packs<1, Team>(C, [&](int64_t c) {
             sums[0] += x[row * C + c];
-            sums[1] -= x[row * C + c];
+            others[0] -= x[row * C + c];
             peak[0] = Max::of(peak[0], x[row * C + c]);
         });
         add_up<Team>(sums);
+        add_up<Team>(others);
         Team::template reduce<Max>(peak);
         out[(row * Team::size + Team::rank()) * 3] = sums[0];
-        out[(row * Team::size + Team::rank()) * 3 + 1] = sums[1];
+        out[(row * Team::size + Team::rank()) * 3 + 1] = others[0];
         out[(row * Team::size + Team::rank()) * 3 + 2] = peak[0];
     }
 }
@@ -50,7 +51,7 @@ void test_direction_row() {
         for (const int64_t row : {int64_t{0}, int64_t{1}, rows - 1})
             for (const int64_t k : {int64_t{0}, K / 2, K - 1}) {
                 const DirectionRow i = direction_row(row * K + k, K, rows);
-                EXPECT(i.row == row && i.at == k * rows + row);
+                EXPECT(i.k == k && i.row == row && i.at == k * rows + row);
             }
     }
 }

@@ -26,8 +26,6 @@ namespace flatcore {
 
 namespace {
 
-enum Input { kQuery, kKey, kValue, kMask };  // and what forward saves
-
 // The tiles that a unit of work holds: p alone forward, then as many as the sweep reaches down the list.
 enum Buffer { kP, kTz, kTdz, kDp, kDz };
 constexpr int64_t kForward = 1, kTangent = 2, kFirstOrder = 3, kSecondOrder = 5;
@@ -110,7 +108,7 @@ struct AttentionWork {
 };
 
 // What a unit reads and writes in the adjoint sweep. Undefined: zero, or not asked for.
-struct AttentionAdjoint {
+struct AttentionTileAdjoint {
     at::Tensor tq, tk, tv, tdo;  // (directions, heads, length, width)
     at::Tensor dout;             // defined where there are second-derivative terms
     at::Tensor tdq;              // like tq, a view of the result
@@ -188,9 +186,14 @@ at::Tensor AttentionRule::logit_tangent(const AttentionWork& work, const Attenti
 at::Tensor AttentionRule::forward(State& state) const {
     at::Tensor mask = has(kMask) ? state.value(op_.inputs[kMask]) : at::Tensor();
     while (mask.defined() && mask.dim() < 4) mask = mask.unsqueeze(0);
+    if (mask.defined() && mask.scalar_type() != at::kBool) mask = mask.to(state.options().dtype());
     const auto dense = [&](Input i) { return state.value(op_.inputs[i]).contiguous(); };
     state.saved(op_) = {dense(kQuery), dense(kKey), dense(kValue), mask};
     at::Tensor o = at::empty(output().shape, state.options());
+    if (fuses()) {
+        fused_forward(state, o);
+        return o;
+    }
     for_each_unit(state, 1, kForward, [&](const AttentionWork& work) {
         const at::Tensor out = group_part(o, work.unit.group);
         for (const AttentionTile& tile : tiling_.tiles())
@@ -200,6 +203,7 @@ at::Tensor AttentionRule::forward(State& state) const {
 }
 
 at::Tensor AttentionRule::tangent(const Directions& d) const {
+    if (fuses(d.precision())) return fused_tangent(d);
     const auto directions = [&](Input i) { return active(i) ? d.tangent(i) : at::Tensor(); };
     const at::Tensor tq = directions(kQuery), tk = directions(kKey), tv = directions(kValue);
     const bool p_moves = tq.defined() || tk.defined();
@@ -225,7 +229,7 @@ at::Tensor AttentionRule::tangent(const Directions& d) const {
 }
 
 void AttentionRule::adjoint_of_tile(const AttentionWork& work, const AttentionTile& tile,
-                                    const AttentionAdjoint& a) const {
+                                    const AttentionTileAdjoint& a) const {
     const at::Tensor q = rows_of(work.q, tile), k = keys_of(work.k, tile), v = keys_of(work.v, tile);
     const bool cross = a.dout.defined(), wants_tdz = a.tdq.defined() || a.tdk.defined();
     const at::Tensor p = probabilities(work, tile);
@@ -272,6 +276,7 @@ void AttentionRule::adjoint(Directions& d) const {
     const bool cross = d.second_order() && has_second_order();
     const at::Tensor tdo = d.cotangent(), dout = cross ? d.state().adjoint(op_.output) : at::Tensor();
     if (!tdo.defined() && !cross) return;
+    if (fuses(d.precision())) return fused_adjoint(d, cross);
     const auto directions = [&](Input i) { return cross && active(i) ? d.tangent(i) : at::Tensor(); };
     const at::Tensor tq = directions(kQuery), tk = directions(kKey), tv = directions(kValue);
     std::array<at::Tensor, 3> results;
@@ -287,14 +292,14 @@ void AttentionRule::adjoint(Directions& d) const {
             if (!result.defined()) return result;
             return at::zeros({unit.directions, unit.group.size(), result.size(-1), seen}, result.options());
         };
-        const AttentionAdjoint a{.tq = work.dense_part(tq),
-                                 .tk = work.dense_part(tk),
-                                 .tv = work.dense_part(tv),
-                                 .tdo = work.dense_part(tdo),
-                                 .dout = cross ? group_part(dout, unit.group).contiguous() : dout,
-                                 .tdq = work.part(tdq),
-                                 .tdk = sum(tdk),
-                                 .tdv = sum(tdv)};
+        const AttentionTileAdjoint a{.tq = work.dense_part(tq),
+                                     .tk = work.dense_part(tk),
+                                     .tv = work.dense_part(tv),
+                                     .tdo = work.dense_part(tdo),
+                                     .dout = cross ? group_part(dout, unit.group).contiguous() : dout,
+                                     .tdq = work.part(tdq),
+                                     .tdk = sum(tdk),
+                                     .tdv = sum(tdv)};
         for (const AttentionTile& tile : tiling_.tiles()) adjoint_of_tile(work, tile, a);
         const auto write = [&](const at::Tensor& result, const at::Tensor& sums) {
             if (!result.defined()) return;

@@ -5,6 +5,7 @@
 #include "engine/rule.h"
 #include "engine/state.h"
 #include "engine/tensor_ops.h"
+#include "kernels/fused_attention.h"
 
 namespace flatcore {
 
@@ -262,27 +263,44 @@ class LogSumExpRule final : public Rule {
 
 // attention.cpp
 struct AttentionWork;
-struct AttentionAdjoint;
+struct AttentionTileAdjoint;
 
 class AttentionRule final : public Rule {
  public:
     AttentionRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
+    void finish_backward(State& state) const override;
     bool has_second_order() const override { return active(0) || active(1); }
     bool reads_output_adjoint() const override { return has_second_order(); }
     bool reads_tangent_in_adjoint(int i) const override { return has_second_order() && i < 3; }
-    int64_t saved() const override { return input(0).numel + input(1).numel + input(2).numel; }
+    int64_t saved() const override;
     double flops(int64_t K, bool second_order) const override;
     int64_t workspace(int64_t K) const override;
 
  private:
+    // In this order forward saves its inputs; and for kernels on a GPU the output, the rows' normalisers, do
+    // and <do, o>.
+    enum Input { kQuery, kKey, kValue, kMask };
+    enum SavedOnGpu { kOutput = kMask + 1, kNormaliser, kDout, kDoutO };
+
+    // attention_fused.cpp: one kernel for each sweep on a GPU. Does forward prepare for it; does a product of
+    // this precision use it?
+    bool fuses() const;
+    bool fuses(Precision precision) const;
+    void fused_forward(State& state, const at::Tensor& o) const;
+    at::Tensor fused_tangent(const Directions& d) const;
+    void fused_adjoint(Directions& d, bool cross) const;
+    template <class T>
+    AttentionInputs<T> fused_inputs(const State& state) const;
+    AttentionShape fused_shape() const;
+
     template <class Body>
     void for_each_unit(const State& state, int64_t K, int64_t buffers, const Body& body) const;
     at::Tensor probabilities(const AttentionWork& work, const AttentionTile& tile) const;
     at::Tensor logit_tangent(const AttentionWork& work, const AttentionTile& tile, const at::Tensor& tq,
                              const at::Tensor& tk) const;
     void adjoint_of_tile(const AttentionWork& work, const AttentionTile& tile,
-                         const AttentionAdjoint& a) const;
+                         const AttentionTileAdjoint& a) const;
 
     bool causal_;
     double scale_;
@@ -323,10 +341,10 @@ class RowsRule final : public Rule {
  public:
     RowsRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
-    int64_t saved() const override { return 2 * input(1).numel; }
+    int64_t saved() const override { return 4 * input(1).numel; }  // indices and their order, 64 bits each
 
  private:
-    int64_t frozen_;
+    int64_t frozen_, width_;
 };
 
 class WhereRule final : public Rule {

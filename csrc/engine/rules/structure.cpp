@@ -2,8 +2,11 @@
 // arithmetic but the sums where an element is read more than once.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/unique_consecutive.h>
 #include <ATen/ops/zeros.h>
 
+#include "kernels/embedding.h"
 #include "rules.h"
 
 namespace flatcore {
@@ -91,42 +94,64 @@ void PadRule::adjoint(Directions& d) const {
 }
 
 // y[i, ...] = x[index[i], ...]: rows of the first axis. A row of `frozen` (an embedding's padding) is a
-// constant.
+// constant. See kernels/embedding.h.
 RowsRule::RowsRule(const Program& program, const Op& op)
     : Rule(program, op), frozen_(op.attributes.integer("frozen")) {
     if (input(0).shape.empty()) throw std::invalid_argument("x must have rows");
     if (active(1)) throw std::invalid_argument("the index must be a constant");
+    width_ = 1;
+    for (size_t axis = 1; axis < input(0).shape.size(); ++axis) width_ *= input(0).shape[axis];
 }
 
+namespace {
+
+enum SavedOfRows { kIndex, kOrder, kStarts };
+
+// What scatter_rows is told of an index: its places sorted by the row they read, and where each row's begin.
+std::pair<at::Tensor, at::Tensor> segments_of(const at::Tensor& index) {
+    const auto [sorted, order] = at::sort(index, std::optional<bool>(true), 0);
+    const at::Tensor counts = std::get<2>(at::unique_consecutive(sorted, false, /*return_counts=*/true));
+    const at::Tensor ends = counts.cumsum(0);
+    return {order.contiguous(), at::cat({at::zeros({1}, ends.options()), ends})};
+}
+
+}  // namespace
+
 at::Tensor RowsRule::forward(State& state) const {
-    const at::Tensor index = state.value(op_.inputs[1]).to(at::kLong).reshape({-1});
-    at::Tensor kept;  // 0 for frozen rows, 1 for others
-    if (frozen_ >= 0) {
-        Integers shape(input(0).shape.size(), 1);
-        shape[0] = index.numel();
-        kept = index.ne(frozen_).to(state.value(op_.inputs[0]).scalar_type()).view(shape);
-    }
-    state.saved(op_) = {index, kept};
+    const at::Tensor index = state.value(op_.inputs[1]).to(at::kLong).reshape({-1}).contiguous();
+    const auto [order, starts] = segments_of(index);
+    state.saved(op_) = {index, order, starts};
     return state.value(op_.inputs[0]).index_select(0, index).view(output().shape);
 }
 
 at::Tensor RowsRule::tangent(const Directions& d) const {
-    const auto& saved = d.state().saved(op_);
-    at::Tensor rows = d.tangent(0).index_select(1, saved[0]);
-    if (saved[1].defined()) rows.mul_(saved[1]);
-    return rows.view(with_directions(d.K(), output().shape));
+    const at::Tensor& index = d.state().saved(op_)[kIndex];
+    const at::Tensor tx = each_contiguous(d.tangent(0));
+    at::Tensor ty = at::empty(with_directions(d.K(), output().shape), d.state().options());
+    FLATCORE_DISPATCH(ty, "rows", [&] {
+        FLATCORE_RUN(ty, gather_rows<scalar_t>, d.K(), index.numel(), width_, index.const_data_ptr<int64_t>(),
+                     frozen_, tx.const_data_ptr<scalar_t>(), tx.stride(0), ty.mutable_data_ptr<scalar_t>());
+    });
+    return ty;
 }
 
 void RowsRule::adjoint(Directions& d) const {
     if (!d.wants(0) || !d.cotangent().defined()) return;
     const auto& saved = d.state().saved(op_);
-    Integers shape = with_directions(d.K(), input(0).shape);
-    shape[1] = saved[0].numel();
-    at::Tensor rows = d.cotangent().reshape(shape);
-    if (saved[1].defined()) rows = rows * saved[1];
+    const at::Tensor tdy = d.cotangent().contiguous();
     auto [buffer, fresh] = d.accumulator(0);
     if (fresh) buffer.zero_();
-    buffer.index_add_(1, saved[0], rows);
+    // Where x lies channels last, its rows are gathered apart.
+    const bool apart = d.K() > 0 && !buffer.select(0, 0).is_contiguous();
+    const at::Tensor tdx = apart ? at::zeros(buffer.sizes(), buffer.options()) : buffer;
+    const RowSegments segments{saved[kStarts].numel() - 1, saved[kOrder].const_data_ptr<int64_t>(),
+                               saved[kStarts].const_data_ptr<int64_t>()};
+    FLATCORE_DISPATCH(tdx, "rows", [&] {
+        FLATCORE_RUN(tdx, scatter_rows<scalar_t>, d.K(), saved[kIndex].numel(), width_,
+                     saved[kIndex].const_data_ptr<int64_t>(), segments, frozen_,
+                     tdy.const_data_ptr<scalar_t>(), tdx.mutable_data_ptr<scalar_t>(), tdx.stride(0));
+    });
+    if (apart) buffer.add_(tdx);
 }
 
 // y = mask ? a : b; broadcast. The mask is bool, or ones and zeros that depend on the parameters by jumps

@@ -1,0 +1,216 @@
+// Forward and tangent sweeps of attention.
+#include "fused_attention_tile.h"
+#include "row_products.h"
+
+namespace flatcore::cuda {
+namespace {
+
+// Log-sum-exp of each row: every thread over its own columns of all key tiles, the threads that share a row
+// in their order at the end.
+template <class Product, int W>
+__global__ void __launch_bounds__(kProductThreads, 2)
+    lse_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
+               typename Product::Element* lse) {
+    using T = typename Product::Element;
+    using Word = typename Product::Word;
+    using Layout = TileLayout<Product, W>;
+    using Pair = AttentionPair<Product, W, false>;
+    FLATCORE_SHARED(Word, a, Layout::kA);
+    FLATCORE_SHARED(Word, b, Layout::kB);
+    FLATCORE_SHARED(T, most, Product::kTile * Product::kSharers);
+    FLATCORE_SHARED(T, sum, Product::kTile * Product::kSharers);
+    const int64_t queries = sweep.shape.queries, tiles = ceil_div(queries, Product::kTile);
+    for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
+        const auto item = body::attention_item(index, tiles, 1, 1, sweep.shape.causal);
+        Pair pair{sweep, {a, b, nullptr}, item.head, item.tile};
+        body::LogSumExp<T> parts[Product::kRows];
+        const auto range = body::key_tiles_of(sweep.shape, item.tile, Product::kTile);
+        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
+            typename Pair::Logits z;
+            pair.logits(z);
+            FLATCORE_UNROLL
+            for (int i = 0; i < Product::kRows; ++i) {
+                T highest = z.value[i][0];
+                FLATCORE_UNROLL
+                for (int j = 1; j < Pair::Logits::kColumns; ++j)
+                    highest = z.value[i][j] > highest ? z.value[i][j] : highest;
+                parts[i].raise(highest);
+                FLATCORE_UNROLL
+                for (int j = 0; j < Pair::Logits::kColumns; ++j) parts[i].add(z.value[i][j]);
+            }
+        }
+        FLATCORE_UNROLL
+        for (int i = 0; i < Product::kRows; ++i) {
+            const int at = Product::row(i) * Product::kSharers + Product::sharer();
+            most[at] = parts[i].most;
+            sum[at] = parts[i].sum;
+        }
+        __syncthreads();
+        const int row = static_cast<int>(threadIdx.x);
+        if (row < Product::kTile && pair.own_first() + row < queries) {
+            body::LogSumExp<T> total;
+            for (int s = 0; s < Product::kSharers; ++s)
+                total.add({most[row * Product::kSharers + s], sum[row * Product::kSharers + s]});
+            lse[item.head * queries + pair.own_first() + row] = total.result();
+        }
+        __syncthreads();
+    }
+}
+
+// to = sum_j p (tz v + tv) - mean o, with mean = sum_j p tz.
+template <class Product, int W>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    tangent_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
+                   const typename Product::Element* __restrict__ o,
+                   DirectionArray<typename Product::Element> to, typename Product::Element* mean) {
+    using T = typename Product::Element;
+    using Word = typename Product::Word;
+    using Layout = TileLayout<Product, W>;
+    using Pair = AttentionPair<Product, W, false>;
+    constexpr int kGroup = kDirectionsAtOnce<W>;
+    FLATCORE_SHARED(Word, a, Layout::kA);
+    FLATCORE_SHARED(Word, b, Layout::kB);
+    FLATCORE_SHARED(Word, factors, Layout::kTile);
+    FLATCORE_SHARED(T, parts, Product::kTile * Product::kSharers);
+    const AttentionShape& shape = sweep.shape;
+    const int64_t tiles = ceil_div(shape.queries, Product::kTile);
+    const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
+    for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
+        const auto item = body::attention_item(index, tiles, sweep.K, kGroup, shape.causal);
+        Pair pair{sweep, {a, b, factors}, item.head, item.tile};
+        Sums<Product, W> results[kGroup];
+        T means[kGroup][Product::kRows];
+        FLATCORE_UNROLL
+        for (int n = 0; n < kGroup; ++n) {
+            results[n].zero();
+            FLATCORE_UNROLL
+            for (int i = 0; i < Product::kRows; ++i) means[n][i] = 0;
+        }
+        const auto range = body::key_tiles_of(shape, item.tile, Product::kTile);
+        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
+            typename Pair::Logits p;
+            pair.probabilities(p);
+            FLATCORE_NO_UNROLL
+            for (int n = 0; n < item.directions; ++n) {
+                const auto add = [&](const T* values) {
+                    with_result(results, n, [&](auto& result, int) {
+                        add_tile_product<Product, W>(result, pair.other_images(values), pair.memory);
+                    });
+                };
+                if (p_moves) {
+                    typename Pair::Logits tz;
+                    pair.logit_tangent(tz, item.direction + n);
+                    with_result(means, n, [&](auto& of_rows, int) {
+                        Pair::Logits::each(
+                            [&](int i, int j) { of_rows[i] += p.value[i][j] * tz.value[i][j]; });
+                    });
+                    write_tile<Product, W>(pair.memory,
+                                           [&](int i, int j) { return p.value[i][j] * tz.value[i][j]; });
+                    add(sweep.keys.image);
+                }
+                if (const T* tv = direction(sweep.keys.timage, item.direction + n)) {
+                    write_tile<Product, W>(pair.memory, [&](int i, int j) { return p.value[i][j]; });
+                    add(tv);
+                }
+            }
+        }
+        FLATCORE_NO_UNROLL
+        for (int n = 0; n < item.directions; ++n) {
+            const int k = item.direction + n;
+            with_result(results, n, [&](const auto& result, int m) {
+                T total[Product::kRows] = {};
+                if (p_moves) {
+                    FLATCORE_UNROLL
+                    for (int i = 0; i < Product::kRows; ++i)
+                        parts[Product::row(i) * Product::kSharers + Product::sharer()] = means[m][i];
+                    __syncthreads();
+                    FLATCORE_UNROLL
+                    for (int i = 0; i < Product::kRows; ++i) {
+                        for (int s = 0; s < Product::kSharers; ++s)
+                            total[i] += parts[Product::row(i) * Product::kSharers + s];
+                        const int64_t row = pair.own_first() + Product::row(i);
+                        if (Product::sharer() == 0 && row < shape.queries)
+                            mean[(k * shape.batches * shape.heads + item.head) * shape.queries + row] =
+                                total[i];
+                    }
+                    __syncthreads();
+                }
+                pair.write(
+                    result, to.data + k * to.stride, shape.value_width,
+                    [&](int i, T value, int64_t at) { return p_moves ? value - total[i] * o[at] : value; });
+            });
+        }
+    }
+}
+
+}  // namespace
+
+template <class T>
+void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision precision, T* o, T* lse,
+                             void* stream) {
+    const AttentionShape& shape = inputs.shape;
+    visit_tiles<T>(precision, shape, [&](auto product, auto width) {
+        using Product = decltype(product);
+        const int64_t items = shape.batches * shape.heads * ceil_div(shape.queries, Product::kTile);
+        if (items == 0) return;
+        const AttentionSweep<T> sweep{.shape = shape,
+                                      .mask = inputs.mask,
+                                      .queries = {.point = inputs.q, .length = shape.queries},
+                                      .keys = {.point = inputs.k, .length = shape.keys}};
+        launch(lse_kernel<Product, width.value>, grid_for(items), dim3(kProductThreads), stream, sweep, items,
+               lse);
+    });
+    // The tangent along tv = v, which is o.
+    fused_attention_tangent<T>(1, inputs, precision, o, lse, {.tv = {inputs.v, 0}}, {o, 0}, nullptr, nullptr,
+                               nullptr, stream);
+}
+
+template <class T>
+void fused_attention_backward(const AttentionShape& shape, const T* dout, const T* o, T* dout_o,
+                              void* stream) {
+    const int64_t rows = shape.batches * shape.heads * shape.queries;
+    row_products<T>({1, rows, shape.value_width, {dout, 0}, o, nullptr, dout_o}, stream);
+}
+
+template <class T>
+void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, ProductPrecision precision,
+                             const T* o, const T* lse, const AttentionTangents<T>& tangents,
+                             DirectionArray<T> to, T* mean, const T* dout, T* dout_to, void* stream) {
+    const AttentionShape& shape = inputs.shape;
+    visit_tiles<T>(precision, shape, [&](auto product, auto width) {
+        using Product = decltype(product);
+        const int64_t items = shape.batches * shape.heads * ceil_div(shape.queries, Product::kTile) *
+                              ceil_div(K, kDirectionsAtOnce<width.value>);
+        if (items == 0) return;
+        const AttentionSweep<T> sweep{
+            .shape = shape,
+            .mask = inputs.mask,
+            .queries = {.point = inputs.q, .tpoint = tangents.tq, .length = shape.queries},
+            .keys = {inputs.k, inputs.v, tangents.tk, tangents.tv, shape.keys},
+            .K = K,
+            .lse = lse};
+        launch(tangent_kernel<Product, width.value>, grid_for(items), dim3(kProductThreads), stream, sweep,
+               items, o, to, mean);
+    });
+    if (dout)
+        row_products<T>({K,
+                         shape.batches * shape.heads * shape.queries,
+                         shape.value_width,
+                         {to.data, to.stride},
+                         dout,
+                         nullptr,
+                         dout_to},
+                        stream);
+}
+
+#define INSTANTIATE(T)                                                                                    \
+    template void fused_attention_forward(const AttentionInputs<T>&, ProductPrecision, T*, T*, void*);    \
+    template void fused_attention_backward(const AttentionShape&, const T*, const T*, T*, void*);         \
+    template void fused_attention_tangent(int64_t, const AttentionInputs<T>&, ProductPrecision, const T*, \
+                                          const T*, const AttentionTangents<T>&, DirectionArray<T>, T*,   \
+                                          const T*, T*, void*);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+}  // namespace flatcore::cuda

@@ -1,0 +1,103 @@
+// Attention through the four sweeps on a device, tile by tile, with memory linear in the lengths.
+// Mathematics: engine/rules/attention.cpp; closed forms and cost: fused_attention.cu.
+//
+// Per head, h = batch * heads + head of batches * heads: q (queries, width), k (keys, width),
+// v (keys, value_width), o (queries, value_width); heads follow each other, all contiguous. A row is a query
+// of a head; `rows` = batches * heads * queries. K directions are arrays of the same form, each contiguous.
+//
+// To keep between the sweeps:
+//   after forward       o, lse (rows)                       for all later sweeps of the batch
+//   after backward      dout, dout_o (rows)                 for adjoints with second-derivative terms
+//   tangent to adjoint  mean, dout_to (K, rows)             of the same K directions
+// The backward sweep itself is the adjoint for one direction without second-derivative terms.
+//
+// A query that sees no key has o = 0, lse = infinity, and zero derivatives. Infinities in q, k, v are not
+// caught. Results depend neither on K nor on how blocks are scheduled. Outputs must not overlap inputs.
+#pragma once
+
+#include <cstdint>
+
+namespace flatcore {
+
+// Of the operands of products, with sums in float32 (double is always full). The logits are computed anew in
+// each sweep, so lse should come from the same precision; otherwise rows of p sum to one only up to the
+// rounding of the logits.
+enum class ProductPrecision { full, tf32, bf16 };
+
+struct AttentionShape {
+    int64_t batches, heads, queries, keys, width, value_width;
+    bool causal;  // query i sees the keys j <= i
+    double scale;
+};
+
+// False: the caller needs another way.
+inline bool fused_attention_supported(const AttentionShape& shape) {
+    constexpr int64_t kWidest = 128;
+    return shape.width <= kWidest && shape.value_width <= kWidest;
+}
+
+// At most one of the pointers. Strides in elements over (batch, head, query, key), 0 where broadcast.
+template <class T>
+struct AttentionMask {
+    const bool* keep = nullptr;
+    const T* added = nullptr;
+    int64_t strides[4] = {0, 0, 0, 0};
+};
+
+template <class T>
+struct AttentionInputs {
+    AttentionShape shape;
+    AttentionMask<T> mask = {};
+    const T *q = nullptr, *k = nullptr, *v = nullptr;
+};
+
+// Direction n starts at data + n * stride. Null: zero, or not asked for.
+template <class T>
+struct DirectionArray {
+    T* data = nullptr;
+    int64_t stride = 0;
+};
+
+template <class T>
+struct AttentionTangents {
+    DirectionArray<const T> tq = {}, tk = {}, tv = {};
+};
+
+template <class T>
+struct AttentionAdjoint {
+    AttentionTangents<T> tangents = {};  // used with dout only
+    DirectionArray<const T> tdo = {};    // may be null
+    const T *o = nullptr, *lse = nullptr;
+    const T* dout = nullptr;     // null: no second-derivative terms
+    const T* dout_o = nullptr;   // the next three are used with dout only
+    const T* mean = nullptr;     // null where tq and tk are
+    const T* dout_to = nullptr;  // null where the tangents are
+    T* workspace = nullptr;      // (K, rows)
+    DirectionArray<T> tdq = {}, tdk = {}, tdv = {};
+};
+
+namespace cuda {
+
+// o and lse.
+template <class T>
+void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision precision, T* o, T* lse,
+                             void* stream);
+
+// dout_o, (rows): <dout, o> of each row.
+template <class T>
+void fused_attention_backward(const AttentionShape& shape, const T* dout, const T* o, T* dout_o,
+                              void* stream);
+
+// to; mean, (K, rows), unless tq and tk are null; dout_to, (K, rows), unless dout is null.
+template <class T>
+void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, ProductPrecision precision,
+                             const T* o, const T* lse, const AttentionTangents<T>& tangents,
+                             DirectionArray<T> to, T* mean, const T* dout, T* dout_to, void* stream);
+
+// tdq, tdk, tdv, each where it is not null.
+template <class T>
+void fused_attention_adjoint(int64_t K, const AttentionInputs<T>& inputs, ProductPrecision precision,
+                             const AttentionAdjoint<T>& adjoint, void* stream);
+
+}  // namespace cuda
+}  // namespace flatcore
