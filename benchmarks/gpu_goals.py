@@ -23,7 +23,7 @@ class Goal:
 
 def goals(steps: dict[str, Figures]) -> list[Goal]:
     """Every goal, by the figures of the steps."""
-    products, long = steps.get("products", {}), steps.get("gpt2", {})
+    products, long = _by_workload(steps.get("products", {})), steps.get("gpt2", {})
     found = [_factor(products, p, least) for p, least in (("full", 3.0), ("tf32", 8.0), ("bf16", 8.0))]
     share = [
         long[f"flatcore {p} K=8"]["gemm_share"]
@@ -60,7 +60,7 @@ def lines(steps: dict[str, Figures]) -> Iterator[tuple[str, str]]:
             f"{name} ceilings",
             f"{figure['gemm'] / 1e12:.0f} Tflop/s, copy {figure['bandwidth'] / 1e12:.2f} TB/s",
         )
-    for name, figure in steps.get("products", {}).items():
+    for name, figure in _by_workload(steps.get("products", {})).items():
         parts = [f"{p} {_ms(figure[p]['ways'][FLATCORE]['seconds'])}" for p in figure]
         best = _best(figure, compiled=False)
         yield name, ", ".join(parts) + (f" ms/vector; autograd {_ms(best)}" if best else " ms/vector")
@@ -78,6 +78,15 @@ def lines(steps: dict[str, Figures]) -> Iterator[tuple[str, str]]:
         )
     for name, calls in steps.get("tiny", {}).items():
         yield f"tiny net, {name}", ", ".join(f"{call} {count}" for call, count in calls.items())
+
+
+def _by_workload(products: Figures) -> Figures:
+    """Workload and K -> precision -> figure."""
+    found: Figures = {}
+    for name, figure in products.items():
+        workload, precision = name.rsplit(" ", 1)
+        found.setdefault(workload, {})[precision] = figure
+    return found
 
 
 def _factor(products: Figures, precision: str, least: float, name: str = "", compiled: bool = True) -> Goal:
