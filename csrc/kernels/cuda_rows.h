@@ -149,7 +149,7 @@ struct DirectionRow {
     int64_t at;   // of the directions, k * rows + row
 };
 
-__device__ inline DirectionRow direction_row(int64_t task, int64_t K, int64_t rows) {
+FLATCORE_HOST_DEVICE DirectionRow direction_row(int64_t task, int64_t K, int64_t rows) {
     if (K == 1) return {0, task, task};
     const bool narrow = (task | K) >> 32 == 0;  // 64-bit division is slow
     const int64_t row = narrow ? static_cast<uint32_t>(task) / static_cast<uint32_t>(K) : task / K;

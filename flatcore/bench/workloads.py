@@ -181,11 +181,12 @@ class _Logits(nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def gpt2(tokens: int, examples: int = 1) -> Built:
+def gpt2(tokens: int, examples: int = 1, **config: int) -> Built:
+    """GPT-2 small, or what `config` makes of it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     ids = torch.randint(50257, (examples, tokens))
-    return _Logits(GPT2LMHeadModel(GPT2Config())).eval(), next_token_loss, (ids, ids)
+    return _Logits(GPT2LMHeadModel(GPT2Config(**config))).eval(), next_token_loss, (ids, ids)
 
 
 WORKLOADS = {

@@ -3,6 +3,7 @@
 #include "kernels/channel_affine.h"
 
 #include <limits>
+#include <tuple>
 
 #include "arrays.h"
 #include "expect.h"

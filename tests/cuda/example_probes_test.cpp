@@ -3,6 +3,7 @@
 #include "kernels/example_probes.h"
 
 #include <limits>
+#include <tuple>
 
 #include "arrays.h"
 #include "expect.h"

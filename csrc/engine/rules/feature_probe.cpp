@@ -247,8 +247,8 @@ at::Tensor FeatureProbeRule::squares(const State& state, ExampleProbes& probes, 
             const at::Tensor back =
                 tdy.narrow(1, n, count).view({K, count, T, groups_, out_}).permute({0, 1, 3, 4, 2});
             const at::Tensor squared = at::matmul(back, features(state, n, count)).square_();
-            diagonal.add_(squared.sum({0, 1}, false, at::kDouble));
-            sums.narrow(1, n, count).copy_(squared.sum({2, 3, 4}, false, at::kDouble));
+            diagonal.add_(squared.sum(Integers{0, 1}, false, at::kDouble));
+            sums.narrow(1, n, count).copy_(squared.sum(Integers{2, 3, 4}, false, at::kDouble));
         }
         return sums;
     }

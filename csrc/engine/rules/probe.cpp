@@ -143,7 +143,8 @@ at::Tensor BroadcastProbeRule::collect(const Directions& d, ExampleProbes& probe
     if (by_element && !distinct_) elements = at::arange(size_, elements.options());
     if (probes.squares) {
         if (probes.diagonal.defined())
-            probes.diagonal.index_add_(0, elements + offset_, back.square().sum({0, 1}, false, at::kDouble));
+            probes.diagonal.index_add_(0, elements + offset_,
+                                       back.square().sum(Integers{0, 1}, false, at::kDouble));
         return dots(back, back);
     }
     at::Tensor v;
@@ -228,7 +229,7 @@ at::Tensor RowsProbeRule::collect(const Directions& d, ExampleProbes& probes) co
     }
     if (!probes.squares) return dots(e.reshape({K, N, T * width_}), back.reshape({K, N, T * width_}));
     const at::Tensor same = index.unsqueeze(2).eq(index.unsqueeze(1));
-    return (at::matmul(back, back.transpose(2, 3)) * same).sum({2, 3}, false, at::kDouble);
+    return (at::matmul(back, back.transpose(2, 3)) * same).sum(Integers{2, 3}, false, at::kDouble);
 }
 
 double RowsProbeRule::flops(int64_t K, bool) const { return static_cast<double>(2 * K * output().numel); }
