@@ -1,29 +1,59 @@
-// Forward and tangent sweeps of attention.
+// Attention tile by tile: forward and tangent sweeps here, the adjoint sweep in fused_attention_adjoint.cu.
+// Every sweep computes p anew from peak and sum of each row, so nothing of queries x keys outlives a tile:
+// Dao et al., "FlashAttention" (2022), for the first two sweeps.
+//
+// Row scalars, which would take a pass over the keys before the one that uses them, have closed forms, as the
+// elements of tp sum to zero and dp = v dout:
+//   <p, dp> = <dout, o>
+//   to      = sum_j p (tz v + tv) - <p, tz> o
+//   <p, w>  = <p, tdp> + <tp, dp> = <tdo, o> + <dout, sum_j p tv + tp v> = <tdo, o> + <dout, to>
+// So each result takes one pass. The forward sweep is two kernels, the normaliser and then the tangent along
+// tv = v: a product more than with rescaled sums, once a batch.
+//
+// Cost, by counting; nothing here has run on a device. Products of tile x tile x width per pair of tiles and
+// direction, where G = 128 / W directions share what does not depend on them:
+//   forward 3;  tangent 4 + 1/G;  tdq 6 + 2/G;  tdk and tdv 8 + 2/G;  first order: tdq 2 + 1/G, tdk and tdv
+//   3 + 1/G
+// G = 128 / W because then the results take 32 registers (64 for tdk and tdv) for any width. tdq and the pair
+// (tdk, tdv) each compute their tz and tdp: one pass for both would need atomics or a sum for every tile.
+// Registers hold the results, and p, u and tz or w (16 each in float32, with 64 x 64 tiles and 256 threads);
+// with what is on its way to shared memory ptxas comes close to 255, so one block of 8 warps runs on a
+// processor (normaliser: two). Latency is hidden by fetching the next slab while one is multiplied, not by
+// other blocks. Shared memory is at most 48 KiB, no more than a static array may have. Bytes: a product of
+// two arrays reads (tile + tile) width elements for 2 tile^2 width operations, 16 a byte in float32 (4 in
+// double, with tiles of 32), one of a tile in shared memory twice as many. Tiles of a head run side by side,
+// so nearly all of it comes from the L2 cache. float32 at 19.5 Tflop/s (sm_80) then asks for 1.2 TB/s of it
+// at most, within reach; tf32 at 156 for 9.8, beyond it. Shared memory: with plain float32 a warp reads 12
+// lines of 128 bytes for 64 multiply-adds a thread, 16 to 32 cycles, so arithmetic is the limit; 36 for 128
+// where B is stored along columns and W = 128. With tf32 it reads 12 for 4096 multiply-adds, 8 cycles of
+// sm_80's matrix units and 4 of sm_90's; bf16 halves both. The matrix units therefore idle for at least a
+// third of the time (sm_80), two thirds (sm_90): wgmma and tma, which only sm_90 has, are not used.
 #include "fused_attention_tile.h"
 #include "row_products.h"
 
 namespace flatcore::cuda {
 namespace {
 
-// Log-sum-exp of each row: every thread over its own columns of all key tiles, the threads that share a row
+// Peak and sum of each row: every thread over its own columns of all key tiles, the threads that share a row
 // in their order at the end.
 template <class Product, int W>
 __global__ void __launch_bounds__(kProductThreads, 2)
-    lse_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
-               typename Product::Element* lse) {
+    normaliser_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
+                      typename Product::Element* normaliser) {
     using T = typename Product::Element;
     using Word = typename Product::Word;
     using Layout = TileLayout<Product, W>;
     using Pair = AttentionPair<Product, W, false>;
     FLATCORE_SHARED(Word, a, Layout::kA);
     FLATCORE_SHARED(Word, b, Layout::kB);
-    FLATCORE_SHARED(T, most, Product::kTile * Product::kSharers);
+    FLATCORE_SHARED(T, peak, Product::kTile * Product::kSharers);
     FLATCORE_SHARED(T, sum, Product::kTile * Product::kSharers);
-    const int64_t queries = sweep.shape.queries, tiles = ceil_div(queries, Product::kTile);
+    const AttentionShape& shape = sweep.shape;
+    const int64_t queries = shape.queries, tiles = ceil_div(queries, Product::kTile);
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const auto item = body::attention_item(index, tiles, 1, 1, sweep.shape.causal);
         Pair pair{sweep, {a, b, nullptr}, item.head, item.tile};
-        body::LogSumExp<T> parts[Product::kRows];
+        body::RunningSum<T> parts[Product::kRows];
         const auto range = body::key_tiles_of(sweep.shape, item.tile, Product::kTile);
         for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
             typename Pair::Logits z;
@@ -42,16 +72,19 @@ __global__ void __launch_bounds__(kProductThreads, 2)
         FLATCORE_UNROLL
         for (int i = 0; i < Product::kRows; ++i) {
             const int at = Product::row(i) * Product::kSharers + Product::sharer();
-            most[at] = parts[i].most;
+            peak[at] = parts[i].peak;
             sum[at] = parts[i].sum;
         }
         __syncthreads();
         const int row = static_cast<int>(threadIdx.x);
         if (row < Product::kTile && pair.own_first() + row < queries) {
-            body::LogSumExp<T> total;
+            body::RunningSum<T> total;
             for (int s = 0; s < Product::kSharers; ++s)
-                total.add({most[row * Product::kSharers + s], sum[row * Product::kSharers + s]});
-            lse[item.head * queries + pair.own_first() + row] = total.result();
+                total.add({peak[row * Product::kSharers + s], sum[row * Product::kSharers + s]});
+            const int64_t at = item.head * queries + pair.own_first() + row;
+            const bool none = total.sum == 0;
+            normaliser[at] = none ? T(0) : total.peak;
+            normaliser[shape.batches * shape.heads * queries + at] = none ? T(0) : 1 / total.sum;
         }
         __syncthreads();
     }
@@ -61,8 +94,8 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 template <class Product, int W>
 __global__ void __launch_bounds__(kProductThreads, 1)
     tangent_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
-                   const typename Product::Element* __restrict__ o,
-                   DirectionArray<typename Product::Element> to, typename Product::Element* mean) {
+                   const typename Product::Element* o, DirectionArray<typename Product::Element> to,
+                   typename Product::Element* mean) {
     using T = typename Product::Element;
     using Word = typename Product::Word;
     using Layout = TileLayout<Product, W>;
@@ -93,9 +126,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
             FLATCORE_NO_UNROLL
             for (int n = 0; n < item.directions; ++n) {
                 const auto add = [&](const T* values) {
-                    with_result(results, n, [&](auto& result, int) {
-                        add_tile_product<Product, W>(result, pair.other_images(values), pair.memory);
-                    });
+                    add_tile_product<Product, W>(results, n, pair.other_images(values), pair.memory);
                 };
                 if (p_moves) {
                     typename Pair::Logits tz;
@@ -146,8 +177,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 }  // namespace
 
 template <class T>
-void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision precision, T* o, T* lse,
-                             void* stream) {
+void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision precision, T* o,
+                             T* normaliser, void* stream) {
     const AttentionShape& shape = inputs.shape;
     visit_tiles<T>(precision, shape, [&](auto product, auto width) {
         using Product = decltype(product);
@@ -157,12 +188,12 @@ void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision 
                                       .mask = inputs.mask,
                                       .queries = {.point = inputs.q, .length = shape.queries},
                                       .keys = {.point = inputs.k, .length = shape.keys}};
-        launch(lse_kernel<Product, width.value>, grid_for(items), dim3(kProductThreads), stream, sweep, items,
-               lse);
+        launch(normaliser_kernel<Product, width.value>, grid_for(items), dim3(kProductThreads), stream, sweep,
+               items, normaliser);
     });
     // The tangent along tv = v, which is o.
-    fused_attention_tangent<T>(1, inputs, precision, o, lse, {.tv = {inputs.v, 0}}, {o, 0}, nullptr, nullptr,
-                               nullptr, stream);
+    fused_attention_tangent<T>(1, inputs, precision, o, normaliser, {.tv = {inputs.v, 0}}, {o, 0}, nullptr,
+                               nullptr, nullptr, stream);
 }
 
 template <class T>
@@ -174,7 +205,7 @@ void fused_attention_backward(const AttentionShape& shape, const T* dout, const 
 
 template <class T>
 void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, ProductPrecision precision,
-                             const T* o, const T* lse, const AttentionTangents<T>& tangents,
+                             const T* o, const T* normaliser, const AttentionTangents<T>& tangents,
                              DirectionArray<T> to, T* mean, const T* dout, T* dout_to, void* stream) {
     const AttentionShape& shape = inputs.shape;
     visit_tiles<T>(precision, shape, [&](auto product, auto width) {
@@ -188,7 +219,7 @@ void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, Produc
             .queries = {.point = inputs.q, .tpoint = tangents.tq, .length = shape.queries},
             .keys = {inputs.k, inputs.v, tangents.tk, tangents.tv, shape.keys},
             .K = K,
-            .lse = lse};
+            .normaliser = normaliser};
         launch(tangent_kernel<Product, width.value>, grid_for(items), dim3(kProductThreads), stream, sweep,
                items, o, to, mean);
     });
