@@ -10,24 +10,30 @@
 // So each result takes one pass. The forward sweep is two kernels, the normaliser and then the tangent along
 // tv = v: a product more than with rescaled sums, once a batch.
 //
-// Cost, by counting; nothing here has run on a device. Products of tile x tile x width per pair of tiles and
-// direction, where G = 128 / W directions share what does not depend on them:
-//   forward 3;  tangent 4 + 1/G;  tdq 6 + 2/G;  tdk and tdv 8 + 2/G;  first order: tdq 2 + 1/G, tdk and tdv
-//   3 + 1/G
-// G = 128 / W because then the results take 32 registers (64 for tdk and tdv) for any width. tdq and the pair
-// (tdk, tdv) each compute their tz and tdp: one pass for both would need atomics or a sum for every tile.
-// Registers hold the results, and p, u and tz or w (16 each in float32, with 64 x 64 tiles and 256 threads);
-// with what is on its way to shared memory ptxas comes close to 255, so one block of 8 warps runs on a
-// processor (normaliser: two). Latency is hidden by fetching the next slab while one is multiplied, not by
-// other blocks. Shared memory is at most 48 KiB, no more than a static array may have. Bytes: a product of
-// two arrays reads (tile + tile) width elements for 2 tile^2 width operations, 16 a byte in float32 (4 in
-// double, with tiles of 32), one of a tile in shared memory twice as many. Tiles of a head run side by side,
-// so nearly all of it comes from the L2 cache. float32 at 19.5 Tflop/s (sm_80) then asks for 1.2 TB/s of it
-// at most, within reach; tf32 at 156 for 9.8, beyond it. Shared memory: with plain float32 a warp reads 12
-// lines of 128 bytes for 64 multiply-adds a thread, 16 to 32 cycles, so arithmetic is the limit; 36 for 128
-// where B is stored along columns and W = 128. With tf32 it reads 12 for 4096 multiply-adds, 8 cycles of
-// sm_80's matrix units and 4 of sm_90's; bf16 halves both. The matrix units therefore idle for at least a
-// third of the time (sm_80), two thirds (sm_90): wgmma and tma, which only sm_90 has, are not used.
+// Cost, by counting; nothing here has run on a device.
+// Products of tile x tile x width per pair of tiles and direction, where G = 128 / W directions share what
+// does not depend on them:
+//   forward 3;  tangent 4 + 1 / G;  tdq 6 + 2 / G;  tdk and tdv 8 + 2 / G;
+//   without second-derivative terms tdq 2 + 1 / G, tdk and tdv 3 + 1 / G
+// tdq on one side and tdk, tdv on the other compute p, tz and tdp each for themselves: one pass for all three
+// would need atomics, or memory for the sums of every tile.
+// Registers, with 256 threads and tiles of 64 in float32: 32 for the results of G directions, whatever the
+// width (64 for tdk and tdv), 16 each for p, u, and tz, which becomes w and tdz. With what is on its way to
+// shared memory and addresses ptxas reports 190 to 255, so one block of 8 warps runs on a processor (of the
+// normaliser's two). Latency is hidden by fetching the next slab while one is multiplied, and by independent
+// sums, not by other blocks. Shared memory is 19 to 48 KiB, at most what a static array may have.
+// Reads: a product of two arrays takes (tile + tile) width elements for 2 tile^2 width operations, 16 a byte
+// in float32 and 4 in double, whose tiles are 32; a product of a tile in shared memory half as many. Tiles of
+// a head run side by side, so nearly all come from the L2 cache. An A100's gives 5120 bytes a cycle, 7 TB/s
+// by its documents: plain float32 at the full 19.5 Tflop/s asks for 1.2 at most, tf32 at 156 would ask for
+// 9.8.
+// Shared memory: for a product of rows in plain float32 a warp reads 12 lines of 128 bytes for 64
+// multiply-adds a thread, which take 16 cycles (sm_90; 32 on sm_80), so arithmetic is the limit. Where B lies
+// along columns it reads 36 for 128 (W = 128), about even on sm_90. In tf32 it reads 12 for 4096 multiply-adds
+// of the warp, 8 cycles of sm_80's matrix units and 4 of sm_90's; in bf16 12 for twice as many, at twice the
+// rate. So the matrix units stand idle for a third of the time at least on sm_80, two thirds on sm_90 and
+// later, whose own instructions (wgmma, tcgen05) read shared memory without going through registers and are
+// not used here.
 #include "fused_attention_tile.h"
 #include "row_products.h"
 
