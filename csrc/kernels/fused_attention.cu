@@ -29,11 +29,11 @@
 // 9.8.
 // Shared memory: for a product of rows in plain float32 a warp reads 12 lines of 128 bytes for 64
 // multiply-adds a thread, which take 16 cycles (sm_90; 32 on sm_80), so arithmetic is the limit. Where B lies
-// along columns it reads 36 for 128 (W = 128), about even on sm_90. In tf32 it reads 12 for 4096 multiply-adds
-// of the warp, 8 cycles of sm_80's matrix units and 4 of sm_90's; in bf16 12 for twice as many, at twice the
-// rate. So the matrix units stand idle for a third of the time at least on sm_80, two thirds on sm_90 and
-// later, whose own instructions (wgmma, tcgen05) read shared memory without going through registers and are
-// not used here.
+// along columns it reads 36 for 128 (W = 128), about even on sm_90. In tf32 it reads 12 for 4096
+// multiply-adds of the warp, 8 cycles of sm_80's matrix units and 4 of sm_90's; in bf16 12 for twice as many,
+// at twice the rate. So the matrix units stand idle for a third of the time at least on sm_80, two thirds on
+// sm_90 and later, whose own instructions (wgmma, tcgen05) read shared memory without going through registers
+// and are not used here.
 #include "fused_attention_tile.h"
 #include "row_products.h"
 
