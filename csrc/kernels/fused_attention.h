@@ -79,7 +79,9 @@ struct AttentionAdjoint {
     DirectionArray<T> tdq = {}, tdk = {}, tdv = {};
 };
 
+#if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
 namespace cuda {
+// `stream` is a cudaStream_t. Nothing is launched for results without elements.
 
 // o and normaliser.
 template <class T>
@@ -103,4 +105,6 @@ void fused_attention_adjoint(int64_t K, const AttentionInputs<T>& inputs, Produc
                              const AttentionAdjoint<T>& adjoint, void* stream);
 
 }  // namespace cuda
+#endif
+
 }  // namespace flatcore
