@@ -25,7 +25,7 @@ BUILD = ROOT / "build" / "cuda-check"
 ARCHITECTURES = (80, 90, 100)
 # What a CUDA build compiles otherwise stands in engine/on_device.h; any file that calls kernels will do. That all calls
 # match their kernels shows in the emulated build.
-HOST_CODE = ("engine/rules/unary.cpp", "engine/float32_products.cpp")
+HOST_CODE = ("engine/rules/unary.cpp", "engine/float32_products.cpp", "bindings/tall_rows.cpp")
 # In float64, where an index that is wrong cannot hide behind rounding.
 ENGINE_TESTS = (
     "tests/test_engine.py::test_hessian",
