@@ -18,6 +18,7 @@ from flatcore.objective import Objective, WeightedBatch
 __all__ = ["Call", "Moments", "deviations", "evaluated", "feature_rows", "input_axis", "layer_calls"]
 
 Call = tuple[Tensor, Any]  # what a module was given, and what it returned
+_ROUNDING = 8.0  # units in the last place of a constant feature that count as no deviation
 
 
 @exclusive
@@ -58,9 +59,12 @@ class Moments:
 
     def __init__(self) -> None:
         self._n, self._mean, self._squares = 0, torch.zeros(()), torch.zeros(())
+        self._eps = 0.0
 
     def add(self, rows: Tensor) -> None:
         """By the update of Chan, Golub and LeVeque, which loses no digits."""
+        self._eps = torch.finfo(rows.dtype).eps
+        rows = rows.double()
         n, mean = len(rows), rows.mean(0)
         squares = (rows - mean).square().sum(0)
         if self._n:
@@ -71,8 +75,12 @@ class Moments:
 
     @property
     def deviations(self) -> Tensor:
-        """Standard deviations, divided by the number of rows."""
-        return (self._squares / self._n).sqrt()
+        """Standard deviations, divided by the number of rows: 0 where they are within rounding of the features.
+
+        The mean of equal numbers is off by a few units in the last place, and dividing by that would be dividing by 0.
+        """
+        found = (self._squares / self._n).sqrt()
+        return torch.where(found > _ROUNDING * self._eps * self._mean.abs(), found, 0.0)
 
 
 def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tensor]:
@@ -86,7 +94,7 @@ def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tenso
     def see(batch: WeightedBatch, result: Evaluation, calls: Mapping[str, list[Call]]) -> None:
         for layer in layers:
             for given, _ in calls[layer.path]:
-                moments.setdefault(layer.path, Moments()).add(feature_rows(layer, given).double())
+                moments.setdefault(layer.path, Moments()).add(feature_rows(layer, given))
 
     if layers:
         evaluated(objective, layers, see)

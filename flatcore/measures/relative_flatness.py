@@ -61,7 +61,7 @@ def relative_flatness(
         layer: module path of a linear layer or convolution; the papers take the last linear one. "all": each by
             itself, in ``by_layer``; the value is then their sum, which no paper defines.
         standardize: in features divided by their standard deviation over the data, and weights multiplied by it, as
-            the authors' experiments do. A deviation of 0 multiplies and does not divide.
+            the authors' experiments do. A deviation of 0 (to rounding) multiplies and does not divide.
         form: "2021", as above; "max", sum_s |w_s|² lambda_max(H_ss), of the same paper; "simplified", |W|² Tr H_l
             (Adilova et al., TAG-ML at ICML 2023, arXiv 2307.02337); "2019", |W|² Tr H_l over the number of weights, and
             "2019-max", |W|² lambda_max(H_l) (Petzka et al., arXiv 1912.00058). H_l: the layer's Hessian.
