@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flatcore import checks
+from flatcore.data import version
 from flatcore.environment import exclusive
 from flatcore.evaluate import Evaluation, plain_torch
 from flatcore.measures.layers import Layer
@@ -17,8 +18,24 @@ from flatcore.objective import Objective, WeightedBatch
 
 __all__ = ["Call", "Moments", "deviations", "evaluated", "feature_rows", "input_axis", "layer_calls"]
 
-Call = tuple[Tensor, Any]  # what a module was given, and what it returned
 _ROUNDING = 8.0  # units in the last place of a constant feature that count as no deviation
+
+
+class Call(NamedTuple):
+    """What a module was given, what it returned before hooks of others, and the versions of both then."""
+
+    given: Tensor
+    output: Any
+    versions: tuple[Any, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Has either been written over since?"""
+        return _versions(self.given, self.output) != self.versions
+
+
+def _versions(*values: Any) -> tuple[Any, ...]:
+    return tuple(version(value) for value in values if isinstance(value, Tensor))
 
 
 @exclusive
@@ -93,8 +110,8 @@ def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tenso
 
     def see(batch: WeightedBatch, result: Evaluation, calls: Mapping[str, list[Call]]) -> None:
         for layer in layers:
-            for given, _ in calls[layer.path]:
-                moments.setdefault(layer.path, Moments()).add(feature_rows(layer, given))
+            for call in calls[layer.path]:
+                moments.setdefault(layer.path, Moments()).add(feature_rows(layer, call.given))
 
     if layers:
         evaluated(objective, layers, see)
@@ -109,11 +126,14 @@ def layer_calls(layers: Sequence[Layer]) -> Iterator[dict[str, list[Call]]]:
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
-            calls[path].append((given, output))
+            calls[path].append(Call(given, output, _versions(given, output)))
 
         return hook
 
-    handles = [layer.module.register_forward_hook(note(layer.path), with_kwargs=True) for layer in layers]
+    handles = [
+        layer.module.register_forward_hook(note(layer.path), with_kwargs=True, prepend=True)
+        for layer in layers
+    ]
     try:
         yield calls
     finally:

@@ -173,10 +173,9 @@ def _closed(
     if form.endswith("max") or method not in ("auto", "closed"):
         return {}
     plain = Neurons.of(layer, weights[layer.weight], None).weight[0]
-    sums = LastLayer.of(objective, layer, plain)
-    if sums is not None:
-        kappa, simplified = sums.flatness(standardize)
-        return {layer.path: (kappa if form == "2021" else simplified, 0.0)}
+    found = LastLayer.flatness(objective, layer, plain, standardize=standardize, simplified=form != "2021")
+    if found is not None:
+        return {layer.path: (found, 0.0)}
     if method == "closed":
         raise ValueError(
             f"method: the closed form is that of a last linear layer under torch's cross_entropy, got {layer.path!r}, "

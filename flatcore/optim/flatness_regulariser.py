@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flatcore.capture.batch import split_batch
 from flatcore.evaluate import LossCall, recorded_loss
 from flatcore.linear import check_count
-from flatcore.measures.features import feature_rows, layer_calls
+from flatcore.measures.features import Call, feature_rows, layer_calls
 from flatcore.measures.last_layer import row_masses
 from flatcore.measures.layers import Layer, layer_form
 from flatcore.parameters import did_you_mean
@@ -83,7 +83,7 @@ def relative_flatness_penalty(
             "outputs are not the loss's logits, or whose weight has other uses; pass method='auto'"
         )
     if closed and call is not None and method in ("auto", "closed"):
-        return LossAndFlatness(value, _closed(found, calls[0][0], call, weight), "closed")
+        return LossAndFlatness(value, _closed(found, calls[0].given, call, weight), "closed")
     (gradient,) = torch.autograd.grad(value, weight, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError(
@@ -112,9 +112,7 @@ def _layer(model: nn.Module, path: str) -> Layer:
     return Layer(path, module, f"{path}.weight", None, *form, uses)
 
 
-def _is_last_layer(
-    layer: Layer, calls: list[tuple[Tensor, Tensor]], call: LossCall | None, weight: Tensor
-) -> bool:
+def _is_last_layer(layer: Layer, calls: list[Call], call: LossCall | None, weight: Tensor) -> bool:
     if (
         len(calls) != 1
         or call is None
@@ -123,7 +121,7 @@ def _is_last_layer(
         or weight.dim() != 2
     ):
         return False
-    features, logits = calls[0]
+    features, logits = calls[0].given, calls[0].output
     if call.arguments["input"] is not logits or logits.dim() != 2 or call.reduction not in ("mean", "sum"):
         return False
     return not _depends(features, weight)
