@@ -38,7 +38,7 @@ def quotient_sharpness(objective: Objective, *, tol: float = 1e-3, seed: int = 0
     objective = check_objective(objective)
     hessian = Hessian(objective)
     norms = torch.cat([v.norm().expand(v.numel()) for v in objective.snapshot().values.values()])
-    found = extremes(ScaledHessian(hessian, norms), tol, seed, both=False)
+    found = extremes(ScaledHessian(hessian, norms), tol, seed, "LA")
     return Measure(
         value=found.values[0],
         stderr=found.residuals[0],
@@ -63,7 +63,8 @@ def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **opt
 
     Convex in the logarithms, solved to a relative 1e-12. The layers are taken to be a chain in the order of their
     modules, with positively homogeneous activations: what branches (residual nets) has no such scalings. Selected
-    parameters of other modules are refused, and so are traces that are negative (for which see curvature="ggn").
+    parameters of other modules and shared weights are refused, and so are traces that are negative (for which see
+    curvature="ggn").
 
     ``options`` (method, rtol, ...) and cost are those of `flatcore.trace`; stderr: first order, as if the layers'
     traces erred together, an upper bound. ``by_layer``: t_l and "bias" b_l, "scale" a_l. Units of Tr H. Invariant to
@@ -75,6 +76,12 @@ def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **opt
     if curvature not in ("hessian", "ggn"):
         raise ValueError(f"curvature: expected 'hessian' or 'ggn', got {curvature!r}")
     layers = find_layers(objective)
+    for layer in layers:
+        if layer.uses > 1:
+            raise ValueError(
+                f"objective: expected layers that can be scaled one by one, got {layer.path!r}, whose weight is used "
+                f"{layer.uses} times"
+            )
     ours = {name for layer in layers for name in (layer.weight, layer.bias)}
     others = [name for name in objective.layout.shapes if name not in ours]
     if others:
