@@ -94,8 +94,12 @@ def local_entropy(
     gradient, gradient_error = -gamma * sums["away"], gamma * sums["away_stderr"]
     slow = [f"{s:.2g}" for s, r in zip(nodes.tolist(), mixed.tolist(), strict=True) if r > 0.5]
     status = "converged"
-    if slow:
+    wild = [f"{s:.2g}" for s, m in zip(nodes.tolist(), means.tolist(), strict=True) if not math.isfinite(m)]
+    if wild:
+        status = f"the loss is not finite in chains at s = {', '.join(wild)}; raise gamma or beta"
+    elif slow:
         status = f"chains at s = {', '.join(slow)} are too short to have mixed; raise steps or gamma, or lower beta"
+    if status != "converged":
         warnings.warn(f"local_entropy: {status}", FlatcoreWarning, stacklevel=2)
     details: dict[str, Any] = {
         "gradient": gradient,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from flatcore import checks
 from flatcore.capture.batch import split_batch
+from flatcore.errors import FlatcoreWarning
 from flatcore.evaluate import Evaluation, ModelLoss
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["Errors", "evaluate_rows", "loss_and_gradient"]
+__all__ = ["Errors", "evaluate_rows", "finite_status", "loss_and_gradient"]
 
 ErrorRule = Callable[[Any, Any], Tensor]
 _CHUNK = 16
@@ -143,6 +145,16 @@ def _chunk(
         return False
     yield from ((total, counts[-1]) for total in totals)
     return True
+
+
+def finite_status(samples: Tensor, measure: str, of: str, advice: str) -> str:
+    """ "converged" where all samples are finite; else a sentence, told as a warning too."""
+    bad = int((~torch.isfinite(samples)).sum())
+    if not bad:
+        return "converged"
+    status = f"{bad} of {samples.numel()} samples of the {of} are not finite"
+    warnings.warn(f"{measure}: {status}; {advice}", FlatcoreWarning, stacklevel=4)
+    return status
 
 
 def loss_and_gradient(objective: Objective, row: Tensor, only: int | None = None) -> tuple[float, Tensor]:
