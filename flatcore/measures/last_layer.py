@@ -14,7 +14,7 @@ from flatcore.measures.features import Call, Moments, evaluated, feature_rows
 from flatcore.measures.layers import Layer
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["LastLayer", "row_masses"]
+__all__ = ["LastLayer", "gives", "row_masses"]
 
 _CACHED = 2**16  # features and logits worked on at once, so that what is made of them stays in a cache
 
@@ -64,16 +64,19 @@ class LastLayer:
         if not (same_rows and scores.data_ptr() == logits.data_ptr() and scores.is_contiguous()):
             raise _NotThisFormError
         rows, scores = feature_rows(self._layer, own.given.detach()), scores.detach()
-        if own.changed or not (_is_linear(self._layer.module) or self._gives(rows, scores)):
+        if own.changed or not gives(self._layer, self._weight, rows, scores):
             raise _NotThisFormError  # written over since, or a module that does more than its kind
         self._sums.add(rows, scores, batch.weight * row_masses(call))
 
-    def _gives(self, rows: Tensor, scores: Tensor) -> bool:
-        """Are these scores W phi + b, but for rounding?"""
-        bias = self._layer.module._parameters.get("bias")
-        expected = F.linear(rows, self._weight.to(rows.dtype), None if bias is None else bias.detach())
-        bound = 1000 * torch.finfo(scores.dtype).eps * (1 + expected.abs().max())
-        return bool(((scores - expected).abs() <= bound).all())
+
+def gives(layer: Layer, weight: Tensor, rows: Tensor, scores: Tensor) -> bool:
+    """Are these scores of the layer W phi + b, by its definition or but for rounding?"""
+    if _is_linear(layer.module):
+        return True
+    bias = layer.module._parameters.get("bias")
+    expected = F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.detach())
+    bound = 1000 * torch.finfo(scores.dtype).eps * (1 + expected.abs().max())
+    return bool(((scores - expected).abs() <= bound).all())
 
 
 def _is_linear(module: nn.Module) -> bool:

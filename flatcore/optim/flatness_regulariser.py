@@ -13,7 +13,7 @@ from flatcore.capture.batch import split_batch
 from flatcore.evaluate import LossCall, recorded_loss
 from flatcore.linear import check_count
 from flatcore.measures.features import Call, feature_rows, layer_calls
-from flatcore.measures.last_layer import row_masses
+from flatcore.measures.last_layer import gives, row_masses
 from flatcore.measures.layers import Layer, layer_form
 from flatcore.parameters import did_you_mean
 
@@ -76,6 +76,11 @@ def relative_flatness_penalty(
         raise ValueError("loss: expected one number that depends on the parameters, got something else")
     weight = found.module._parameters["weight"]
     assert weight is not None
+    if not weight.requires_grad:
+        raise ValueError(
+            f"layer: expected a layer whose weight is trained, got {layer!r} frozen; set requires_grad, or leave the "
+            "penalty out"
+        )
     closed = _is_last_layer(found, calls, call, weight)
     if method == "closed" and not closed:
         raise ValueError(
@@ -123,6 +128,9 @@ def _is_last_layer(layer: Layer, calls: list[Call], call: LossCall | None, weigh
         return False
     features, logits = calls[0].given, calls[0].output
     if call.arguments["input"] is not logits or logits.dim() != 2 or call.reduction not in ("mean", "sum"):
+        return False
+    W = layer.matrices(weight.detach())[0, :, :, 0]
+    if calls[0].changed or not gives(layer, W, feature_rows(layer, features.detach()), logits.detach()):
         return False
     return not _depends(features, weight)
 
