@@ -111,6 +111,9 @@ class TestNoLayers:
     def test_the_loss_is_no_error(self) -> None:
         with pytest.raises(ValueError, match=r"^error: expected None or a callable"):
             measures.pac_bayes_sigma(cross_entropy(mlp(5, 3), batch(9, 5, 3)), error="loss")
+        regression = fc.Objective(Bare(), lambda z, t: z.mean(), batch(9, 5, 3))
+        with pytest.raises(ValueError, match=r"^error: expected a cross-entropy .* give a callable"):
+            measures.pac_bayes_sigma(regression)
 
 
 class TestPathNorm:

@@ -58,7 +58,7 @@ class Errors:
         if evaluation.call is None:
             raise ValueError(
                 "error: expected a loss of torch.nn.functional in the ModelLoss to take output and target from, got "
-                "another one; give error='loss'"
+                "another one; local_energy takes error='loss'"
             )
         return evaluation.call.arguments["input"], evaluation.call.arguments["target"]
 
@@ -87,8 +87,8 @@ def _mistakes(evaluation: Evaluation) -> tuple[Tensor, int]:
         scores, target = call.arguments["input"], call.arguments["target"]
         return ((scores > 0) != (target > 0.5)).sum(), scores.numel()
     raise ValueError(
-        "error: expected a cross-entropy for the argmax rule, got another loss; give error='loss', or a "
-        "callable(output, target) that gives one number an example"
+        "error: expected a cross-entropy for the argmax rule, got another loss; give a callable(output, target) with "
+        "one number an example, or to local_energy error='loss'"
     )
 
 

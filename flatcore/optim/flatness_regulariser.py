@@ -104,8 +104,9 @@ def _layer(model: nn.Module, path: str) -> Layer:
     if modules is None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if path not in modules:
+        layers = [name for name, module in modules.items() if layer_form(module) is not None]
         raise ValueError(
-            f"layer: expected a module path of the model, got {path!r}{did_you_mean(str(path), modules)}"
+            f"layer: expected a module path of the model, got {path!r}{did_you_mean(str(path), layers)}"
         )
     module = modules[path]
     form, weight = layer_form(module), module._parameters.get("weight")
