@@ -43,7 +43,7 @@ class Row:
     """A predictor's readings, (repeats, settings), and what they are worth.
 
     ``spread``: the largest over the smallest reading; ``factor``: the most by which a copy's differs from its net's;
-    ``noise``: the largest relative standard error of a reading.
+    ``noise``: the largest relative standard error of a reading, nan where there is none to tell.
     """
 
     predictor: Predictor
@@ -65,7 +65,7 @@ def values(readings: list[list[Reading]]) -> Numbers:
 def ratio(one: Numbers, other: Numbers) -> float:
     """The largest ratio of entries, whichever is larger; of different signs there is none."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        quotient = one / other
+        quotient = np.where(one == other, 1.0, one / other)
         return float(np.where(quotient > 0, np.maximum(quotient, 1 / quotient), math.inf).max())
 
 
@@ -78,7 +78,7 @@ def judge(
 ) -> Row:
     before, after = values(original), values(copied)
     rankings = [rank(predictor.sign * found, gap, resamples) for found in (before, after) for gap in gaps]
-    errors = [abs(r.stderr / r.value) for r in chain(*original, *copied) if r.stderr > 0]
+    errors = [abs(r.stderr / r.value) if r.stderr and r.value else 0.0 for r in chain(*original, *copied)]
     return Row(
         predictor,
         original,
@@ -86,7 +86,7 @@ def judge(
         *rankings,
         spread=ratio(before.max(keepdims=True), before.min(keepdims=True)),
         factor=ratio(after, before),
-        noise=max(errors, default=0.0),
+        noise=float(np.max(errors)),  # nan where one is not known
     )
 
 
@@ -107,7 +107,7 @@ def measured(
                 for which, model in enumerate((net.model, copied)):
                     subject = objective(model, training)
                     for name, predictor in chosen.items():
-                        found[name][which][repeat].append(read(predictor, subject))
+                        found[name][which][repeat].append(read(predictor, subject, net.setting))
                     done += 1
                     bar.update(done, f"{done} of {total} nets and copies")
     return found
@@ -172,7 +172,7 @@ def nets_table(nets: list[Net]) -> Table:
 
 def rows_table(rows: dict[str, Row], settings: int, repeats: int) -> Table:
     table = Table(
-        title=f"Kendall's tau-b with the gap: {settings} nets, {repeats} repeats. * beyond what chance gives in 95 %",
+        title=f"Kendall's tau-b with the gap, {settings * repeats} nets. * beyond 95 % of random orders",
         title_justify="left",
     )
     table.add_column("measure")
@@ -188,7 +188,7 @@ def rows_table(rows: dict[str, Row], settings: int, repeats: int) -> Table:
             *map(cell, (row.loss, row.error, row.copied_loss, row.copied_error)),
             f"{row.spread:.3g}",
             factor(row.factor),
-            f"{100 * row.noise:.1g}",
+            "" if math.isnan(row.noise) else f"{100 * row.noise:.1g}",
         )
     return table
 
@@ -216,7 +216,7 @@ def as_json(
             "label": row.predictor.heading,
             "invariant": row.predictor.invariant,
             "sign": row.predictor.sign,
-            **json.loads(json.dumps(fields, default=dataclasses.asdict)),
+            **json.loads(json.dumps(fields, default=dataclasses.asdict), parse_constant=lambda _: None),
         }
 
     return {

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from study_nets import Setting
 from torch import nn
 
 import flatcore as fc
@@ -24,11 +25,12 @@ DRAWS = 400
 class Predictor:
     """``call(objective)`` gives a number that goes up (``sign`` 1) or down (-1) with the gap that it predicts.
 
+    Or ``call`` is the name of what the net was trained with, a field of `Setting`.
     ``invariant``: whether docs/measures.md says that rescaled neurons leave it; None for what is no measure.
     """
 
     label: str
-    call: Callable[[fc.Objective], Measure | float]
+    call: Callable[[fc.Objective], Measure | float] | str
     invariant: bool | None = False
     sign: int = 1
 
@@ -44,7 +46,9 @@ class Reading:
     status: str
 
 
-def read(predictor: Predictor, objective: fc.Objective) -> Reading:
+def read(predictor: Predictor, objective: fc.Objective, setting: Setting) -> Reading:
+    if isinstance(predictor.call, str):
+        return Reading(float(getattr(setting, predictor.call)), 0.0, "converged")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FlatcoreWarning)  # the status says the same
         found = predictor.call(objective)
@@ -155,6 +159,9 @@ def predictors() -> dict[str, Predictor]:
             lambda o: float(_logits(o).std(dim=1, correction=0).mean()),
             None,
         ),
+        "batch_size": Predictor("batch size", "batch_size", None),
+        "learning_rate": Predictor("learning rate", "learning_rate", None, sign=-1),
+        "weight_decay": Predictor("weight decay", "weight_decay", None, sign=-1),
         "random_number": Predictor("a random number", _RandomNumbers(), None),
     }
 
