@@ -168,6 +168,38 @@ class TestPathNorm:
             measures.path_norm(objective)
 
 
+class HeadFirst(nn.Module):
+    """A model that holds its last layer first."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.head, self.body = net[2], net[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.body(x)))
+
+
+class TestOrder:
+    def setting(self) -> tuple[fc.Objective, fc.Objective]:
+        model, data = mlp(5, 7, 3), batch(30, 5, 3)
+        return cross_entropy(model, data), cross_entropy(HeadFirst(model), data)
+
+    def test_is_that_of_the_calls(self) -> None:
+        plain, other = self.setting()
+        one, two = (measures.minimum_sharpness(o, method="exact") for o in (plain, other))
+        assert close(one.value, two.value, EXACT) and list(two.by_layer) == ["body", "head"]
+        with untouched(other.model):
+            found = measures.relative_flatness(other)
+        assert list(found.by_layer) == ["body", "head"] and found.by_layer["head"].method == "closed"
+        (pair,) = measures.width(other).details["couplings"]
+        assert (pair.first, pair.second, pair.reason) == ("body", "head", "")
+        assert pair.imbalance == measures.width(plain).details["couplings"][0].imbalance
+
+    def test_last_layer_of_a_report(self) -> None:
+        (one,), (two,) = (measured(o, ["relative_flatness"], 0, lambda _: None) for o in self.setting())
+        assert one.measure.value == two.measure.value
+
+
 class TestTies:
     def test_shared_weights_have_no_scales_of_their_own(self) -> None:
         for bias in (True, False):

@@ -16,7 +16,16 @@ from flatcore.evaluate import Evaluation, plain_torch
 from flatcore.measures.layers import Layer
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["Call", "Moments", "deviations", "evaluated", "feature_rows", "input_axis", "layer_calls"]
+__all__ = [
+    "Call",
+    "Moments",
+    "deviations",
+    "evaluated",
+    "feature_rows",
+    "in_order_of_use",
+    "input_axis",
+    "layer_calls",
+]
 
 _ROUNDING = 8.0  # units in the last place of a constant feature that count as no deviation
 
@@ -116,6 +125,33 @@ def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tenso
     if layers:
         evaluated(objective, layers, see)
     return {path: one.deviations for path, one in moments.items()}
+
+
+@exclusive
+def in_order_of_use(objective: Objective, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers as the model first calls them, seen on one batch; those that it does not call come first.
+
+    A model may hold its modules in any order.
+    """
+    if len(layers) < 2:
+        return list(layers)
+    places: dict[str, int] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            places.setdefault(path, len(places))
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(note(layer.path)) for layer in layers]
+    try:
+        with plain_torch(), torch.no_grad():
+            values, batch = objective.snapshot().values, next(objective.batches())
+            checks.evaluate(objective.evaluate, batch.batch, values, batch.index, twice=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(layers, key=lambda layer: places.get(layer.path, -1))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from flatcore.errors import FlatcoreWarning
 from flatcore.measures.derived import check_objective
 from flatcore.measures.extremes import extremes
+from flatcore.measures.features import in_order_of_use
 from flatcore.measures.layers import find_layers
 from flatcore.measures.result import Measure
 from flatcore.measures.scaled_hessian import ScaledHessian
@@ -61,10 +62,10 @@ def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **opt
 
         min_a sum_l t_l / a_l² + b_l / (a_1 ... a_l)²,    without biases m (t_1 ... t_m)^(1/m).
 
-    Convex in the logarithms, solved to a relative 1e-12. The layers are taken to be a chain in the order of their
-    modules, with positively homogeneous activations: what branches (residual nets) has no such scalings. Selected
-    parameters of other modules and shared weights are refused, and so are traces that are negative (for which see
-    curvature="ggn").
+    Convex in the logarithms, solved to a relative 1e-12. The layers are taken to be a chain in the order in which the
+    model calls them, with positively homogeneous activations: what branches (residual nets) has no such scalings.
+    Selected parameters of other modules and shared weights are refused, and so are traces that are negative (for which
+    see curvature="ggn").
 
     ``options`` (method, rtol, ...) and cost are those of `flatcore.trace`; stderr: first order, as if the layers'
     traces erred together, an upper bound. ``by_layer``: t_l and "bias" b_l, "scale" a_l. Units of Tr H. Invariant to
@@ -75,7 +76,7 @@ def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **opt
     objective = check_objective(objective)
     if curvature not in ("hessian", "ggn"):
         raise ValueError(f"curvature: expected 'hessian' or 'ggn', got {curvature!r}")
-    layers = find_layers(objective)
+    layers = in_order_of_use(objective, find_layers(objective))
     for layer in layers:
         if layer.uses > 1:
             raise ValueError(

@@ -15,7 +15,7 @@ from flatcore.errors import FlatcoreWarning
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.derived import check_objective, restricted
 from flatcore.measures.example_flatness import by_example
-from flatcore.measures.features import deviations
+from flatcore.measures.features import deviations, in_order_of_use
 from flatcore.measures.flatness_values import Found, exact, greatest, probed, quadratic_forms
 from flatcore.measures.last_layer import LastLayer
 from flatcore.measures.layers import Layer, find_layer, find_layers
@@ -59,7 +59,8 @@ def relative_flatness(
 
     Args:
         layer: module path of a linear layer or convolution; the papers take the last linear one. "all": each by
-            itself, in ``by_layer``; the value is then their sum, which no paper defines.
+            itself, in ``by_layer``, in the order in which the model calls them; the value is then their sum, which no
+            paper defines.
         standardize: in features divided by their standard deviation over the data, and weights multiplied by it, as
             the authors' experiments do. A deviation of 0 (to rounding) multiplies and does not divide.
         form: "2021", as above; "max", sum_s |w_s|² lambda_max(H_ss), of the same paper; "simplified", |W|² Tr H_l
@@ -108,6 +109,7 @@ def relative_flatness(
     if method == "closed" and layer == "all":
         raise ValueError("method: 'closed' is for the last layer alone, got layer='all'; name the layer")
     weights = objective.snapshot().values
+    layers = in_order_of_use(objective, layers)
     with full_precision():
         closed = _closed(objective, layers[-1], weights, standardize, form, method)
         rest = [one for one in layers if one.path not in closed]
