@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from untouched import one_thread  # noqa: F401
 
@@ -45,3 +46,12 @@ def test_scales_by_descent_end_at_the_minimum():
     assert min(values) >= least.value * (1 - 1e-12)
     assert values[0] == pytest.approx(float((h + w).sum()))
     assert values[0] > 1.001 * least.value
+
+
+@pytest.mark.parametrize("command", ["flatness", "scales"])
+def test_commands(command, monkeypatch):
+    monkeypatch.setattr(measures, "STEPS", 20)
+    options = ["--images", "40", "--rounds", "1", "--threads", "1", "--processor-time"]
+    done = CliRunner().invoke(measures.main, [command, *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert ("whole call: published / flatcore" if command == "flatness" else "all layers") in done.output
