@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -91,6 +93,9 @@ class LossCall:
         return float(counted.numel() if weight is None else weight[counted].sum())
 
 
+_signature = functools.cache(inspect.signature)
+
+
 class _LossCalls(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +104,7 @@ class _LossCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _LOSS_FUNCTIONS:
-            bound = inspect.signature(func).bind(*args, **(kwargs or {}))
+            bound = _signature(func).bind(*args, **(kwargs or {}))
             bound.apply_defaults()
             self.last = LossCall(func, dict(bound.arguments), result)
         return result
@@ -182,9 +187,14 @@ class Evaluator:
         """What stands in for each parameter and buffer, by the identity of the original."""
         values = {id(b): b.detach().clone() for root in self._roots for b in root.buffers()}
         # .data, unlike detach(), counts versions on its own
-        values |= {id(p): p.data for root in self._roots for p in root.parameters()}
         originals = dict(self._model.named_parameters())
+        others = (p for root in self._roots if root is not self._model for p in root.parameters())
+        values |= {id(p): p.data for p in (*originals.values(), *others)}
         return values | {id(originals[name]): value for name, value in parameters.items()}
+
+
+# Most of a module's attributes; its tensors stand in its dicts of parameters and buffers.
+_NO_TENSORS = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set})
 
 
 @contextlib.contextmanager
@@ -207,7 +217,8 @@ def _substituted(roots: list[nn.Module], values: Mapping[int, Tensor]) -> Iterat
     saved = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
     try:
         for module, attributes, own_parameters, own_buffers in saved:
-            vars(module).update((name, other(value)) for name, value in attributes.items())
+            held = ((name, value) for name, value in attributes.items() if type(value) not in _NO_TENSORS)
+            vars(module).update((name, other(value)) for name, value in held)
             module._parameters.update((name, other(value)) for name, value in own_parameters.items())
             module._buffers.update((name, other(value)) for name, value in own_buffers.items())
         yield

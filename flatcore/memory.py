@@ -22,6 +22,11 @@ class Budget:
     states: int
     directions: int
 
+    @property
+    def total(self) -> int:
+        """What `of` gives the same budget for, but for bytes."""
+        return max(self.data + self.states + self.directions, 1)
+
     @staticmethod
     def of(memory: int | None, device: torch.device) -> Budget:
         if memory is not None and (not isinstance(memory, int) or isinstance(memory, bool) or memory <= 0):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatcore import track_views
+from flatcore.data import preserved_random_state
 from flatcore.eigsh import eigsh
 from flatcore.environment import modules_in
 from flatcore.errors import CaptureError, FlatcoreWarning
@@ -225,13 +226,12 @@ class Tracker:
         if _stands_still(self._optimizer):
             return {"edge": 0.0, "threshold": math.inf}
         limit = stability_limit(self.objective, self._optimizer)
-        pairs = self._search("scaled", limit.operator, 1) if limit.preconditioned else self._found["H"]
+        pairs = self._search("scaled", limit.operator, 1) if limit.matrix != "H" else self._found["H"]
         top = float(pairs.values[0]) + limit.decay
         return {"edge": top / limit.threshold, "threshold": limit.threshold}
 
     def _measure(self, name: str, function: Callable[[Objective], Any]) -> Columns:
-        device = self.objective.layout.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with preserved_random_state():
             found = function(self.objective)
         self._note(name, found)
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -13,6 +15,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from flatcore.track import Tracker
 
 __all__ = ["TrackCallback"]
@@ -26,7 +30,8 @@ class TrackCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         go to the log history of its state, which its reporting integrations do not see.
     edge_of_stability: compare with the threshold of the Trainer's own optimizer.
 
-    Names in the log begin with "flatness/"; numbers that are not finite are left out.
+    Names in the log begin with "flatness/"; numbers that are not finite are left out. Where the Trainer trains in mixed
+    precision, the model is measured in its own.
     """
 
     def __init__(self, tracker: Tracker, trainer: Any = None, *, edge_of_stability: bool = False) -> None:
@@ -54,25 +59,43 @@ class TrackCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         optimizer = kwargs.get("optimizer")
         if self._edge and optimizer is not None:
             self.tracker.follow(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
-        self._look(state, due=True)
+        self._look(state, control, due=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(state, due=False)
+        self._look(state, control, due=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(state, due=True)
+        self._look(state, control, due=True)
 
-    def _look(self, state: Any, due: bool) -> None:
+    def _look(self, state: Any, control: Any, due: bool) -> None:
         step = state.global_step
         if step == self._last:
             return
-        row = self.tracker.measure(step) if due else self.tracker.step(step)
+        with _full_precision(self.tracker.objective.model):
+            row = self.tracker.measure(step) if due else self.tracker.step(step)
         if row is None:
             return
         self._last = step
         shown = {k: v for k, v in row.items() if k not in ("step", "status") and math.isfinite(v)}
         logs = {f"flatness/{name}": value for name, value in shown.items()}
-        if self.trainer is not None:
-            self.trainer.log(logs)
-        else:
-            state.log_history.append({**logs, "step": step})
+        if self.trainer is None:
+            epoch = {} if state.epoch is None else {"epoch": state.epoch}
+            state.log_history.append({**logs, **epoch, "step": step})
+            return
+        due_itself = control.should_log  # a log of the Trainer's own, which this one would count as done
+        self.trainer.log(logs)
+        control.should_log = due_itself
+
+
+@contextlib.contextmanager
+def _full_precision(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that accelerate puts around a model's forward: such products are not symmetric."""
+    wrapped = [m for m in model.modules() if {"forward", "_original_forward"} <= vars(m).keys()]
+    forwards = [vars(m)["forward"] for m in wrapped]
+    try:
+        for module in wrapped:
+            module.forward = vars(module)["_original_forward"]
+        yield
+    finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            module.forward = forward

@@ -238,8 +238,7 @@ def test_sum_and_mean():
 
 
 def test_rescaled_neurons():
-    """For lambda > 0 another number. Without, at a critical point of a regression that fits all but noise, the
-    same."""
+    """For lambda > 0 another number."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     other = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()

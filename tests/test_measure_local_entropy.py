@@ -73,8 +73,8 @@ def test_large_beta_is_the_moreau_envelope():
     assert abs(result.value - envelope) <= 4 * result.stderr + warmth
 
 
-def test_shift_of_the_loss_and_orthogonal_maps():
-    """A constant added to the loss changes nothing. Rescaled neurons do change it."""
+def test_shift_of_the_loss_and_rescaled_neurons():
+    """A constant added to the loss changes nothing, rescaled neurons do."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     x, y = random(20, 3), random(20, 2, seed=1)
@@ -141,6 +141,47 @@ def test_short_chains_are_told():
     objective = fc.Objective(net, half_mse, (x, -50 * x))
     with pytest.warns(FlatcoreWarning, match="local_entropy: chains at s = .* are too short"):
         measures.local_entropy(objective, 1e-3, 1.0, steps=200, method="sgld", step_size=1e-6)
+
+
+@pytest.mark.parametrize(("gamma", "beta"), [(1.0, 3.0), (5.0, 10.0)])
+def test_one_parameter_by_quadrature(gamma, beta):
+    """(sin 2w + w²)² has several modes within reach: F, its gradient, and the mean gradient, which is the same."""
+
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([0.4], dtype=torch.float64))
+
+        def forward(self, x):
+            return (torch.sin(2 * self.w) + self.w**2) * x
+
+    ones = torch.ones(2, 1, dtype=torch.float64)
+    objective = fc.Objective(Waves(), F.mse_loss, (ones, 0 * ones))
+    w = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    loss, prior = (torch.sin(2 * w) + w**2) ** 2, -beta * gamma / 2 * (w - 0.4) ** 2
+    weights = prior - beta * loss
+    value = -float(torch.logsumexp(weights, 0) - torch.logsumexp(prior, 0)) / beta - objective.loss()
+    slope = gamma * (0.4 - float(weights.softmax(0) @ w))
+    result = measures.local_entropy(objective, gamma, beta, steps=300)
+    assert abs(result.value - value) <= 4 * result.stderr < 0.3 * abs(value)
+    for name in ("gradient", "force"):
+        error = float(result.details[f"{name}_stderr"])
+        assert abs(float(result.details[name]) - slope) <= 4 * error < 1.2 * abs(slope), name
+
+
+def test_rounding_that_decides_is_told():
+    """At beta = 1e8 float32 tells apart losses of a few units of temperature at best."""
+    net, (x, y), _ = quadratic()
+    single = fc.Objective(net.float(), half_mse, (x.float(), y.float()))
+    with pytest.warns(FlatcoreWarning, match="rounded to .* which decides over acceptance"):
+        measures.local_entropy(single, 2.0, 1e8, steps=40)
+
+
+def test_a_chain_that_stands_still_is_told():
+    """All steps refused: no spread, and no certainty."""
+    _, _, objective = quadratic()
+    with pytest.warns(FlatcoreWarning, match="too short to have mixed"):
+        measures.local_entropy(objective, 1e-6, 1e7, steps=40, step_size=1.9)
 
 
 def test_same_seed_same_bits():

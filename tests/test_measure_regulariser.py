@@ -97,11 +97,22 @@ class TestValue:
         def smoothed(z: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(z, y) + 0.1 * z.square().mean()
 
+        class Halved(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 0.5 * super().forward(x)
+
+        halved, hooked, overwritten = (nn.Sequential(*small()[0]) for _ in range(3))
+        halved[2] = Halved(4, 3).double()
+        hooked[2].register_forward_hook(lambda module, given, z: 2 * z)
+        overwritten[2].register_forward_hook(lambda module, given, z: z.mul_(2))
         cases = [
             (model, F.cross_entropy, "0"),
             (tied, F.cross_entropy, "2"),
             (Reused(), F.cross_entropy, "last"),
             (model, smoothed, "2"),
+            (halved, F.cross_entropy, "2"),
+            (hooked, F.cross_entropy, "2"),
+            (overwritten, F.cross_entropy, "2"),
         ]
         for net, loss, layer in cases:
             assert optim.relative_flatness_penalty(net, loss, data, layer).method == "probes"
@@ -192,6 +203,15 @@ class TestRefusals:
         arguments = {"model": model, "loss": F.cross_entropy, "batch": data, "layer": "2"} | options
         with pytest.raises(error, match=f"^{message}"):
             optim.relative_flatness_penalty(**arguments)
+
+    def test_frozen_layer(self) -> None:
+        model, data = small()
+        model[2].weight.requires_grad_(False)
+        for method in ("auto", "exact", "probes"):
+            with pytest.raises(
+                ValueError, match=r"^layer: expected a layer whose weight is trained, got '2'"
+            ):
+                optim.relative_flatness_penalty(model, F.cross_entropy, data, "2", method=method)
 
     def test_unused_layer(self) -> None:
         model, data = small()

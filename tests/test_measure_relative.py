@@ -137,9 +137,10 @@ class TestLastLayer:
         ),
     }
 
+    @pytest.mark.parametrize("width", [6, 3])  # more features than classes, and fewer
     @pytest.mark.parametrize("kind", list(LOSSES))
-    def test_closed_form_is_the_exact_one(self, kind: str) -> None:
-        data, model = batch(40, 5, 4), mlp(5, 6, 4)
+    def test_closed_form_is_the_exact_one(self, kind: str, width: int) -> None:
+        data, model = batch(40, 5, 4), mlp(5, width, 4)
         objective = fc.Objective(model, self.LOSSES[kind], data, params=["2.weight"])
         for standardize, form in itertools.product((False, True), ("2021", "simplified", "2019")):
             options = {"form": form, "standardize": standardize}
@@ -187,17 +188,26 @@ class TestLastLayer:
         assert close(found.value, float((x.square().sum(1) * pairs).mean()), 1000 * EPS)
 
     @pytest.mark.parametrize(
-        "kind", ["scaled", "hooked", "tied", "feature", "twice", "penalty", "other loss"]
+        "kind",
+        ["scaled", "hooked", "in place", "subclass", "tied", "feature", "twice", "penalty", "other loss"],
     )
     def test_is_not_taken_where_it_does_not_hold(self, kind: str) -> None:
+        class Doubled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * super().forward(x)
+
         class Model(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.front, self.last = mlp(5, 4, 4, activation=nn.Tanh), mlp(4, 4, seed=3)[0]
+                if kind == "subclass":
+                    self.last = Doubled(4, 4).double()
                 if kind == "tied":
                     self.front[2].weight = self.last.weight
                 if kind == "hooked":
                     self.last.register_forward_hook(lambda module, given, z: z * 2)
+                if kind == "in place":
+                    self.last.register_forward_hook(lambda module, given, z: z.mul_(2))
 
             def forward(self, x: Tensor) -> Tensor:
                 phi = torch.tanh(self.front(x))

@@ -11,6 +11,7 @@ import flatcore as fc
 from flatcore import functionals, measures
 from flatcore.errors import FlatcoreWarning
 from flatcore.measures.kfac import kfac_eigenvalues
+from flatcore.measures.soft_rank import _of_diagonal
 from flatcore.optim import EntropySGD
 
 
@@ -103,6 +104,18 @@ def test_pinching():
         assert whole <= middle * (1 + 1e-9) and middle <= diagonal * (1 + 1e-9)
         assert whole < 0.99 * diagonal
         assert diagonal == pytest.approx(rank(G.diagonal(), damping), rel=1e-9)
+
+
+def test_noise_in_a_diagonal_has_no_bias_of_second_order():
+    """x / (x + lambda) is concave: of entries x + e noise its mean is low by lambda e² / (x + lambda)³, here 22 times
+    the standard error. With r = e / (x + lambda), the next terms are 3 r² of that, and 5 r² of the error."""
+    n, x, e, damping = 200_000, 0.2, 0.02, 0.2
+    entries, errors = x + e * random(n), torch.full((n,), e, dtype=torch.float64)
+    value, stderr = _of_diagonal(entries, errors, damping)
+    low = damping * e**2 / (x + damping) ** 3
+    assert low > 20 * stderr / n
+    assert abs(value / n - x / (x + damping)) <= 4 * stderr / n + 0.01 * low
+    assert stderr == pytest.approx(n**0.5 * e * damping / (x + damping) ** 2, rel=0.02)
 
 
 def test_lanczos_within_its_bar():

@@ -223,36 +223,6 @@ def test_callback_of_a_trainer(through_log):
     assert "flatness/edge" not in logged[0] and "flatness/edge" in logged[1]
 
 
-def test_trainer_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="the package transformers is not installed")
-    pytest.importorskip("accelerate", reason="the package accelerate is not installed")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=8,
-        num_labels=3,
-    )
-    model = transformers.BertForSequenceClassification(config)
-    rows = [{"input_ids": torch.randint(20, (5,)), "labels": i % 3} for i in range(8)]
-    batch = {
-        "input_ids": torch.stack([r["input_ids"] for r in rows]),
-        "labels": torch.tensor([r["labels"] for r in rows]),
-    }
-    options = transformers.TrainingArguments(
-        str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
-    )
-    trainer = transformers.Trainer(model, options, train_dataset=rows)
-    t = fc.track((model, fc.hf_loss(), batch), every=2)
-    trainer.add_callback(t.trainer_callback(trainer, edge_of_stability=True))
-    trainer.train()
-    logged = [e["flatness/lambda_max"] for e in trainer.state.log_history if "flatness/lambda_max" in e]
-    assert logged == t.columns["lambda_max"]
-    assert t.columns["step"] == [0, 2, 3]
-
-
 def test_callback_with_wrong_arguments():
     pytest.importorskip("transformers", reason="the package transformers is not installed")
     model, loss, data = problem()

@@ -25,13 +25,15 @@ BUILD = ROOT / "build" / "cuda-check"
 ARCHITECTURES = (80, 90, 100)
 # What a CUDA build compiles otherwise stands in engine/on_device.h; any file that calls kernels will do. That all calls
 # match their kernels shows in the emulated build.
-HOST_CODE = ("engine/rules/unary.cpp", "engine/float32_products.cpp")
+HOST_CODE = ("engine/rules/unary.cpp", "engine/float32_products.cpp", "bindings/tall_rows.cpp")
 # In float64, where an index that is wrong cannot hide behind rounding.
 ENGINE_TESTS = (
-    "tests/test_engine.py",
-    "-k",
-    "(test_hessian and not float32) or test_ggn or test_gradient",
+    "tests/test_engine.py::test_hessian",
+    "tests/test_engine.py::test_ggn",
+    "tests/test_engine.py::test_gradient_covariance",
+    "tests/test_gpu_attention.py",
     "--tb=short",
+    "-rs",
     "-p",
     "no:cacheprovider",
 )

@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "random_rows.h"
 #include "tall_rows.h"
@@ -38,6 +41,10 @@ void TensorSpace::scatter(Block& X, const std::vector<int64_t>& indices, const B
 }
 
 at::Tensor TensorSpace::apply(const Block& X) const {
+#if defined(__GLIBC__)
+    // Who keeps the basis in a file has no memory to spare for freed blocks that the allocator holds back.
+    if (mapped_.holds(X)) malloc_trim(0);
+#endif
     // The recurrence overwrites what it gets, so a result that is the operator's own storage, or X's, is
     // copied.
     at::Tensor Y = apply_(X).detach().to(options_);

@@ -105,8 +105,10 @@ void quadratic_form(const State& state, Mode mode, const at::Tensor& V, const at
         if (program.needs_tangent(mode, op.output)) pass.compute_tangent(i);
         if (curved(i)) {
             OneOp alone(pass, program, op, program.rule(i).bilinear());
-            program.rule(i).adjoint(alone);
-            total += alone.sum();
+            if (!program.rule(i).add_quadratic_form(alone, total)) {
+                program.rule(i).adjoint(alone);
+                total += alone.sum();
+            }
         }
         const bool cut = mode == Mode::covariance;
         for (int input : op.inputs)

@@ -71,6 +71,11 @@ class Rule {
     virtual void finish_backward(State&) const {}
     virtual at::Tensor tangent(const Directions& d) const = 0;
     virtual void adjoint(Directions& d) const = 0;
+    // Adds <dy, f''(x)[tx, tx]> for every direction to `total` (K doubles), or returns false: then it is what
+    // `adjoint` gives without a cotangent, times tx.
+    virtual bool add_quadratic_form(const Directions& /*d*/, const at::Tensor& /*total*/) const {
+        return false;
+    }
 
     // What tangent and adjoint read. Values and the output's adjoint are kept for it, tangents until it has
     // run.

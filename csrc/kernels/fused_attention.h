@@ -6,13 +6,16 @@
 // of a head; `rows` = batches * heads * queries. K directions are arrays of the same form, each contiguous.
 //
 // To keep between the sweeps:
-//   after forward       o, lse (rows)                       for all later sweeps of the batch
+//   after forward       o, normaliser (2, rows)             for all later sweeps of the batch
 //   after backward      dout, dout_o (rows)                 for adjoints with second-derivative terms
 //   tangent to adjoint  mean, dout_to (K, rows)             of the same K directions
 // The backward sweep itself is the adjoint for one direction without second-derivative terms.
 //
-// A query that sees no key has o = 0, lse = infinity, and zero derivatives. Infinities in q, k, v are not
-// caught. Results depend neither on K nor on how blocks are scheduled. Outputs must not overlap inputs.
+// The normaliser is the peak of each row's logits, then 1 / sum of exp(logit - peak). Their log-sum-exp would
+// be one number, but loses the sum where the peak is large, as in rows that an additive mask hides by the
+// lowest number there is.
+// A query that sees no key has o = 0, zero derivatives, and zeros for a normaliser. Infinities in q, k, v are
+// not caught. Results depend neither on K nor on how blocks are scheduled. Outputs must not overlap inputs.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +23,8 @@
 namespace flatcore {
 
 // Of the operands of products, with sums in float32 (double is always full). The logits are computed anew in
-// each sweep, so lse should come from the same precision; otherwise rows of p sum to one only up to the
-// rounding of the logits.
+// each sweep, so the normaliser should come from the same precision; otherwise rows of p sum to one only up
+// to the rounding of the logits.
 enum class ProductPrecision { full, tf32, bf16 };
 
 struct AttentionShape {
@@ -67,7 +70,7 @@ template <class T>
 struct AttentionAdjoint {
     AttentionTangents<T> tangents = {};  // used with dout only
     DirectionArray<const T> tdo = {};    // may be null
-    const T *o = nullptr, *lse = nullptr;
+    const T *o = nullptr, *normaliser = nullptr;
     const T* dout = nullptr;     // null: no second-derivative terms
     const T* dout_o = nullptr;   // the next three are used with dout only
     const T* mean = nullptr;     // null where tq and tk are
@@ -76,12 +79,14 @@ struct AttentionAdjoint {
     DirectionArray<T> tdq = {}, tdk = {}, tdv = {};
 };
 
+#if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
 namespace cuda {
+// `stream` is a cudaStream_t. Nothing is launched for results without elements.
 
-// o and lse.
+// o and normaliser.
 template <class T>
-void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision precision, T* o, T* lse,
-                             void* stream);
+void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision precision, T* o,
+                             T* normaliser, void* stream);
 
 // dout_o, (rows): <dout, o> of each row.
 template <class T>
@@ -91,7 +96,7 @@ void fused_attention_backward(const AttentionShape& shape, const T* dout, const 
 // to; mean, (K, rows), unless tq and tk are null; dout_to, (K, rows), unless dout is null.
 template <class T>
 void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, ProductPrecision precision,
-                             const T* o, const T* lse, const AttentionTangents<T>& tangents,
+                             const T* o, const T* normaliser, const AttentionTangents<T>& tangents,
                              DirectionArray<T> to, T* mean, const T* dout, T* dout_to, void* stream);
 
 // tdq, tdk, tdv, each where it is not null.
@@ -100,4 +105,6 @@ void fused_attention_adjoint(int64_t K, const AttentionInputs<T>& inputs, Produc
                              const AttentionAdjoint<T>& adjoint, void* stream);
 
 }  // namespace cuda
+#endif
+
 }  // namespace flatcore

@@ -57,25 +57,28 @@ FLATCORE_HOST_DEVICE T attention_bias(const AttentionShape& shape, const Attenti
     return mask.keep[at] ? T(0) : -kInfinity<T>;
 }
 
-// logsumexp of logits as they come: raise(logit), then add(logit).
 template <class T>
-struct LogSumExp {
-    T most = -kInfinity<T>, sum = 0;  // of exp(logit - most)
+FLATCORE_HOST_DEVICE T attention_probability(T logit, T peak, T inverse_sum) {
+    return softmax_exponential(logit, peak) * inverse_sum;
+}
+
+// Peak and sum of exp(logit - peak) of logits as they come: raise(logit), then add(logit).
+template <class T>
+struct RunningSum {
+    T peak = -kInfinity<T>, sum = 0;
 
     FLATCORE_HOST_DEVICE void raise(T logit) {
-        if (!(logit > most)) return;
-        sum *= softmax_exponential(most, logit);
-        most = logit;
+        if (!(logit > peak)) return;
+        sum *= softmax_exponential(peak, logit);
+        peak = logit;
     }
     FLATCORE_HOST_DEVICE void add(T logit, T times = 1) {
-        if (logit != -kInfinity<T>) sum += times * softmax_exponential(logit, most);
+        if (logit != -kInfinity<T>) sum += times * softmax_exponential(logit, peak);
     }
-    FLATCORE_HOST_DEVICE void add(const LogSumExp& part) {
-        raise(part.most);
-        add(part.most, part.sum);
+    FLATCORE_HOST_DEVICE void add(const RunningSum& part) {
+        raise(part.peak);
+        add(part.peak, part.sum);
     }
-    // +infinity where there was none, which makes all probabilities zero.
-    FLATCORE_HOST_DEVICE T result() const { return sum == 0 ? kInfinity<T> : log_sum_exp(most, sum); }
 };
 
 }  // namespace flatcore::body

@@ -36,9 +36,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
             for (int n = 0; n < item.directions; ++n) {
                 const int k = item.direction + n;
                 const auto add = [&](const T* points) {
-                    with_result(results, n, [&](auto& result, int) {
-                        add_tile_product<Product, W>(result, pair.other_points(points), pair.memory);
-                    });
+                    add_tile_product<Product, W>(results, n, pair.other_points(points), pair.memory);
                 };
                 Logits tdz;
                 if constexpr (SecondOrder) {
@@ -104,9 +102,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
             for (int n = 0; n < item.directions; ++n) {
                 const int k = item.direction + n;
                 const auto add = [&](auto& results, const MatrixRows<Product>& rows) {
-                    with_result(results, n, [&](auto& result, int) {
-                        add_tile_product<Product, W>(result, rows, pair.memory);
-                    });
+                    add_tile_product<Product, W>(results, n, rows, pair.memory);
                 };
                 const T* tdo = direction(sweep.queries.timage, k);
                 if (tdv.data && tdo) {
@@ -187,7 +183,7 @@ void fused_attention_adjoint(int64_t K, const AttentionInputs<T>& inputs, Produc
                             .queries = {.point = inputs.q, .timage = adjoint.tdo, .length = shape.queries},
                             .keys = {.point = inputs.k, .image = inputs.v, .length = shape.keys},
                             .K = K,
-                            .lse = adjoint.lse,
+                            .normaliser = adjoint.normaliser,
                             .mean_w = adjoint.workspace};
     if (second_order) {
         sweep.queries.image = adjoint.dout;

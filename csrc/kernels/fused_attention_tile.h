@@ -30,8 +30,8 @@ struct AttentionSweep {
     AttentionMask<T> mask;
     AttentionSide<T> queries, keys;
     int64_t K = 1;
-    const T *lse = nullptr, *dout_o = nullptr, *mean = nullptr;  // as in fused_attention.h
-    const T* mean_w = nullptr;                                   // (K, rows)
+    const T *normaliser = nullptr, *dout_o = nullptr, *mean = nullptr;  // as in fused_attention.h
+    const T* mean_w = nullptr;                                          // (K, rows)
 };
 
 template <class T>
@@ -118,9 +118,10 @@ struct AttentionPair {
     }
     __device__ void probabilities(Logits& p) const {
         logits(p);
-        const QueryValues lse = query_values(sweep.lse, 0);
-        Logits::each(
-            [&](int i, int j) { p.value[i][j] = body::softmax_exponential(p.value[i][j], lse(i, j)); });
+        const QueryValues peak = query_values(sweep.normaliser, 0), share = query_values(sweep.normaliser, 1);
+        Logits::each([&](int i, int j) {
+            p.value[i][j] = body::attention_probability(p.value[i][j], peak(i, j), share(i, j));
+        });
     }
     // u = dp - <p, dp>
     __device__ void centred_dp(Logits& u) const {
@@ -173,14 +174,6 @@ struct AttentionPair {
 // Directions that a block works on at once: their results take as many registers whatever the width.
 template <int W>
 inline constexpr int kDirectionsAtOnce = 128 / W;
-
-// f(result n), where n is known at run time and the results lie in registers.
-template <class Result, int Count, class F>
-__device__ void with_result(Result (&results)[Count], int n, const F& f) {
-    FLATCORE_UNROLL
-    for (int i = 0; i < Count; ++i)
-        if (i == n) f(results[i], i);
-}
 
 // Blocks of a launch; what is left is done by striding. Few in the emulation, so that tests get there.
 #if defined(FLATCORE_CUDA_SHIM)

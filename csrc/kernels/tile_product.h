@@ -280,9 +280,17 @@ __device__ void write_tile(const TileMemory<typename Product::Word>& memory, con
     }
 }
 
-// sums += (the tile in shared memory) b, inner axis the rows of b.
-template <class Product, int W>
-__device__ void add_tile_product(Sums<Product, W>& sums, const MatrixRows<Product>& b,
+// f(results[n], n), where n is known at run time and the results lie in registers.
+template <class Result, int Count, class F>
+__device__ void with_result(Result (&results)[Count], int n, const F& f) {
+    FLATCORE_UNROLL
+    for (int i = 0; i < Count; ++i)
+        if (i == n) f(results[i], i);
+}
+
+// sums[n] += (the tile in shared memory) b, inner axis the rows of b.
+template <class Product, int W, int Count>
+__device__ void add_tile_product(Sums<Product, W> (&sums)[Count], int n, const MatrixRows<Product>& b,
                                  const TileMemory<typename Product::Word>& memory) {
     using T = typename Product::Element;
     using Word = typename Product::Word;
@@ -314,8 +322,10 @@ __device__ void add_tile_product(Sums<Product, W>& sums, const MatrixRows<Produc
         });
     };
     const auto multiply = [&](int s) {
-        Product::template add<Layout::kTileStride, Layout::kColumnStride, false, W>(
-            sums.value, memory.tile + s * Product::kSlab, memory.b + s % 2 * Layout::kSlabB);
+        with_result(sums, n, [&](auto& sum, int) {
+            Product::template add<Layout::kTileStride, Layout::kColumnStride, false, W>(
+                sum.value, memory.tile + s * Product::kSlab, memory.b + s % 2 * Layout::kSlabB);
+        });
     };
     over_slabs((b.rows + Layout::kSlabElements - 1) / Layout::kSlabElements, fetch, store, multiply);
 }

@@ -16,7 +16,7 @@ from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.ascent import auto_pgd, flat_parameters
 from flatcore.measures.derived import check_objective
 from flatcore.measures.noise import noise_generator
-from flatcore.measures.perturbed import Errors, evaluate_rows
+from flatcore.measures.perturbed import Errors, evaluate_rows, finite_status
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective
 from flatcore.sampling import student
@@ -78,6 +78,7 @@ def adaptive_sharpness_average(
         method=f"{count} draws",
         seed=seed,
         seconds=time.perf_counter() - began,
+        status=finite_status(total, "adaptive_sharpness_average", "loss", "take smaller rho"),
         details={"rho": rho, "norm": norm},
     )
 

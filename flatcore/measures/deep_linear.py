@@ -204,13 +204,13 @@ def _as_map(rows: Tensor) -> Tensor:
 def _check_parameters(objective: Objective, layers: Sequence[Layer]) -> None:
     names = {layer.weight for layer in layers} | {layer.bias for layer in layers if layer.bias}
     others = [name for name in objective.layout.shapes if name not in names]
-    if others:
-        raise NotLinearError(f"{others[0]!r} is a parameter of no linear layer")
     for layer in layers:
         if not isinstance(layer.module, nn.Linear):
             raise NotLinearError(f"{layer.path!r} is a {type(layer.module).__name__}, not a Linear")
         if layer.uses > 1:
             raise NotLinearError(f"the weight of {layer.path!r} is used {layer.uses} times")
+    if others:
+        raise NotLinearError(f"{others[0]!r} is a parameter of no linear layer")
     selected = {layer.path for layer in layers}
     for path, module in objective.model.named_modules():
         if isinstance(module, nn.Linear) and path not in selected:

@@ -79,5 +79,6 @@ def _derived(objective: Objective, loss: Any, names: Sequence[str]) -> Objective
             loss,
             objective.data.again,
             params=list(names),
+            memory=objective.budget.total,
             allow_train_mode=objective.allow_train_mode,
         )

@@ -37,9 +37,9 @@ def edge_of_stability(
     lambda_max(P^-1/2 H P^-1/2) over (2 + 2 b1) / ((1 - b1) lr), 38 / lr for b1 = 0.9, P = sqrt(v / (1 - b2^t)) + eps
     (Cohen et al., "Adaptive Gradient Methods at the Edge of Stability", arXiv 2207.14484, with 1 - b1^t gone).
 
-    lr: the step, or an optimizer of torch: SGD, Adam or AdamW with one learning rate for the selected parameters,
-    Adam's with its state. (SGD's dampening is refused; torch's Nesterov is the above.) Weight decay counts
-    if it is in the loss; that of SGD and Adam is added to H, that of AdamW is not.
+    lr: the step, or an optimizer of torch: SGD, Adam or AdamW with one learning rate and one momentum for the selected
+    parameters, Adam's with its state. (SGD's dampening is refused; torch's Nesterov is the above.) Weight decay counts
+    if it is in the loss; that of SGD and Adam is added to H, each group's to its own parameters, that of AdamW is not.
 
     ``details``: "lambda_max" (of what is said above), "threshold". stderr: the bound from the residual. Cost: that of
     `lambda_max`. Invariant, unlike lambda_max, to scaling the loss by c and lr by 1 / c. Not invariant to: scaling
@@ -48,13 +48,13 @@ def edge_of_stability(
     """
     began = time.perf_counter()
     limit = stability_limit(objective, lr, momentum, nesterov)
-    found = extremes(limit.operator, tol, seed, both=False)
+    found = extremes(limit.operator, tol, seed, "LA")
     top = found.values[0] + limit.decay
     return Measure(
         value=top / limit.threshold,
         stderr=found.residuals[0] / limit.threshold,
         by_layer=None,
-        definition=f"lambda_max({'P^-1/2 H P^-1/2' if limit.preconditioned else 'H'}) / {limit.threshold:g}",
+        definition=f"lambda_max({limit.matrix}) / {limit.threshold:g}",
         matvecs=found.matvecs,
         name="edge of stability",
         method="lanczos",
@@ -67,12 +67,12 @@ def edge_of_stability(
 
 @dataclass(frozen=True)
 class StabilityLimit:
-    """Training is stable where lambda_max(operator) + decay < threshold. ``preconditioned``: the operator is not H."""
+    """Training is stable where lambda_max(operator) + decay < threshold. ``matrix``: the operator's name."""
 
     operator: Any
     decay: float
     threshold: float
-    preconditioned: bool
+    matrix: str
 
 
 def stability_limit(
@@ -81,18 +81,26 @@ def stability_limit(
     """What `edge_of_stability` compares; arguments and errors are its."""
     objective = check_objective(objective)
     hessian, decay, beta1 = Hessian(objective), 0.0, None
-    A: Any = hessian
+    A, matrix = hessian, "H"  # type: Any, str
     if isinstance(lr, torch.optim.Optimizer):
-        group = _group(objective, lr)
+        groups = _groups(objective, lr)
+        group = groups[0]
         step = check_positive("lr", group["lr"], 0.1)
+        decays = [0.0 if g.get("decoupled_weight_decay") else float(g["weight_decay"]) for g in groups]
         if isinstance(lr, torch.optim.SGD):
             if group["dampening"]:
                 raise ValueError(f"lr: expected SGD without dampening, got {group['dampening']}")
-            momentum, nesterov, decay = group["momentum"], group["nesterov"], group["weight_decay"]
+            momentum, nesterov, decay = group["momentum"], group["nesterov"], decays[0]
+            if len(set(decays)) > 1:
+                shift = _by_entry(objective, decays)
+                A, decay, matrix = (
+                    ScaledHessian(hessian, torch.ones_like(shift), shift),
+                    0.0,
+                    "H + weight decay",
+                )
         elif isinstance(lr, torch.optim.Adam | torch.optim.AdamW):
-            beta1 = float(group["betas"][0])
-            coupled = 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
-            A = ScaledHessian(hessian, _preconditioner(objective, lr, group).rsqrt(), coupled)
+            beta1, matrix = float(group["betas"][0]), "P^-1/2 H P^-1/2"
+            A = ScaledHessian(hessian, _preconditioner(objective, lr).rsqrt(), _by_entry(objective, decays))
         else:
             raise TypeError(
                 f"lr: expected a number, SGD, Adam or AdamW, got {type(lr).__name__}; give its step size"
@@ -104,30 +112,53 @@ def stability_limit(
     threshold = (2 + 2 * momentum) / (step * (1 + 2 * momentum if nesterov else 1))
     if beta1 is not None:
         threshold = (2 + 2 * beta1) / ((1 - beta1) * step)
-    return StabilityLimit(A, decay, threshold, beta1 is not None)
+    return StabilityLimit(A, decay, threshold, matrix)
 
 
-def _group(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The one parameter group that the selected parameters are in."""
-    found: dict[int, dict[str, Any]] = {}
+# What the threshold follows from, by its name in a parameter group.
+_COMMON = {
+    "lr": "learning rate",
+    "momentum": "momentum",
+    "nesterov": "kind of momentum",
+    "dampening": "dampening",
+    "betas": "pair of betas",
+}
+
+
+def _groups(objective: Objective, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The parameter group of each selected parameter, which agree but for weight decay and what only Adam's P has."""
+    groups = []
     for name, parameter in objective.parameters.items():
-        groups = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
-        if not groups:
+        own = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+        if not own:
             raise ValueError(
                 f"lr: expected an optimizer of the selected parameters, got one without {name!r}"
             )
-        found[id(groups[0])] = groups[0]
-    groups = list(found.values())
-    if any(g["lr"] != groups[0]["lr"] for g in groups):
+        groups.append(own[0])
+    if any(g.get("maximize") for g in groups):
         raise ValueError(
-            "lr: expected one learning rate for all selected parameters, got several; select fewer"
+            f"lr: expected one that minimises, got {type(optimizer).__name__} with maximize=True"
         )
-    return groups[0]
+    for key, name in _COMMON.items():
+        if any(g.get(key) != groups[0].get(key) for g in groups):
+            raise ValueError(
+                f"lr: expected one {name} for all selected parameters, got several; select fewer"
+            )
+    return groups
 
 
-def _preconditioner(objective: Objective, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Tensor:
+def _by_entry(objective: Objective, values: list[float]) -> Tensor:
+    """One value for each parameter, as a flat vector."""
+    sizes = [p.numel() for p in objective.parameters.values()]
+    like: dict[str, Any] = {"dtype": objective.layout.dtype, "device": objective.layout.device}
+    return torch.cat([torch.full((n,), v, **like) for n, v in zip(sizes, values, strict=True)])
+
+
+def _preconditioner(objective: Objective, optimizer: torch.optim.Optimizer) -> Tensor:
     parts = []
-    for name, parameter in objective.parameters.items():
+    for (name, parameter), group in zip(
+        objective.parameters.items(), _groups(objective, optimizer), strict=True
+    ):
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" not in state:
             raise ValueError(

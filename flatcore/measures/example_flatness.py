@@ -155,6 +155,7 @@ def _standardized(objective: Objective, layers: Mapping[str, Neurons]) -> Object
             objective.loss_function,
             objective.data.again,
             params=names,
+            memory=objective.budget.total,
             allow_train_mode=objective.allow_train_mode,
         )
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:

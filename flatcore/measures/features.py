@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flatcore import checks
+from flatcore.data import version
 from flatcore.environment import exclusive
 from flatcore.evaluate import Evaluation, plain_torch
 from flatcore.measures.layers import Layer
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["Call", "Moments", "deviations", "evaluated", "feature_rows", "input_axis", "layer_calls"]
+__all__ = [
+    "Call",
+    "Moments",
+    "deviations",
+    "evaluated",
+    "feature_rows",
+    "in_order_of_use",
+    "input_axis",
+    "layer_calls",
+]
 
-Call = tuple[Tensor, Any]  # what a module was given, and what it returned
+_ROUNDING = 8.0  # units in the last place of a constant feature that count as no deviation
+
+
+class Call(NamedTuple):
+    """What a module was given, what it returned before hooks of others, and the versions of both then."""
+
+    given: Tensor
+    output: Any
+    versions: tuple[Any, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Has either been written over since?"""
+        return _versions(self.given, self.output) != self.versions
+
+
+def _versions(*values: Any) -> tuple[Any, ...]:
+    return tuple(version(value) for value in values if isinstance(value, Tensor))
 
 
 @exclusive
@@ -58,9 +85,12 @@ class Moments:
 
     def __init__(self) -> None:
         self._n, self._mean, self._squares = 0, torch.zeros(()), torch.zeros(())
+        self._eps = 0.0
 
     def add(self, rows: Tensor) -> None:
         """By the update of Chan, Golub and LeVeque, which loses no digits."""
+        self._eps = torch.finfo(rows.dtype).eps
+        rows = rows.double()
         n, mean = len(rows), rows.mean(0)
         squares = (rows - mean).square().sum(0)
         if self._n:
@@ -71,8 +101,12 @@ class Moments:
 
     @property
     def deviations(self) -> Tensor:
-        """Standard deviations, divided by the number of rows."""
-        return (self._squares / self._n).sqrt()
+        """Standard deviations, divided by the number of rows: 0 where they are within rounding of the features.
+
+        The mean of equal numbers is off by a few units in the last place, and dividing by that would be dividing by 0.
+        """
+        found = (self._squares / self._n).sqrt()
+        return torch.where(found > _ROUNDING * self._eps * self._mean.abs(), found, 0.0)
 
 
 def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tensor]:
@@ -85,12 +119,39 @@ def deviations(objective: Objective, layers: Sequence[Layer]) -> dict[str, Tenso
 
     def see(batch: WeightedBatch, result: Evaluation, calls: Mapping[str, list[Call]]) -> None:
         for layer in layers:
-            for given, _ in calls[layer.path]:
-                moments.setdefault(layer.path, Moments()).add(feature_rows(layer, given).double())
+            for call in calls[layer.path]:
+                moments.setdefault(layer.path, Moments()).add(feature_rows(layer, call.given))
 
     if layers:
         evaluated(objective, layers, see)
     return {path: one.deviations for path, one in moments.items()}
+
+
+@exclusive
+def in_order_of_use(objective: Objective, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers as the model first calls them, seen on one batch; those that it does not call come first.
+
+    A model may hold its modules in any order.
+    """
+    if len(layers) < 2:
+        return list(layers)
+    places: dict[str, int] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            places.setdefault(path, len(places))
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(note(layer.path)) for layer in layers]
+    try:
+        with plain_torch(), torch.no_grad():
+            values, batch = objective.snapshot().values, next(objective.batches())
+            checks.evaluate(objective.evaluate, batch.batch, values, batch.index, twice=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(layers, key=lambda layer: places.get(layer.path, -1))
 
 
 @contextlib.contextmanager
@@ -101,11 +162,14 @@ def layer_calls(layers: Sequence[Layer]) -> Iterator[dict[str, list[Call]]]:
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
-            calls[path].append((given, output))
+            calls[path].append(Call(given, output, _versions(given, output)))
 
         return hook
 
-    handles = [layer.module.register_forward_hook(note(layer.path), with_kwargs=True) for layer in layers]
+    handles = [
+        layer.module.register_forward_hook(note(layer.path), with_kwargs=True, prepend=True)
+        for layer in layers
+    ]
     try:
         yield calls
     finally:

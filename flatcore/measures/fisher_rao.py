@@ -24,8 +24,9 @@ def fisher_rao(objective: Objective, *, empirical: bool = False) -> Measure:
     value is L² E_x Var_{k ~ p} f_k, empirical L² E (<p, f> - f_y)². With biases or normalisation that does not hold
     (constants for single architectures are in use elsewhere; the definition needs none).
 
-    Units: those of the mean loss; with a sum over n examples n times this, but for mean squared error as torch takes it
-    2 / outputs times that of half the squared error. Cost: one quadratic form, half of a product or less.
+    Units: those of the mean loss; with a sum over n examples n times this, and for mean squared error as torch takes it
+    2 / outputs times that of half the squared error; ``empirical`` the squares of these factors.
+    Cost: one quadratic form, half of a product or less.
     Invariant to scaling neurons and layers (all parameters of theirs selected), and whatever else is linear in the
     parameters and leaves the function. Not invariant to: the temperature of the logits.
     Raises TypeError or ValueError, one sentence, for bad arguments and for losses without a Gauss-Newton matrix.

@@ -139,13 +139,6 @@ def _output_rows(layer: Layer, g: Tensor) -> Tensor:
 
 
 def _check(objective: Objective, layers: list[Layer]) -> None:
-    covered = {layer.weight for layer in layers} | {layer.bias for layer in layers if layer.bias}
-    other = [name for name in objective.layout.shapes if name not in covered]
-    if other:
-        raise ValueError(
-            f"objective: expected parameters of linear layers and convolutions for method='kfac', got {other[0]!r}; "
-            "select others with params="
-        )
     for layer in layers:
         fine = isinstance(layer.module, nn.Conv2d) or (
             isinstance(layer.module, nn.Linear) and layer.outputs_first
@@ -162,3 +155,10 @@ def _check(objective: Objective, layers: list[Layer]) -> None:
             raise ValueError(
                 f"objective: expected at most 10 000 inputs for method='kfac', got {size} of {layer.path!r}"
             )
+    covered = {layer.weight for layer in layers} | {layer.bias for layer in layers if layer.bias}
+    other = [name for name in objective.layout.shapes if name not in covered]
+    if other:
+        raise ValueError(
+            f"objective: expected parameters of linear layers and convolutions for method='kfac', got {other[0]!r}; "
+            "select others with params="
+        )

@@ -12,6 +12,7 @@ import torch
 from flatcore.errors import FlatcoreWarning
 from flatcore.measures.derived import check_objective
 from flatcore.measures.extremes import extremes
+from flatcore.measures.features import in_order_of_use
 from flatcore.measures.layers import find_layers
 from flatcore.measures.result import Measure
 from flatcore.measures.scaled_hessian import ScaledHessian
@@ -38,7 +39,7 @@ def quotient_sharpness(objective: Objective, *, tol: float = 1e-3, seed: int = 0
     objective = check_objective(objective)
     hessian = Hessian(objective)
     norms = torch.cat([v.norm().expand(v.numel()) for v in objective.snapshot().values.values()])
-    found = extremes(ScaledHessian(hessian, norms), tol, seed, both=False)
+    found = extremes(ScaledHessian(hessian, norms), tol, seed, "LA")
     return Measure(
         value=found.values[0],
         stderr=found.residuals[0],
@@ -61,9 +62,10 @@ def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **opt
 
         min_a sum_l t_l / a_l² + b_l / (a_1 ... a_l)²,    without biases m (t_1 ... t_m)^(1/m).
 
-    Convex in the logarithms, solved to a relative 1e-12. The layers are taken to be a chain in the order of their
-    modules, with positively homogeneous activations: what branches (residual nets) has no such scalings. Selected
-    parameters of other modules are refused, and so are traces that are negative (for which see curvature="ggn").
+    Convex in the logarithms, solved to a relative 1e-12. The layers are taken to be a chain in the order in which the
+    model calls them, with positively homogeneous activations: what branches (residual nets) has no such scalings.
+    Selected parameters of other modules and shared weights are refused, and so are traces that are negative (for which
+    see curvature="ggn").
 
     ``options`` (method, rtol, ...) and cost are those of `flatcore.trace`; stderr: first order, as if the layers'
     traces erred together, an upper bound. ``by_layer``: t_l and "bias" b_l, "scale" a_l. Units of Tr H. Invariant to
@@ -74,7 +76,13 @@ def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **opt
     objective = check_objective(objective)
     if curvature not in ("hessian", "ggn"):
         raise ValueError(f"curvature: expected 'hessian' or 'ggn', got {curvature!r}")
-    layers = find_layers(objective)
+    layers = in_order_of_use(objective, find_layers(objective))
+    for layer in layers:
+        if layer.uses > 1:
+            raise ValueError(
+                f"objective: expected layers that can be scaled one by one, got {layer.path!r}, whose weight is used "
+                f"{layer.uses} times"
+            )
     ours = {name for layer in layers for name in (layer.weight, layer.bias)}
     others = [name for name in objective.layout.shapes if name not in ours]
     if others:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatcore.objective import Objective
 from flatcore.parameters import did_you_mean
 
-__all__ = ["Layer", "find_layer", "find_layers", "layer_form"]
+__all__ = ["Layer", "find_layer", "find_layers", "layer_form", "layers_if_any"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -53,17 +53,23 @@ def find_layers(objective: Objective) -> list[Layer]:
     projections of `nn.MultiheadAttention`, and weights made by a parametrisation are no layers here.
     Raises ValueError where there is none.
     """
+    found = layers_if_any(objective)
+    if not found:
+        raise ValueError(
+            "objective: expected a linear layer or convolution whose weight is among the selected parameters, got "
+            "none; select weights with params="
+        )
+    return found
+
+
+def layers_if_any(objective: Objective) -> list[Layer]:
+    """What `find_layers` gives, or an empty list."""
     selected = {id(p): name for name, p in objective.parameters.items()}
     found: dict[str, Layer] = {}
     for path, module in objective.model.named_modules():
         layer = _layer(objective, path, module, selected)
         if layer is not None:
             found.setdefault(layer.weight, layer)
-    if not found:
-        raise ValueError(
-            "objective: expected a linear layer or convolution whose weight is among the selected parameters, got "
-            "none; select weights with params="
-        )
     return list(found.values())
 
 

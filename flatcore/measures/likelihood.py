@@ -107,6 +107,7 @@ def with_sampled_targets(objective: Objective, noise_variance: float, seed: int)
         objective.loss_function,
         batches,
         list(objective.layout.shapes),
+        memory=objective.budget.total,
         allow_train_mode=objective.allow_train_mode,
     )
 

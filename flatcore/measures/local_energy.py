@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 
 from flatcore.environment import exclusive
-from flatcore.errors import FlatcoreWarning
 from flatcore.evaluate import plain_torch
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.noise import noise_generator
-from flatcore.measures.perturbed import ErrorRule, Errors, evaluate_rows
+from flatcore.measures.perturbed import ErrorRule, Errors, evaluate_rows, finite_status
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective
 
@@ -87,12 +85,7 @@ def local_energy(
     count = count or 1.0
     samples = sums.mean(dim=2) / count - base / count
     stderr = samples.std(dim=1) / math.sqrt(draws) if draws > 1 else torch.full_like(samples[:, 0], math.nan)
-    bad = int((~torch.isfinite(samples)).sum())
-    status = (
-        "converged" if not bad else f"{bad} of {samples.numel()} samples of the {errors.name} are not finite"
-    )
-    if bad:
-        warnings.warn(f"local_energy: {status}; take smaller sigma", FlatcoreWarning, stacklevel=2)
+    status = finite_status(samples, "local_energy", errors.name, "take smaller sigma")
     how = "w + sigma z * w" if noise == "multiplicative" else "w + sigma z"
     return Measure(
         value=samples.mean(dim=1),

@@ -62,8 +62,9 @@ def local_entropy(
 
     For a quadratic loss (gradient g, Hessian H at w): F - L(w) = -gᵀ(H + gamma I)^-1 g / 2 + log det(I + H/gamma) /
     (2 beta) and grad F = gamma (H + gamma I)^-1 g. Invariant to orthogonal maps of the parameters only: not to
-    rescaling neurons. Chains that have not mixed (the batch means are correlated) are told in ``status`` and a
-    FlatcoreWarning; a mode that the chain never meets is not.
+    rescaling neurons. Chains that have not mixed (the batch means are correlated, or few steps were accepted), and
+    losses too rounded for this beta, are told in ``status`` and a FlatcoreWarning; a mode that the chain never meets is
+    not.
     """
     began = time.perf_counter()
     if not isinstance(objective, Objective):
@@ -89,13 +90,25 @@ def local_entropy(
             last = k == _INTERVALS
             samples = chain.run(s, steps, vectors=last)
             means[k], errors[k], mixed[k] = batch_means(samples.losses - base)
+            if chain.acceptance * steps < 20:  # most batches are of one place, and their spread tells nothing
+                mixed[k] = 1.0
             sums = samples.vectors
     value, stderr = _integral(t, means, errors)
     gradient, gradient_error = -gamma * sums["away"], gamma * sums["away_stderr"]
+    rounding = torch.finfo(objective.layout.dtype).eps * abs(base)
     slow = [f"{s:.2g}" for s, r in zip(nodes.tolist(), mixed.tolist(), strict=True) if r > 0.5]
     status = "converged"
-    if slow:
+    wild = [f"{s:.2g}" for s, m in zip(nodes.tolist(), means.tolist(), strict=True) if not math.isfinite(m)]
+    if wild:
+        status = f"the loss is not finite in chains at s = {', '.join(wild)}; raise gamma or beta"
+    elif method == "mala" and beta * rounding > 1:
+        status = (
+            f"the loss is rounded to {rounding:.1g}, which decides over acceptance at beta = {beta:g}; use float64, or "
+            "lower beta"
+        )
+    elif slow:
         status = f"chains at s = {', '.join(slow)} are too short to have mixed; raise steps or gamma, or lower beta"
+    if status != "converged":
         warnings.warn(f"local_entropy: {status}", FlatcoreWarning, stacklevel=2)
     details: dict[str, Any] = {
         "gradient": gradient,

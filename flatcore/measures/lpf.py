@@ -15,7 +15,7 @@ from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.ascent import flat_parameters
 from flatcore.measures.derived import check_objective
 from flatcore.measures.noise import noise_generator
-from flatcore.measures.perturbed import Errors, evaluate_rows
+from flatcore.measures.perturbed import Errors, evaluate_rows, finite_status
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective
 from flatcore.sampling import student
@@ -66,5 +66,6 @@ def lpf(objective: Objective, sigma: float = 0.01, *, draws: int = 100, seed: in
         method=f"{count} draws",
         seed=seed,
         seconds=time.perf_counter() - began,
+        status=finite_status(total, "lpf", "loss", "take smaller sigma"),
         details={"sigma": sigma, "loss": objective.loss()},
     )

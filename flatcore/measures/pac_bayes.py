@@ -16,7 +16,7 @@ from flatcore.evaluate import plain_torch
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.ascent import flat_parameters
 from flatcore.measures.derived import check_objective
-from flatcore.measures.layers import find_layers
+from flatcore.measures.layers import layers_if_any
 from flatcore.measures.noise import noise_generator
 from flatcore.measures.perturbed import ErrorRule, Errors, evaluate_rows
 from flatcore.measures.result import Measure
@@ -55,8 +55,9 @@ def pac_bayes_sigma(
     initial: parameters before training, by name, for the bounds that measure the distance from them.
 
     ``details``: "flatness" 1 / sigma²; "bound", sqrt((|W|² / (4 sigma²) + ln(n / sigma) + 10) / n) over n examples, W
-    the weights of linear layers and convolutions; "bound_initial", with |W - W_0|² for |W|², where ``initial`` is
-    given; without ``magnitude``, for which these bounds are not meant. "change": the change of accuracy at sigma.
+    the selected weights of linear layers and convolutions, where there are any; "bound_initial", with |W - W_0|² for
+    |W|², where ``initial`` is given; without ``magnitude``, for which these bounds are not meant. "change": the change
+    of accuracy at sigma.
     stderr: nan, as sigma is where a search ended. Where ``largest`` changes less, that is sigma, with a
     FlatcoreWarning.
 
@@ -71,6 +72,8 @@ def pac_bayes_sigma(
     drop, tolerance = check_positive("drop", drop, 0.1), check_positive("tolerance", tolerance, 0.01)
     upper, lower = check_positive("largest", largest, 2.0), 0.0
     count, steps, seed = check_count("draws", draws, 1), check_count("steps", steps, 1), check_seed(seed)
+    if isinstance(error, str):
+        raise ValueError(f"error: expected None or a callable that tells errors, got {error!r}; leave it out")
     errors = Errors(objective, error)
     w = flat_parameters(objective)
 
@@ -100,12 +103,13 @@ def pac_bayes_sigma(
             else:
                 lower = sigma
     status = "converged"
-    if abs(change - drop) >= tolerance:
+    if not abs(change - drop) < tolerance:
         status = f"the accuracy changes by {change:.3g} at sigma = {sigma:.3g}, not by {drop:g}; raise largest or steps"
         warnings.warn(f"pac_bayes_sigma: {status}", FlatcoreWarning, stacklevel=3)
     details: dict[str, float] = {"flatness": 1 / sigma**2, "change": change}
-    if not magnitude:
-        n, weights = objective.examples, [layer.weight for layer in find_layers(objective)]
+    weights = [layer.weight for layer in layers_if_any(objective)]
+    if weights and not magnitude:
+        n = objective.examples
         details["bound"] = _bound(objective, weights, None, sigma, n)
         if initial is not None:
             details["bound_initial"] = _bound(objective, weights, initial, sigma, n)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flatcore import checks
 from flatcore.capture.batch import split_batch
@@ -41,6 +42,7 @@ _OTHER_ACTIVATIONS = (
     nn.CELU,
     nn.Softmax,
 )
+_ROUNDING = 1000.0  # of sums of positive numbers, which lose no more than a unit for each term added in turn
 
 
 @exclusive
@@ -53,16 +55,18 @@ def path_norm(objective: Objective) -> Measure:
 
     A batch normalisation in eval mode is the scaling and shift it amounts to, both squared: a layer of its own, so the
     bias of a layer in front of it starts paths that its shift does not share. Max pooling takes the largest sum.
-    Every parameter counts, selected or not.
+    Every parameter counts, selected or not; a weight made by a parametrisation counts as it is used.
 
-    Units: squared weights to the power of the depth. Cost: one forward pass of one example, on a copy of the model.
+    Units: squared weights to the power of the depth. Cost: three forward passes of one example, on a copy of the
+    model: sums over paths are affine in the size of the input, which half of it and half as much again must show.
     Invariant to scaling neurons and whole layers in nets of ReLUs, and to rotations of the inputs. Not invariant to:
     rotations of hidden layers, scaling the inputs.
     Raises ValueError, one sentence, where the model has layers for which paths mean nothing: other normalisation,
-    attention, recurrence, embeddings, activations that are not positively homogeneous.
+    attention, recurrence, embeddings, activations that are not positively homogeneous, as modules or as functions.
     """
     began = time.perf_counter()
     objective = check_objective(objective)
+    objective.snapshot()  # refuses parameters that are not finite
     for path, module in objective.model.named_modules():
         if isinstance(module, (*_NO_PATHS, *_OTHER_ACTIVATIONS)):
             raise ValueError(
@@ -80,10 +84,20 @@ def path_norm(objective: Objective) -> Measure:
         _square(model)
         args, kwargs, _ = split_batch(next(iter(objective.batches())).batch)
         dtype = objective.layout.dtype
-        output = model(*[_ones(a, dtype) for a in args], **{k: _ones(a, dtype) for k, a in kwargs.items()})
-    if not isinstance(output, Tensor):
-        raise ValueError(f"model: expected one tensor of outputs, got {type(output).__name__}")
-    value = float(output.double().sum())
+
+        def at(size: float) -> float:
+            inputs = [_filled(a, size, dtype) for a in args]
+            output = model(*inputs, **{k: _filled(a, size, dtype) for k, a in kwargs.items()})
+            if not isinstance(output, Tensor):
+                raise ValueError(f"model: expected one tensor of outputs, got {type(output).__name__}")
+            return float(output.double().sum())
+
+        less, value, more = at(0.5), at(1.0), at(1.5)
+    if not abs(more - 2 * value + less) <= _ROUNDING * torch.finfo(dtype).eps * abs(value):
+        raise ValueError(
+            "model: expected outputs that are sums over paths, got a net that is not affine in the size of its input "
+            "where all numbers are positive (an activation or a normalisation does that); the path norm does not apply"
+        )
     return Measure(
         value=value,
         stderr=0.0,
@@ -91,13 +105,20 @@ def path_norm(objective: Objective) -> Measure:
         definition="sum_k f_{theta²}(1)_k",
         matvecs=0,
         name="path norm",
-        passes=1,
+        passes=3,
         seconds=time.perf_counter() - began,
         details={"root": value**0.5},
     )
 
 
 def _square(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                weight = nn.Parameter(getattr(module, name).detach().clone())
+                parametrize.remove_parametrizations(module, name)
+                delattr(module, name)  # a parameter or not, as gradients were on or off
+                setattr(module, name, weight)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             mean, var = module.running_mean, module.running_var
@@ -111,12 +132,12 @@ def _square(model: nn.Module) -> None:
         parameter.data = parameter.data.square()
 
 
-def _ones(value: Any, dtype: torch.dtype) -> Any:
-    """One example of ones in place of an input."""
+def _filled(value: Any, size: float, dtype: torch.dtype) -> Any:
+    """One example of equal numbers in place of an input."""
     if not isinstance(value, Tensor):
         return value
     if not value.is_floating_point():
         raise ValueError(
             f"data: expected inputs of real numbers, got {value.dtype}; the path norm does not apply"
         )
-    return torch.ones_like(value[:1], dtype=dtype)
+    return torch.full_like(value[:1], size, dtype=dtype)

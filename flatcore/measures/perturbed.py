@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from flatcore import checks
 from flatcore.capture.batch import split_batch
+from flatcore.errors import FlatcoreWarning
 from flatcore.evaluate import Evaluation, ModelLoss
 from flatcore.objective import Objective, WeightedBatch
 
-__all__ = ["Errors", "evaluate_rows", "loss_and_gradient"]
+__all__ = ["Errors", "evaluate_rows", "finite_status", "loss_and_gradient"]
 
 ErrorRule = Callable[[Any, Any], Tensor]
 _CHUNK = 16
@@ -56,7 +58,7 @@ class Errors:
         if evaluation.call is None:
             raise ValueError(
                 "error: expected a loss of torch.nn.functional in the ModelLoss to take output and target from, got "
-                "another one; give error='loss'"
+                "another one; local_energy takes error='loss'"
             )
         return evaluation.call.arguments["input"], evaluation.call.arguments["target"]
 
@@ -85,8 +87,8 @@ def _mistakes(evaluation: Evaluation) -> tuple[Tensor, int]:
         scores, target = call.arguments["input"], call.arguments["target"]
         return ((scores > 0) != (target > 0.5)).sum(), scores.numel()
     raise ValueError(
-        "error: expected a cross-entropy for the argmax rule, got another loss; give error='loss', or a "
-        "callable(output, target) that gives one number an example"
+        "error: expected a cross-entropy for the argmax rule, got another loss; give a callable(output, target) with "
+        "one number an example, or to local_energy error='loss'"
     )
 
 
@@ -143,6 +145,16 @@ def _chunk(
         return False
     yield from ((total, counts[-1]) for total in totals)
     return True
+
+
+def finite_status(samples: Tensor, measure: str, of: str, advice: str) -> str:
+    """ "converged" where all samples are finite; else a sentence, told as a warning too."""
+    bad = int((~torch.isfinite(samples)).sum())
+    if not bad:
+        return "converged"
+    status = f"{bad} of {samples.numel()} samples of the {of} are not finite"
+    warnings.warn(f"{measure}: {status}; {advice}", FlatcoreWarning, stacklevel=4)
+    return status
 
 
 def loss_and_gradient(objective: Objective, row: Tensor, only: int | None = None) -> tuple[float, Tensor]:

@@ -15,7 +15,7 @@ from flatcore.errors import FlatcoreWarning
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.derived import check_objective, restricted
 from flatcore.measures.example_flatness import by_example
-from flatcore.measures.features import deviations
+from flatcore.measures.features import deviations, in_order_of_use
 from flatcore.measures.flatness_values import Found, exact, greatest, probed, quadratic_forms
 from flatcore.measures.last_layer import LastLayer
 from flatcore.measures.layers import Layer, find_layer, find_layers
@@ -59,9 +59,10 @@ def relative_flatness(
 
     Args:
         layer: module path of a linear layer or convolution; the papers take the last linear one. "all": each by
-            itself, in ``by_layer``; the value is then their sum, which no paper defines.
+            itself, in ``by_layer``, in the order in which the model calls them; the value is then their sum, which no
+            paper defines.
         standardize: in features divided by their standard deviation over the data, and weights multiplied by it, as
-            the authors' experiments do. A deviation of 0 multiplies and does not divide.
+            the authors' experiments do. A deviation of 0 (to rounding) multiplies and does not divide.
         form: "2021", as above; "max", sum_s |w_s|² lambda_max(H_ss), of the same paper; "simplified", |W|² Tr H_l
             (Adilova et al., TAG-ML at ICML 2023, arXiv 2307.02337); "2019", |W|² Tr H_l over the number of weights, and
             "2019-max", |W|² lambda_max(H_l) (Petzka et al., arXiv 1912.00058). H_l: the layer's Hessian.
@@ -108,6 +109,7 @@ def relative_flatness(
     if method == "closed" and layer == "all":
         raise ValueError("method: 'closed' is for the last layer alone, got layer='all'; name the layer")
     weights = objective.snapshot().values
+    layers = in_order_of_use(objective, layers)
     with full_precision():
         closed = _closed(objective, layers[-1], weights, standardize, form, method)
         rest = [one for one in layers if one.path not in closed]
@@ -173,10 +175,9 @@ def _closed(
     if form.endswith("max") or method not in ("auto", "closed"):
         return {}
     plain = Neurons.of(layer, weights[layer.weight], None).weight[0]
-    sums = LastLayer.of(objective, layer, plain)
-    if sums is not None:
-        kappa, simplified = sums.flatness(standardize)
-        return {layer.path: (kappa if form == "2021" else simplified, 0.0)}
+    found = LastLayer.flatness(objective, layer, plain, standardize=standardize, simplified=form != "2021")
+    if found is not None:
+        return {layer.path: (found, 0.0)}
     if method == "closed":
         raise ValueError(
             f"method: the closed form is that of a last linear layer under torch's cross_entropy, got {layer.path!r}, "

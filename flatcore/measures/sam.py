@@ -13,7 +13,7 @@ from flatcore.evaluate import plain_torch
 from flatcore.linear import check_positive
 from flatcore.measures.ascent import batch_gradient, flat_parameters
 from flatcore.measures.derived import check_objective
-from flatcore.measures.perturbed import Errors, evaluate_rows
+from flatcore.measures.perturbed import Errors, evaluate_rows, finite_status
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective, WeightedBatch
 
@@ -74,9 +74,10 @@ def _one_step(objective: Objective, rho: float, eta: float | None, by_batch: boo
                 g.add_(part, alpha=batch.weight)
             there = w + _step(g, T, rho)
             rises = [_weighted(objective, batch, there) for batch in objective.batches()] + [-total]
+    value, name = math.fsum(rises), "sam_sharpness" if eta is None else "asam_sharpness"
     step = "rho g / |g|" if eta is None else "rho T² g / |T g|, T = |w| + eta for weights, 1 else"
     return Measure(
-        value=math.fsum(rises),
+        value=value,
         stderr=0.0,
         by_layer=None,
         definition=f"{'E_B [L_B(w + e) - L_B(w)]' if by_batch else 'L(w + e) - L(w)'}, e = {step}",
@@ -85,6 +86,7 @@ def _one_step(objective: Objective, rho: float, eta: float | None, by_batch: boo
         passes=2,
         method="one step",
         seconds=time.perf_counter() - began,
+        status=finite_status(torch.tensor([value]), name, "loss after the step", "take smaller rho"),
         details={"rho": rho},
     )
 

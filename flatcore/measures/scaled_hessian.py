@@ -1,4 +1,4 @@
-"""diag(c) (H + shift I) diag(c): curvature in coordinates of other units."""
+"""diag(c) (H + diag(shift)) diag(c): curvature in coordinates of other units."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ __all__ = ["ScaledHessian"]
 
 
 class ScaledHessian:
-    """diag(c) (H + shift I) diag(c), for the estimators."""
+    """diag(c) (H + diag(shift)) diag(c), for the estimators."""
 
-    def __init__(self, hessian: Hessian, c: Tensor, shift: float = 0.0) -> None:
-        self._hessian, self._c, self._shift = hessian, c[:, None], shift
+    def __init__(self, hessian: Hessian, c: Tensor, shift: Tensor | None = None) -> None:
+        self._hessian, self._c = hessian, c[:, None]
+        self._shift = None if shift is None else shift[:, None]
         self.shape, self.dtype, self.device = hessian.shape, hessian.dtype, hessian.device
         self.parameter_slices = hessian.parameter_slices
 
     def __matmul__(self, V: Tensor) -> Tensor:
         scaled = self._c * V
         product: Tensor = self._hessian @ scaled
-        return self._c * (product + self._shift * scaled)
+        return self._c * (product if self._shift is None else product + self._shift * scaled)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatcore import functionals
-from flatcore.eigsh import eigsh
 from flatcore.errors import FlatcoreWarning
+from flatcore.measures.extremes import extremes
 from flatcore.measures.kfac import kfac_eigenvalues
 from flatcore.measures.result import Measure
 from flatcore.measures.weight_decay import checked_damping
@@ -114,8 +114,8 @@ def curvature_operator(objective: Objective, matrix: str) -> Operator:
 
 def check_pole(A: Operator, damping: float, what: str, seed: int) -> tuple[float, int]:
     """The least eigenvalue and the products it took: refused at or below -damping, warned of where negative."""
-    found = eigsh(A, k=1, which="SA", tol=1e-4, seed=seed, return_eigenvectors=False)
-    lowest, error = float(found.values[0]), float(found.residuals[0])
+    found = extremes(A, 1e-4, seed, "SA")
+    lowest, error = found.values[0], found.residuals[0]
     if lowest - error <= -damping:
         raise ValueError(
             f"damping: expected more than the Hessian's least eigenvalue {lowest:.3g} is negative, got {damping:g}: "

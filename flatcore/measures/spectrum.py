@@ -57,7 +57,7 @@ def lambda_max(
     bad arguments.
     """
     began = time.perf_counter()
-    found = extremes(_operator(objective, curvature), tol, seed, both=False)
+    found = extremes(_operator(objective, curvature), tol, seed, "LA")
     return Measure(
         value=found.values[0],
         stderr=found.residuals[0],
@@ -85,7 +85,7 @@ def condition_number(
     """
     began = time.perf_counter()
     A = _operator(objective, curvature)
-    found = extremes(A, tol, seed, both=True)
+    found = extremes(A, tol, seed, "BE")
     (low, high), (low_error, high_error) = found.values, found.residuals
     singular = abs(low) <= max(low_error, A.shape[0] * torch.finfo(A.dtype).eps * abs(high))
     value = math.inf if singular else high / low

@@ -14,6 +14,7 @@ from flatcore.eigsh import eigsh
 from flatcore.errors import FlatcoreWarning
 from flatcore.linear import check_positive
 from flatcore.measures.deep_linear import LinearNet, NotLinearError, least_eigenvalue, read_linear_net
+from flatcore.measures.features import in_order_of_use
 from flatcore.measures.layer_coupling import couplings, gains, table
 from flatcore.measures.layers import find_layers
 from flatcore.measures.result import Measure
@@ -52,7 +53,7 @@ def width(objective: Objective, *, tol: float = 1e-3) -> Measure:
 
     **Every net**: ``value`` is nan where the above does not hold, for the reason in ``status``. ``by_layer`` has each
     layer's gain, its largest singular value; ``details["layers"]`` and ``["couplings"]`` the `Gain` of each layer and
-    the `Coupling` to the one that follows it in module order; ``["table"]`` all of it as text; `plot_width` draws it.
+    the `Coupling` to the one that the model calls next; ``["table"]`` all of it as text; `plot_width` draws it.
     The matrix of a convolution is outputs x (inputs * places in the kernel).
 
     Invariant to: rotations between the layers of linear nets. Not invariant to scaling one layer up and the next down,
@@ -63,7 +64,7 @@ def width(objective: Objective, *, tol: float = 1e-3) -> Measure:
     tol = check_positive("tol", tol, 1e-3)
     if not isinstance(objective, Objective):
         raise TypeError(f"objective: expected a flatcore.Objective, got {type(objective).__name__}")
-    layers = find_layers(objective)
+    layers = in_order_of_use(objective, find_layers(objective))
     values = objective.snapshot().values
     gain, coupling = gains(layers, values), couplings(layers, values)
     details: dict[str, Any] = {

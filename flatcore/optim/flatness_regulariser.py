@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from flatcore.capture.batch import split_batch
 from flatcore.evaluate import LossCall, recorded_loss
 from flatcore.linear import check_count
-from flatcore.measures.features import feature_rows, layer_calls
-from flatcore.measures.last_layer import row_masses
+from flatcore.measures.features import Call, feature_rows, layer_calls
+from flatcore.measures.last_layer import gives, row_masses
 from flatcore.measures.layers import Layer, layer_form
 from flatcore.parameters import did_you_mean
 
@@ -76,6 +76,11 @@ def relative_flatness_penalty(
         raise ValueError("loss: expected one number that depends on the parameters, got something else")
     weight = found.module._parameters["weight"]
     assert weight is not None
+    if not weight.requires_grad:
+        raise ValueError(
+            f"layer: expected a layer whose weight is trained, got {layer!r} frozen; set requires_grad, or leave the "
+            "penalty out"
+        )
     closed = _is_last_layer(found, calls, call, weight)
     if method == "closed" and not closed:
         raise ValueError(
@@ -83,7 +88,7 @@ def relative_flatness_penalty(
             "outputs are not the loss's logits, or whose weight has other uses; pass method='auto'"
         )
     if closed and call is not None and method in ("auto", "closed"):
-        return LossAndFlatness(value, _closed(found, calls[0][0], call, weight), "closed")
+        return LossAndFlatness(value, _closed(found, calls[0].given, call, weight), "closed")
     (gradient,) = torch.autograd.grad(value, weight, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError(
@@ -99,8 +104,9 @@ def _layer(model: nn.Module, path: str) -> Layer:
     if modules is None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if path not in modules:
+        layers = [name for name, module in modules.items() if layer_form(module) is not None]
         raise ValueError(
-            f"layer: expected a module path of the model, got {path!r}{did_you_mean(str(path), modules)}"
+            f"layer: expected a module path of the model, got {path!r}{did_you_mean(str(path), layers)}"
         )
     module = modules[path]
     form, weight = layer_form(module), module._parameters.get("weight")
@@ -112,9 +118,7 @@ def _layer(model: nn.Module, path: str) -> Layer:
     return Layer(path, module, f"{path}.weight", None, *form, uses)
 
 
-def _is_last_layer(
-    layer: Layer, calls: list[tuple[Tensor, Tensor]], call: LossCall | None, weight: Tensor
-) -> bool:
+def _is_last_layer(layer: Layer, calls: list[Call], call: LossCall | None, weight: Tensor) -> bool:
     if (
         len(calls) != 1
         or call is None
@@ -123,8 +127,11 @@ def _is_last_layer(
         or weight.dim() != 2
     ):
         return False
-    features, logits = calls[0]
+    features, logits = calls[0].given, calls[0].output
     if call.arguments["input"] is not logits or logits.dim() != 2 or call.reduction not in ("mean", "sum"):
+        return False
+    W = layer.matrices(weight.detach())[0, :, :, 0]
+    if calls[0].changed or not gives(layer, W, feature_rows(layer, features.detach()), logits.detach()):
         return False
     return not _depends(features, weight)
 

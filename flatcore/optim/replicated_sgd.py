@@ -44,8 +44,8 @@ class ReplicatedSGD(Optimizer):
     1e4 in all, once an epoch. The models are the caller's: save their state beside this state_dict, and a resume gives
     the same bits. A step costs y gradients. Memory: that of SGD for y nets, and two copies of one net.
 
-    Raises ValueError or TypeError for bad settings, replicas whose parameters differ in name or shape or are shared,
-    sparse gradients, and a coupling to be set where the replicas are equal.
+    Raises ValueError or TypeError for bad settings, replicas whose parameters differ in name, shape or what is frozen,
+    or are shared, sparse gradients, and a coupling to be set where the replicas are equal.
     """
 
     def __init__(
@@ -199,6 +199,13 @@ def _checked(replicas: Any) -> list[nn.Module]:
             raise ValueError(
                 f"replicas: expected nets alike, got {name!r} of shape {shapes[0].get(name)} in the first and "
                 f"{other.get(name)} in number {index}"
+            )
+    frozen = [{name for name, p in m.named_parameters() if not p.requires_grad} for m in modules]
+    for index, names in enumerate(frozen):
+        if names != frozen[0]:
+            raise ValueError(
+                f"replicas: expected nets alike, got {min(names ^ frozen[0])!r} frozen in the first or in number "
+                f"{index} alone"
             )
     seen = [id(p) for m in modules for p in m.parameters()]
     if len(set(seen)) != len(seen):

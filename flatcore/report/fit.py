@@ -32,6 +32,7 @@ def fit(objective: Objective, data: Any = None) -> Fit:
             objective.loss_function,
             data,
             names,
+            memory=objective.budget.total,
             allow_train_mode=objective.allow_train_mode,
         )
     return Fit(objective.loss(), _accuracy(objective), objective.examples)

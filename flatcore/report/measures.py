@@ -52,7 +52,7 @@ def _one(objective: Objective, name: str, seed: int, say: Callable[[str], None])
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     else:
         if math.isnan(found.value):
-            reason = found.status
+            reason = found.status if found.status != "converged" else "its value is not a number"
     return Measured(name, found, reason, time.perf_counter() - began)
 
 

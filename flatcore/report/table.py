@@ -24,7 +24,7 @@ def measures_table(reports: tuple[Report, ...]) -> Table:
     result = Table(title="Measures of flatness", title_justify="left")
     result.add_column("")
     for report in reports:
-        result.add_column(report.name, justify="right")
+        result.add_column(escape(report.name), justify="right")
     result.add_column("meaning", style="dim")
     for row in measure_rows(reports):
         cells = [f"{cell}\n[dim]{cost}[/]" for cell, cost in zip(row.cells, row.costs, strict=True)]
@@ -42,7 +42,7 @@ def table(reports: tuple[Report, ...]) -> Table:
     )
     result.add_column("")
     for report in reports:
-        result.add_column(report.name, justify="right")
+        result.add_column(escape(report.name), justify="right")
     group = ""
     for row in rows(reports):
         if group and row.group != group:

@@ -137,24 +137,27 @@ class Bounds {
     Bounded times(Bounded a, Bounded b) const {
         return done(a.value * b.value, std::abs(a.value) * b.error + a.error * b.size());
     }
-    // Libraries' exponentials are good to 2 units in the last place, 4 unit roundoffs.
-    Bounded exponential(Bounded a) const {
-        const double value = std::exp(a.value);
-        return {value, value == 0 ? 0 : value * std::expm1(a.error + 4 * unit_)};
-    }
-    Bounded log_sum(const Row& z) const {
-        double most = -std::numeric_limits<double>::infinity(), sum = 0, error = 0, spread = 0;
-        for (const Bounded& x : z) most = std::max(most, x.value);
+    // exp(z_j - peak) / sum of them, the logits of numerator and sum computed apart. Libraries' exponentials
+    // are good to 2 units in the last place, 4 unit roundoffs; a term of the sum goes through one factor for
+    // each further term at most, with exponents that add up to its distance from the peak.
+    Row probabilities(const Row& z) const {
+        double peak = -std::numeric_limits<double>::infinity(), sum = 0, error = 0, spread = 0;
+        for (const Bounded& x : z) peak = std::max(peak, x.value);
+        Row p(z.size());
+        if (std::isinf(peak)) return p;
         for (const Bounded& x : z)
             if (!std::isinf(x.value)) {
-                sum += std::exp(x.value - most);
+                sum += std::exp(x.value - peak);
                 error = std::max(error, x.error);
-                spread = std::max(spread, most - x.value + 2 * x.error);
+                spread = std::max(spread, peak - x.value + 2 * x.error);
             }
-        // Each term goes through up to one factor per further term; its exponents add up to the spread.
-        const double terms = static_cast<double>(z.size());
-        const double relative = unit_ * (6 * terms + 2 * spread);
-        return {most + std::log(sum), error + relative + 4 * unit_ * (std::abs(most) + std::log(sum) + 1)};
+        const double of_sum = error + unit_ * (6 * static_cast<double>(z.size()) + 2 * spread);
+        for (size_t j = 0; j < z.size(); ++j)
+            if (!std::isinf(z[j].value)) {
+                const double value = std::exp(z[j].value - peak) / sum;
+                p[j] = {value, value * std::expm1(z[j].error + of_sum + unit_ * (spread + 12))};
+            }
+        return p;
     }
 
     double unit_, operand_;
@@ -172,7 +175,6 @@ inline Results Bounds::attention(const Inputs& in, const Directions& d) const {
     for (int64_t i = 0; i < n; ++i) {
         const auto row = [&] { return Row(static_cast<size_t>(m)); };
         Row z = row(), p = row(), tz = row(), u = row(), w = row(), tp = row(), dz = row(), tdz = row();
-        bool sees = false;
         for (int64_t j = 0; j < m; ++j) {
             const auto at = static_cast<size_t>(j);
             Sum of_z = sum(), of_tz = sum(), of_dp = sum();
@@ -182,18 +184,13 @@ inline Results Bounds::attention(const Inputs& in, const Directions& d) const {
                 of_tz.add(exact(in.q, i, c), exact(d.tk, j, c), true);
             }
             for (int64_t c = 0; c < value_width; ++c) of_dp.add(exact(d.dout, i, c), exact(in.v, j, c), true);
-            sees = sees || !std::isinf(in.bias(i, j));
             z[at] = std::isinf(in.bias(i, j)) ? Bounded{in.bias(i, j), 0}
                                               : plus(times(scale, of_z.result()), exact(in.bias, i, j));
             tz[at] = times(scale, of_tz.result());
             u[at] = of_dp.result();
         }
         Sum mean_tz = sum(), mean_w = sum(), dout_o = sum();
-        if (sees) {
-            const Bounded lse = log_sum(z);
-            for (size_t j = 0; j < z.size(); ++j)
-                if (!std::isinf(z[j].value)) p[j] = exponential(minus(z[j], lse));
-        }
+        p = probabilities(z);
         for (size_t j = 0; j < p.size(); ++j) mean_tz.add(p[j], tz[j], false);
         for (int64_t c = 0; c < value_width; ++c) {
             Sum of_o = sum(), of_to = sum();

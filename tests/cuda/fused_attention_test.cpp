@@ -114,26 +114,26 @@ struct Run {
     Array<T> q{1, of_q, 1}, k{1, of_k, 2}, v{1, of_v, 3}, dout{1, of_o, 4};
     Array<T> tq{c.K, of_q, 5}, tk{c.K, of_k, 6}, tv{c.K, of_v, 7}, tdo{c.K, of_o, 8};
     Mask<T> mask{s, c.masking};
-    Array<T> o{1, of_o}, lse{1, rows}, dout_o{1, rows}, to{c.K, of_o}, tdq{c.K, of_q}, tdk{c.K, of_k},
-        tdv{c.K, of_v};
+    Array<T> o{1, of_o}, normaliser{1, 2 * rows}, dout_o{1, rows}, to{c.K, of_o}, tdq{c.K, of_q},
+        tdk{c.K, of_k}, tdv{c.K, of_v};
     std::vector<T> mean = std::vector<T>(static_cast<size_t>(c.K * rows)), dout_to = mean, workspace = mean;
 
     void kernels() {
         const AttentionInputs<T> inputs{s, mask.mask, q.data.data(), k.data.data(), v.data.data()};
         const bool p_moves = c.tq || c.tk;
         const T* second = c.second_order ? dout.data.data() : nullptr;
-        cuda::fused_attention_forward(inputs, precision, o.data.data(), lse.data.data(), nullptr);
+        cuda::fused_attention_forward(inputs, precision, o.data.data(), normaliser.data.data(), nullptr);
         cuda::fused_attention_backward(s, dout.data.data(), o.data.data(), dout_o.data.data(), nullptr);
         const AttentionTangents<T> tangents{read(tq, c.tq), read(tk, c.tk), read(tv, c.tv)};
         const bool moves = p_moves || c.tv;
-        cuda::fused_attention_tangent(c.K, inputs, precision, o.data.data(), lse.data.data(), tangents,
+        cuda::fused_attention_tangent(c.K, inputs, precision, o.data.data(), normaliser.data.data(), tangents,
                                       written(to, true), p_moves ? mean.data() : nullptr, second,
                                       dout_to.data(), nullptr);
         cuda::fused_attention_adjoint(c.K, inputs, precision,
                                       {.tangents = tangents,
                                        .tdo = read(tdo, c.tdo),
                                        .o = o.data.data(),
-                                       .lse = lse.data.data(),
+                                       .normaliser = normaliser.data.data(),
                                        .dout = second,
                                        .dout_o = dout_o.data.data(),
                                        .mean = p_moves ? mean.data() : nullptr,
@@ -254,6 +254,45 @@ void test_float(ProductPrecision precision) {
     check<float>({.shape = {1, 1, 17, 9, 9, 5, false, 0.075}, .K = 5, .second_order = false}, precision);
 }
 
+// A row whose keys an additive mask all hides by the lowest number attends to all of them alike. Half of it:
+// what is added must not overflow.
+template <class T>
+void test_lowest_mask() {
+    constexpr int64_t kKeys = 9, kWidth = 4;
+    const auto q = numbers<T>(kWidth, 1), k = numbers<T>(kKeys * kWidth, 2),
+               v = numbers<T>(kKeys * kWidth, 3);
+    const std::vector<T> mask(1, std::numeric_limits<T>::lowest() / 2);
+    std::vector<T> o(kWidth), normaliser(2);
+    cuda::fused_attention_forward<T>(
+        {{1, 1, 1, kKeys, kWidth, kWidth, false, 0.5}, {.added = mask.data()}, q.data(), k.data(), v.data()},
+        ProductPrecision::full, o.data(), normaliser.data(), nullptr);
+    for (int64_t c = 0; c < kWidth; ++c) {
+        double mean = 0, size = 0;
+        for (int64_t j = 0; j < kKeys; ++j) {
+            const double x = v[static_cast<size_t>(j * kWidth + c)];
+            mean += x / kKeys;
+            size += std::abs(x) / kKeys;
+        }
+        // Roundings: a product and a sum for each key, 1 / 9 and its product with 1.
+        const double bound = (kKeys + 4) * std::numeric_limits<T>::epsilon() * size;
+        EXPECT(std::abs(o[static_cast<size_t>(c)] - mean) <= bound);
+    }
+}
+
+// A direction's results are the same bits alone and among others.
+void test_directions() {
+    Case one{.shape = {1, 1, 17, 40, 8, 4, true, 0.1}}, five = one;
+    five.K = 5;
+    Run<float> alone{one, ProductPrecision::full}, among{five, ProductPrecision::full};
+    alone.kernels();
+    among.kernels();
+    const auto same = [](const Array<float>& a, const Array<float>& b) {
+        return std::equal(a.data.begin(), a.data.begin() + a.size, b.data.begin());
+    };
+    EXPECT(same(alone.to, among.to) && same(alone.tdq, among.tdq));
+    EXPECT(same(alone.tdk, among.tdk) && same(alone.tdv, among.tdv));
+}
+
 }  // namespace
 
 int main() {
@@ -261,6 +300,9 @@ int main() {
         cuda::thread_order = order;
         test_absent();
         test_sizes();
+        test_directions();
+        test_lowest_mask<float>();
+        test_lowest_mask<double>();
         for (const auto precision : {ProductPrecision::full, ProductPrecision::tf32, ProductPrecision::bf16})
             test_float(precision);
     }

@@ -98,6 +98,7 @@ class UnaryRule final : public Rule {
     UnaryRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     void finish_backward(State& state) const override;
+    bool add_quadratic_form(const Directions& d, const at::Tensor& total) const override;
     bool has_second_order() const override { return curved_; }
     bool reads_tangent_in_adjoint(int) const override { return curved_; }
     bool channels_last_output() const override { return input(0).channels_last; }

@@ -1,5 +1,6 @@
 // y = f(z), element by element. Forward saves f' and f''; the backward sweep turns f'' into h = f'' dy, the
 // only other thing a product needs, so neither z, y nor dy is kept for it.
+#include "kernels/direction_dots.h"
 #include "kernels/pointwise.h"
 #include "rules.h"
 
@@ -63,6 +64,20 @@ void UnaryRule::adjoint(Directions& d) const {
                      pointer_or_null<scalar_t>(tz), false, tdz.mutable_data_ptr<scalar_t>());
     });
     d.add(0, tdz, true);
+}
+
+// h holds dy: nothing of the tangent's size is formed.
+bool UnaryRule::add_quadratic_form(const Directions& d, const at::Tensor& total) const {
+    const at::Tensor tz = dense_directions(d.tangent(0), input(0));
+    const at::Tensor& second = d.state().saved(op_)[kSecond];
+    const at::Tensor workspace = at::empty({d.K(), kDotPieces}, total.options());
+    FLATCORE_DISPATCH(tz, "unary", [&] {
+        FLATCORE_RUN(tz, weighted_direction_dots<scalar_t>, d.K(), output().numel,
+                     second.const_data_ptr<scalar_t>(), tz.const_data_ptr<scalar_t>(), tz.stride(0),
+                     tz.const_data_ptr<scalar_t>(), tz.stride(0), workspace.mutable_data_ptr<double>(),
+                     total.mutable_data_ptr<double>());
+    });
+    return true;
 }
 
 }  // namespace flatcore
