@@ -11,14 +11,14 @@
 // tv = v: a product more than with rescaled sums, once a batch.
 //
 // Cost, by counting; nothing here has run on a device.
-// Products of tile x tile x width per pair of tiles and direction, where G = 128 / W directions share what
-// does not depend on them:
+// Products of tile x tile x width per pair of tiles and direction, where G directions (1 where the width is
+// above 64, else 2) share what does not depend on them:
 //   forward 3;  tangent 4 + 1 / G;  tdq 6 + 2 / G;  tdk and tdv 8 + 2 / G;
 //   without second-derivative terms tdq 2 + 1 / G, tdk and tdv 3 + 1 / G
 // tdq on one side and tdk, tdv on the other compute p, tz and tdp each for themselves: one pass for all three
 // would need atomics, or memory for the sums of every tile.
-// Registers, with 256 threads and tiles of 64 in float32: 32 for the results of G directions, whatever the
-// width (64 for tdk and tdv), 16 each for p, u, and tz, which becomes w and tdz. With what is on its way to
+// Registers, with 256 threads and tiles of 64 in float32: 32 at most for the results of G directions (64 for
+// tdk and tdv), 16 each for p, u, and tz, which becomes w and tdz. With what is on its way to
 // shared memory and addresses ptxas reports 190 to 255, so one block of 8 warps runs on a processor (of the
 // normaliser's two). Latency is hidden by fetching the next slab while one is multiplied, and by independent
 // sums, not by other blocks. Shared memory is 19 to 48 KiB, at most what a static array may have.

@@ -171,9 +171,9 @@ struct AttentionPair {
     }
 };
 
-// Directions that a block works on at once: their results take as many registers whatever the width.
+// Directions that a block works on at once: what their results leave registers for.
 template <int W>
-inline constexpr int kDirectionsAtOnce = 128 / W;
+inline constexpr int kDirectionsAtOnce = W == 128 ? 1 : 2;
 
 // Blocks of a launch; what is left is done by striding. Few in the emulation, so that tests get there.
 #if defined(FLATCORE_CUDA_SHIM)

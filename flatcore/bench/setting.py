@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 import flatcore as fc
+from flatcore.operators import Operator
 from flatcore.precision import Precision
 
 OPERATORS = {"hessian": fc.Hessian, "ggn": fc.GGN}
@@ -60,7 +61,7 @@ class Setting:
         """Of flatcore's product, relative to float64."""
         return LARGEST_ROUNDED_ERROR.get(self.precision, LARGEST_ERROR[self.dtype])
 
-    def product_operator(self, *built: Any) -> fc.Hessian:
+    def product_operator(self, *built: Any) -> Operator:
         """flatcore's operator, in this precision."""
         return OPERATORS[self.operator](fc.Objective(*built), precision=cast("Precision", self.precision))
 

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ class _Logits(nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def gpt2(tokens: int, examples: int = 1, **config: int) -> Built:
+def gpt2(tokens: int, examples: int = 1, **config: Any) -> Built:
     """GPT-2 small, or what `config` makes of it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
