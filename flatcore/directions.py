@@ -47,10 +47,11 @@ class Directions:
     def run(
         self, K: int, whole: Callable[[list[slice]], _Result], release: Callable[[], bool], examples: int
     ) -> _Result:
-        """whole(pieces); where the device has no memory left for it, again with half as many directions at once.
+        """whole(pieces); where the device has no memory left for it, again without what is held for speed, then with half
+        as many directions at once.
 
-        release() gives back memory that is held for speed and says whether there was any. Raises
-        torch.OutOfMemoryError with a sentence where not even one direction fits. ``examples``: of the largest batch.
+        release() gives back some of the former and says whether there was any. Raises torch.OutOfMemoryError with a
+        sentence where not even one direction fits. ``examples``: of the largest batch.
         """
         while True:
             try:
@@ -61,9 +62,11 @@ class Directions:
                 failure = error.with_traceback(None)  # the frames of the failed product hold its buffers
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            if release():
+                continue
             if at_once > 1:
                 self._most = at_once // 2
-            elif not release():
+            else:
                 raise torch.OutOfMemoryError(self._sentence(needed, examples)) from failure
 
     def _sentence(self, needed: int, examples: int) -> str:

@@ -6,6 +6,8 @@ costs nothing beside the launches while both are small; larger products are laun
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -29,17 +31,25 @@ class Capture(Protocol):
     def __call__(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]: ...
 
 
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all recordings: the libraries keep memory for each that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 def cuda_graph(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Follows torch's recipe: work of a warm-up on a stream of its own sets the libraries up, then one is recorded."""
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
-        work()
-    torch.cuda.current_stream(device).wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on to allocate and copy meanwhile.
-    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-        work()
+    current, aside = torch.cuda.current_stream(device), _aside(device)
+    with torch.cuda.stream(current):  # where a recording fails, torch does not go back to it by itself
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            work()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on to allocate and copy meanwhile.
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            work()
+        current.wait_stream(aside)
     return graph.replay
 
 
@@ -51,45 +61,79 @@ class _Recorded:
 
 
 class Graphs:
-    """The recorded products of one state of a model."""
+    """The recorded products of one state of a model. For threads and streams of any number: one replay after another.
+
+    bytes: what the recorded products hold, as ``run`` was told.
+    """
 
     def __init__(self, device: torch.device, capture: Capture = cuda_graph) -> None:
         self._device, self._capture = device, capture
         self._recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()
+        self._refused: set[Hashable] = set()
+        self._lock = threading.RLock()
+        self._last: torch.cuda.Event | None = None
+        self.bytes = 0
 
-    def run(self, key: Hashable, launch: Launch, V: Tensor, Y: Tensor, accumulate: bool) -> None:
-        """Y (+)= A V, where launch(V, Y) starts Y = A V. ``key`` stands for all else that the work depends on.
+    def run(
+        self, key: Hashable, launch: Launch, V: Tensor, Y: Tensor, accumulate: bool, size: int = 0
+    ) -> None:
+        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds ``size`` bytes for it. ``key`` stands for all else
+        that the work depends on.
 
-        The first product of a key is launched as it is: many are never repeated.
+        The first product of a key is launched as it is: many are never repeated. So is one that cannot be recorded.
         """
         key = (key, V.shape[0])
+        with self._lock:
+            recorded = self._found(key, launch, V, size)
+            if recorded is not None:
+                self._replay(recorded, V, Y, accumulate)
+                return
+        if accumulate:
+            part = torch.empty_like(Y)
+            launch(V, part)
+            Y.add_(part)
+        else:
+            launch(V, Y)
+
+    def _found(self, key: Hashable, launch: Launch, V: Tensor, size: int) -> _Recorded | None:
+        if key in self._refused:
+            return None
         if key not in self._recorded:
             self._add(key, None)
-            recorded = None
-        else:
-            self._recorded.move_to_end(key)
-            recorded = self._recorded[key] or self._record(key, launch, V)
-        if recorded is None:
-            if accumulate:
-                part = torch.empty_like(Y)
-                launch(V, part)
-                Y.add_(part)
-            else:
-                launch(V, Y)
-            return
+            return None
+        self._recorded.move_to_end(key)
+        return self._recorded[key] or self._record(key, launch, V, size)
+
+    def _replay(self, recorded: _Recorded, V: Tensor, Y: Tensor, accumulate: bool) -> None:
+        stream = torch.cuda.current_stream(V.device) if V.is_cuda else None
+        if stream is not None:
+            # All replays use the same memory, which the allocator must not give away before this one has ended.
+            if self._last is not None:
+                stream.wait_event(self._last)
+            recorded.V.record_stream(stream)
+            recorded.Y.record_stream(stream)
         recorded.V.copy_(V)
         recorded.replay()
         if accumulate:
             Y.add_(recorded.Y)
         else:
             Y.copy_(recorded.Y)
+        if stream is not None:
+            self._last = stream.record_event()
 
-    def _record(self, key: Hashable, launch: Launch, V: Tensor) -> _Recorded:
+    def _record(self, key: Hashable, launch: Launch, V: Tensor, size: int) -> _Recorded | None:
         into = torch.empty(V.shape, dtype=V.dtype, device=V.device)
         into.copy_(V)
         out = torch.empty_like(into)
-        recorded = _Recorded(into, out, self._capture(lambda: launch(into, out), self._device))
+        try:
+            replay = self._capture(lambda: launch(into, out), self._device)
+        except RuntimeError:  # no memory, which launches may still find, or a library that cannot be recorded
+            self._refused.add(key)
+            self._recorded.pop(key)
+            return None
+        recorded = _Recorded(into, out, replay)
         self._add(key, recorded)
+        self.bytes += size
         return recorded
 
     def _add(self, key: Hashable, recorded: _Recorded | None) -> None:

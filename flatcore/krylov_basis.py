@@ -110,8 +110,11 @@ def allocate_basis(
 
     def rows(kind: str) -> int:
         """As many as are useful and fit."""
-        if kind in ("file", "host"):
+        if kind == "file":
             return need.comfortable if left >= 0 else 0
+        if kind == "host":  # torch rounds pinned memory up to a power of two, and keeps it
+            fits = int(_MEMORY_SHARE * _installed(torch.device("cpu"))) // 2 // (P * itemsize)
+            return min(need.comfortable, fits) if left >= 0 else 0
         if kind in _SHORT:
             head = min(k, need.comfortable)
             return min(need.comfortable, max(head + (left - head * itemsize) // 2, 0))

@@ -68,7 +68,7 @@ class NativeBackend:
         self._point: tuple[Any, ...] = ()
         self._states: dict[int, engine.Linearization] = {}
         self._held = 0
-        self._graphs: dict[int, Graphs] = {}
+        self._graphs: dict[int, tuple[engine.Linearization, Graphs]] = {}
         self._keeps_states = True
         self._directions: dict[tuple[Mode, Precision], Directions] = {}
         self._mixes: str | None = None  # not tried yet
@@ -154,15 +154,29 @@ class NativeBackend:
         examples: int,
         precision: Precision,
     ) -> None:
-        if not pays(V) or self._states.get(batch.index) is not state or self.external:
-            state.product(V, Y, mode, accumulate, batch.examples, examples, precision)
-            return
-
         def launch(rows: Tensor, into: Tensor) -> None:
             state.product(rows, into, mode, False, batch.examples, examples, precision)
 
-        graphs = self._graphs.setdefault(batch.index, Graphs(V.device))
-        graphs.run((mode, precision), launch, V, Y, accumulate)
+        graphs = self._graphs_of(state, batch, V, mode, precision)
+        if graphs is None:
+            state.product(V, Y, mode, accumulate, batch.examples, examples, precision)
+        else:
+            size = self._directions_of(mode, precision).peak(V.shape[0])
+            graphs.run((mode, precision), launch, V, Y, accumulate, size)
+
+    def _graphs_of(
+        self, state: engine.Linearization, batch: WeightedBatch, V: Tensor, mode: Mode, precision: Precision
+    ) -> Graphs | None:
+        """Where products of this state are recorded; None where that does not pay or does not fit beside the states."""
+        if not pays(V) or self.external or self._states.get(batch.index) is not state:
+            return None
+        held = self._graphs.get(batch.index)
+        if held is None or held[0] is not state:
+            held = self._graphs[batch.index] = (state, Graphs(V.device))
+        recorded = sum(graphs.bytes for _, graphs in list(self._graphs.values()))
+        more = self._directions_of(mode, precision).peak(V.shape[0])
+        fits = self._held + recorded + more <= self.objective.budget.states
+        return held[1] if fits or held[1].bytes else None
 
     def _run(
         self, mode: Mode, precision: Precision, K: int, all_batches: Callable[[list[slice]], _Result]
@@ -171,9 +185,13 @@ class NativeBackend:
         return self._directions_of(mode, precision).run(K, all_batches, self._release, largest)
 
     def _release(self) -> bool:
-        """Gives back what is held between products for speed, and holds no more; was there anything?"""
+        """Gives back what is held between products for speed: first the recorded products, then the states, which are
+        not held again. Was there anything?"""
+        if self._graphs:
+            self._graphs = {}
+            return True
         held, self._keeps_states = self._keeps_states, False
-        self._states, self._graphs, self._held = {}, {}, 0
+        self._states, self._held = {}, 0
         return held
 
     def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot, precision: Precision = "full") -> Tensor:
@@ -192,10 +210,14 @@ class NativeBackend:
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
         layout = self.objective.layout
-        total = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
-        for _, state in self._linearizations(at):
-            state.gradient(total, True)
-        return total
+
+        def all_batches(pieces: list[slice]) -> Tensor:
+            total = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
+            for _, state in self._linearizations(at):
+                state.gradient(total, True)
+            return total
+
+        return self._run("ggn", "full", 1, all_batches)
 
     def plan(self, mode: Mode, precision: Precision = "full") -> Plan:
         objective, itemsize = self.objective, self.objective.layout.dtype.itemsize

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -87,7 +89,7 @@ class Operator:
             Y = torch.empty_like(V, memory_format=torch.contiguous_format)
             engine.use_large_pages(Y)
         if V.shape[0]:
-            with full_precision():
+            with self._full_precision():
                 backend_for(self.objective, self.mode).product(self.mode, V, Y, at, self.precision)
         return Y
 
@@ -109,8 +111,14 @@ class Operator:
     def _quadratic_form(self, V: Tensor, at: Snapshot) -> Tensor:
         if not V.shape[0]:
             return torch.zeros(0, dtype=torch.float64, device="cpu")
-        with full_precision(), torch.inference_mode(False):
+        with self._full_precision(), torch.inference_mode(False):
             return backend_for(self.objective, self.mode).quadratic_form(self.mode, V, at, self.precision)
+
+    @contextlib.contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """What the engine rounds it rounds itself; nothing else may, in autocast or by TF32."""
+        with full_precision(), engine.Float32Products(str(self.device)):
+            yield
 
     def example_sweeps(self, diagonal: bool = False) -> OperatorSweeps | str:
         """What `trace` and `diagonal` use where the loss is a sum over examples; a sentence that says why it is not
@@ -250,7 +258,7 @@ class GradientCovariance(Operator):
         self._check_examples()  # the model's mode may be another one than at first
         Y = super()._product(V, at)
         if self.centered:
-            with full_precision():
+            with self._full_precision():
                 g = self._mean_gradient(at)
                 Y.addr_(V @ g, g, alpha=-1)
         return Y
@@ -259,7 +267,7 @@ class GradientCovariance(Operator):
         self._check_examples()
         q = super()._quadratic_form(V, at)
         if self.centered:
-            with full_precision():
+            with self._full_precision():
                 q -= (V @ self._mean_gradient(at)).double().cpu().square()
         return q
 

@@ -47,10 +47,10 @@ def test_half_as_many_until_it_works() -> None:
     assert device.widths == [16, 8, 4, 2, 2]
 
 
-def test_held_memory_goes_first_for_one() -> None:
-    directions, device = Directions([lambda K: K], 100, CPU), Device(room=1, held=1)
-    assert directions.run(2, device.run, device.release, 8) == 2
-    assert device.widths == [2, 1, 1]
+def test_held_memory_goes_first() -> None:
+    directions, device = Directions([lambda K: K], 100, CPU), Device(room=4, held=1)
+    assert directions.run(4, device.run, device.release, 8) == 4
+    assert device.widths == [4, 4]
 
 
 def test_not_even_one() -> None:

@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "engine/float32_products.h"
 #include "engine/gemm_bf16.h"
 #include "engine/gemm_choice.h"
 #include "engine/on_device.h"
@@ -152,6 +153,23 @@ void run_gradient(const Linearization& self, const at::Tensor& y, bool accumulat
     gradient(*self.state, y, accumulate, self.seed);
 }
 
+// Float32Products for a `with` statement.
+class Float32Scope {
+ public:
+    Float32Scope(const std::string& device, const std::string& precision)
+        : device_(device), precision_(precision_named(precision)) {}
+    void enter() {
+        py::gil_scoped_release release;  // another thread may hold the settings
+        products_ = std::make_unique<Float32Products>(device_, precision_);
+    }
+    void exit() { products_.reset(); }
+
+ private:
+    at::Device device_;
+    Precision precision_;
+    std::unique_ptr<Float32Products> products_;
+};
+
 }  // namespace
 
 Mode mode_named(const std::string& name) {
@@ -181,6 +199,11 @@ void bind_engine(py::module_ m) {
     engine.def("use_large_pages", &use_large_pages, py::arg("tensor"),
                "Asks the system for large pages where a tensor's memory was not touched yet.");
     engine.attr("gpu") = kGpu;
+    py::class_<Float32Scope>(engine, "Float32Products", "How float32 is multiplied on a device meanwhile.")
+        .def(py::init<const std::string&, const std::string&>(), py::arg("device"),
+             py::arg("precision") = "full")
+        .def("__enter__", &Float32Scope::enter)
+        .def("__exit__", [](Float32Scope& self, const py::args&) { self.exit(); });
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
     engine.def("set_gemm_policy", &set_gemm_policy, py::arg("policy"),
                "Which library multiplies float32 matrices: measure, blas or onednn.");

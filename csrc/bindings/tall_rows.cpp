@@ -1,6 +1,5 @@
 #include "tall_rows.h"
 
-#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
@@ -11,6 +10,7 @@
 
 #include <algorithm>
 
+#include "../engine/float32_products.h"
 #include "../engine/on_device.h"
 #include "../kernels/tall.h"
 
@@ -54,7 +54,7 @@ at::Tensor products_by_kernel(const at::Tensor& X, const at::Tensor& Y) {
 }
 
 at::Tensor products_in_batches(const at::Tensor& X, const at::Tensor& Y) {
-    const at::NoTF32Guard full_precision;
+    const Float32Products full_precision(X.device(), Precision::full);
     const int64_t P = X.size(1), whole = P / kPiece * kPiece;
     const auto pieces = [whole](const at::Tensor& A) {
         return A.narrow(1, 0, whole).unflatten(1, {whole / kPiece, kPiece}).transpose(0, 1);
@@ -73,7 +73,7 @@ at::Tensor inner_products(const at::Tensor& X, const at::Tensor& Y) {
 
 void update_rows(const at::Tensor& X, const at::Tensor& B, const at::Tensor& Y) {
     if (!suits_kernel(X, Y) || Y.size(0) > kMostFactors) {
-        const at::NoTF32Guard full_precision;
+        const Float32Products full_precision(X.device(), Precision::full);
         at::Tensor(X).addmm_(B, Y, 1, -1);
         return;
     }
@@ -87,7 +87,7 @@ void update_rows(const at::Tensor& X, const at::Tensor& B, const at::Tensor& Y) 
 
 void combine_rows(const at::Tensor& X, const at::Tensor& B, const at::Tensor& Y) {
     if (!suits_kernel(X, Y) || Y.size(0) > kMostFactors) {
-        const at::NoTF32Guard full_precision;
+        const Float32Products full_precision(X.device(), Precision::full);
         at::Tensor out = X;
         at::mm_out(out, B, Y);
         return;

@@ -1,6 +1,5 @@
 #include "tensor_basis.h"
 
-#include <ATen/Context.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -9,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../engine/float32_products.h"
 #include "tall_rows.h"
 #include "transfers.h"
 
@@ -124,7 +124,7 @@ void TensorBasis::update_by(const Block& W, const at::Tensor& B, int64_t m) cons
 }
 
 void TensorBasis::combine_into(Block X, const Matrix& B, int64_t m) const {
-    const at::NoTF32Guard full_precision;
+    const Float32Products full_precision(X.device(), Precision::full);
     const at::Tensor coefficients = to_tensor(B, head_.options());
     X.zero_();
     mapped_.rest(X);

@@ -5,14 +5,14 @@
 #include <ATen/Context.h>
 
 #include <mutex>
-#include <optional>
 
 #include "program.h"
 
 namespace flatcore {
 
-// torch's settings belong to the process, so products of several threads are started one after another, and
-// work that another thread starts meanwhile may be rounded as this product asks. On the CPU nothing changes.
+// torch's settings belong to the process (its guard for one thread, NoTF32Guard, is not asked by cuBLASLt,
+// nor by autograd's threads). So products of several threads are started one after another, and work that
+// another thread starts meanwhile may be rounded as this product asks. On the CPU nothing changes.
 class Float32Products {
  public:
     Float32Products(const at::Device& device, Precision precision);
@@ -22,8 +22,8 @@ class Float32Products {
 
  private:
     std::unique_lock<std::recursive_mutex> lock_;
-    std::optional<at::NoTF32Guard> exact_;
-    bool matrices_set_ = false, convolutions_set_ = false, rounds_ = false;
+    bool medium_ = false, set_matrices_ = false, set_convolutions_ = false, rounds_ = false;
+    at::Float32Precision convolutions_{}, recurrent_{};
 };
 
 }  // namespace flatcore

@@ -203,7 +203,7 @@ at::Tensor AttentionRule::forward(State& state) const {
 }
 
 at::Tensor AttentionRule::tangent(const Directions& d) const {
-    if (fuses(d.precision())) return fused_tangent(d);
+    if (fuses(d.state(), d.precision())) return fused_tangent(d);
     const auto directions = [&](Input i) { return active(i) ? d.tangent(i) : at::Tensor(); };
     const at::Tensor tq = directions(kQuery), tk = directions(kKey), tv = directions(kValue);
     const bool p_moves = tq.defined() || tk.defined();
@@ -276,7 +276,7 @@ void AttentionRule::adjoint(Directions& d) const {
     const bool cross = d.second_order() && has_second_order();
     const at::Tensor tdo = d.cotangent(), dout = cross ? d.state().adjoint(op_.output) : at::Tensor();
     if (!tdo.defined() && !cross) return;
-    if (fuses(d.precision())) return fused_adjoint(d, cross);
+    if (fuses(d.state(), d.precision())) return fused_adjoint(d, cross);
     const auto directions = [&](Input i) { return cross && active(i) ? d.tangent(i) : at::Tensor(); };
     const at::Tensor tq = directions(kQuery), tk = directions(kKey), tv = directions(kValue);
     std::array<at::Tensor, 3> results;

@@ -54,8 +54,9 @@ bool AttentionRule::fuses() const {
     return program_.gpu() && policy != AttentionPolicy::tiles && fused_attention_supported(fused_shape());
 }
 
-bool AttentionRule::fuses(Precision precision) const {
-    return fuses() && (policy == AttentionPolicy::fused || precision != Precision::full);
+bool AttentionRule::fuses(const State& state, Precision precision) const {
+    const bool prepared = state.saved(op_).size() > kNormaliser;
+    return prepared && (policy == AttentionPolicy::fused || precision != Precision::full);
 }
 
 AttentionShape AttentionRule::fused_shape() const {

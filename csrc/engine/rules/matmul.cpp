@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "engine/gemm_bf16.h"
+#include "engine/gemm_choice.h"
 #include "rules.h"
 
 namespace flatcore {
@@ -21,7 +22,10 @@ at::Tensor transposed(const at::Tensor& t) { return t.transpose(-2, -1); }
 
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, Precision precision) {
     const int64_t m = a.size(-2), n = b.size(-1), k = a.size(-1);
-    if (precision != Precision::bf16 || !bf16_pays(m, n, k)) return at::matmul(a, b);
+    const bool rounded = precision == Precision::bf16 && bf16_pays(m, n, k);
+    // On a GPU torch replaces batched products by a kernel of its own where k = 1, which counts elements in
+    // 32 bits; those that are given their result it leaves alone.
+    if (!rounded && !on_gpu(a)) return at::matmul(a, b);
     const auto batch_of = [](const at::Tensor& t) { return t.sizes().slice(0, t.dim() - 2); };
     const Integers batch = at::infer_size(batch_of(a), batch_of(b));
     const auto with_batch = [&](int64_t rows, int64_t columns) {
@@ -30,9 +34,14 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, Precision precision
         return shape;
     };
     at::Tensor c = at::empty(with_batch(m, n), a.options());
+    if (c.numel() == 0 || k == 0) return c.zero_();
     const int64_t count = c.numel() / (m * n);
-    multiply_bf16(c.view({count, m, n}), a.expand(with_batch(m, k)).reshape({count, m, k}),
-                  b.expand(with_batch(k, n)).reshape({count, k, n}), false);
+    const at::Tensor of_all = c.view({count, m, n}), left = a.expand(with_batch(m, k)).reshape({count, m, k}),
+                     right = b.expand(with_batch(k, n)).reshape({count, k, n});
+    if (rounded)
+        multiply_bf16(of_all, left, right, false);
+    else
+        multiply(of_all, left, right, false);
     return c;
 }
 

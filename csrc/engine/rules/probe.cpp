@@ -73,13 +73,21 @@ at::Tensor dots(const at::Tensor& a, const at::Tensor& b) {
 
 namespace {
 
+// target[..., index[i], ...] += values[..., i, ...] along an axis. On a GPU index_add_ adds by atomics, in an
+// order of their own; index_put_ sorts first.
+at::Tensor add_in_order(at::Tensor target, int64_t axis, const at::Tensor& index, const at::Tensor& values) {
+    if (!on_gpu(target)) return target.index_add_(axis, index, values);
+    target.transpose(0, axis).index_put_({index}, values.transpose(0, axis), /*accumulate=*/true);
+    return target;
+}
+
 // Samples (K, N, m) of m entries of the diagonal: the mean over K, and its variance, summed over N.
 void add_at(ExampleProbes& probes, const at::Tensor& elements, const at::Tensor& samples) {
     const int64_t K = samples.size(0);
-    probes.diagonal.index_add_(0, elements, samples.mean(0).sum(0, false, at::kDouble));
+    add_in_order(probes.diagonal, 0, elements, samples.mean(0).sum(0, false, at::kDouble));
     if (probes.variance.defined())
-        probes.variance.index_add_(0, elements,
-                                   samples.var(0, /*unbiased=*/true).sum(0, false, at::kDouble) / K);
+        add_in_order(probes.variance, 0, elements,
+                     samples.var(0, /*unbiased=*/true).sum(0, false, at::kDouble) / K);
 }
 
 }  // namespace
@@ -139,12 +147,12 @@ at::Tensor BroadcastProbeRule::collect(const Directions& d, ExampleProbes& probe
     at::Tensor elements = d.state().value(op_.inputs[1]).reshape({-1});
     const bool by_element = probes.squares || wants_diagonal(probes);
     if (by_element && !distinct_)
-        back = at::zeros({d.K(), examples_, size_}, back.options()).index_add_(2, elements, back);
+        back = add_in_order(at::zeros({d.K(), examples_, size_}, back.options()), 2, elements, back);
     if (by_element && !distinct_) elements = at::arange(size_, elements.options());
     if (probes.squares) {
         if (probes.diagonal.defined())
-            probes.diagonal.index_add_(0, elements + offset_,
-                                       back.square().sum(Integers{0, 1}, false, at::kDouble));
+            add_in_order(probes.diagonal, 0, elements + offset_,
+                         back.square().sum(Integers{0, 1}, false, at::kDouble));
         return dots(back, back);
     }
     at::Tensor v;
@@ -214,13 +222,13 @@ at::Tensor RowsProbeRule::collect(const Directions& d, ExampleProbes& probes) co
         place = place.reshape({-1});
         const int64_t pairs = keys.size(0);
         const at::Tensor flat = back.reshape({K, N * T, width_});
-        at::Tensor samples = at::zeros({K, pairs, width_}, back.options()).index_add_(1, place, flat);
+        at::Tensor samples = add_in_order(at::zeros({K, pairs, width_}, back.options()), 1, place, flat);
         const at::Tensor rows = keys.remainder(index.max() + 1);
         const at::Tensor elements =
             (rows.unsqueeze(1) * width_ + at::arange(width_, index.options()) + offset_).reshape({-1});
         if (probes.squares) {
-            probes.diagonal.index_add_(0, elements,
-                                       samples.square().sum(0, false, at::kDouble).reshape({-1}));
+            add_in_order(probes.diagonal, 0, elements,
+                         samples.square().sum(0, false, at::kDouble).reshape({-1}));
         } else {
             const at::Tensor signs =
                 at::zeros_like(samples).index_copy_(1, place, e.reshape({K, N * T, width_}));

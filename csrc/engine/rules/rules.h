@@ -287,7 +287,7 @@ class AttentionRule final : public Rule {
     // attention_fused.cpp: one kernel for each sweep on a GPU. Does forward prepare for it; does a product of
     // this precision use it?
     bool fuses() const;
-    bool fuses(Precision precision) const;
+    bool fuses(const State& state, Precision precision) const;
     void fused_forward(State& state, const at::Tensor& o) const;
     at::Tensor fused_tangent(const Directions& d) const;
     void fused_adjoint(Directions& d, bool cross) const;
