@@ -47,8 +47,8 @@ class Directions:
     def run(
         self, K: int, whole: Callable[[list[slice]], _Result], release: Callable[[], bool], examples: int
     ) -> _Result:
-        """whole(pieces); where the device has no memory left for it, again without what is held for speed, then with half
-        as many directions at once.
+        """whole(pieces); where the device has no memory left for it, again without what is held for speed, then
+        with half as many directions at once.
 
         release() gives back some of the former and says whether there was any. Raises torch.OutOfMemoryError with a
         sentence where not even one direction fits. ``examples``: of the largest batch.

@@ -17,29 +17,20 @@ bool rounds(Float32Op op) { return set_to(op) == Float32Precision::TF32; }
 
 Float32Precision rounding(bool rounds) { return rounds ? Float32Precision::TF32 : Float32Precision::IEEE; }
 
-// The value by which a setting follows the more general one; versions of torch before 2.13 have one for all.
-template <class P>
-constexpr P inherited() {
-    if constexpr (requires { P::DEFAULT; })
-        return P::DEFAULT;
-    else
-        return P::NONE;
-}
-
-// Puts back what was inherited as inherited, where that comes to the same.
-void restore(Float32Op op, Float32Precision before) {
-    at::Context& context = at::globalContext();
-    context.setFloat32Precision(kBackend, op, inherited<Float32Precision>());
-    if (context.float32Precision(kBackend, op) != before) context.setFloat32Precision(kBackend, op, before);
-}
-
-// "medium" also rounds matrices, and has a name of its own. Asking throws where old and new settings differ.
-bool matrices_are_medium() {
+// The name of the old setting of matrix products; empty where old and new ones differ, and asking throws.
+std::string name_of_matrices() {
     try {
-        return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM;
+        switch (at::globalContext().float32MatmulPrecision()) {
+        case at::Float32MatmulPrecision::HIGHEST:
+            return "highest";
+        case at::Float32MatmulPrecision::HIGH:
+            return "high";
+        case at::Float32MatmulPrecision::MEDIUM:
+            return "medium";
+        }
     } catch (const c10::Error&) {
-        return false;
     }
+    return "";
 }
 
 }  // namespace
@@ -52,8 +43,12 @@ Float32Products::Float32Products(const at::Device& device, Precision precision)
     at::Context& context = at::globalContext();
     set_matrices_ = rounds(Float32Op::MATMUL) != rounds_;
     if (set_matrices_) {
-        medium_ = matrices_are_medium();
-        context.setAllowTF32CuBLAS(rounds_);
+        name_ = name_of_matrices();
+        matrices_ = set_to(Float32Op::MATMUL);
+        if (name_.empty())
+            context.setFloat32Precision(kBackend, Float32Op::MATMUL, rounding(rounds_));
+        else
+            context.setFloat32MatmulPrecision(rounds_ ? "high" : "highest");
     }
     set_convolutions_ = rounds(Float32Op::CONV) != rounds_;
     if (set_convolutions_) {
@@ -68,13 +63,15 @@ Float32Products::Float32Products(const at::Device& device, Precision precision)
 Float32Products::~Float32Products() {
     at::Context& context = at::globalContext();
     if (set_matrices_) {
-        context.setAllowTF32CuBLAS(!rounds_);
-        if (medium_) context.setFloat32MatmulPrecision("medium");
+        if (name_.empty())
+            context.setFloat32Precision(kBackend, Float32Op::MATMUL, matrices_);
+        else
+            context.setFloat32MatmulPrecision(name_);
     }
     if (set_convolutions_) {
         context.setAllowTF32CuDNN(convolutions_ == Float32Precision::TF32);
-        restore(Float32Op::CONV, convolutions_);
-        restore(Float32Op::RNN, recurrent_);
+        context.setFloat32Precision(kBackend, Float32Op::CONV, convolutions_);
+        context.setFloat32Precision(kBackend, Float32Op::RNN, recurrent_);
     }
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/Context.h>
 
 #include <mutex>
+#include <string>
 
 #include "program.h"
 
@@ -22,8 +23,9 @@ class Float32Products {
 
  private:
     std::unique_lock<std::recursive_mutex> lock_;
-    bool medium_ = false, set_matrices_ = false, set_convolutions_ = false, rounds_ = false;
-    at::Float32Precision convolutions_{}, recurrent_{};
+    bool set_matrices_ = false, set_convolutions_ = false, rounds_ = false;
+    std::string name_;  // of the old setting of matrix products
+    at::Float32Precision matrices_{}, convolutions_{}, recurrent_{};
 };
 
 }  // namespace flatcore
