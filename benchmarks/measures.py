@@ -44,8 +44,8 @@ threads_option = click.option("--threads", default=2, show_default=True, help="t
 clock_option = click.option(
     "--processor-time",
     "clock",
-    flag_value=time.process_time,
-    default=time.perf_counter,
+    is_flag=True,
+    callback=lambda context, option, asked: time.process_time if asked else time.perf_counter,
     help="Not the clock's time: for one thread where other work runs.",
 )
 
