@@ -131,8 +131,8 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "minimum_sharpness": Entry(
         "minimum sharpness",
-        "least trace over all scalings of layers",
-        lambda o, seed: minimum_sharpness(o, rtol=_RTOL, seed=seed),
+        "least trace of the Gauss-Newton matrix, which rounding and noise leave positive, over all scalings of layers",
+        lambda o, seed: minimum_sharpness(o, curvature="ggn", rtol=_RTOL, seed=seed),
     ),
     "adaptive_sharpness_average": Entry(
         "average adaptive sharpness, rho = 0.1",
