@@ -45,13 +45,17 @@ class Directions:
         return [slice(a, b) for a, b in pairwise(bounds)]
 
     def run(
-        self, K: int, whole: Callable[[list[slice]], _Result], release: Callable[[], bool], examples: int
+        self,
+        K: int,
+        whole: Callable[[list[slice]], _Result],
+        release: Callable[[], bool],
+        examples: Sequence[int],
     ) -> _Result:
         """whole(pieces); where the device has no memory left for it, again without what is held for speed, then
         with half as many directions at once.
 
         release() gives back some of the former and says whether there was any. Raises torch.OutOfMemoryError with a
-        sentence where not even one direction fits. ``examples``: of the largest batch.
+        sentence where not even one direction fits. ``examples``: of each batch.
         """
         while True:
             try:
@@ -67,7 +71,7 @@ class Directions:
             if at_once > 1:
                 self._most = at_once // 2
             else:
-                raise torch.OutOfMemoryError(self._sentence(needed, examples)) from failure
+                raise torch.OutOfMemoryError(self._sentence(needed, max(examples))) from failure
 
     def _sentence(self, needed: int, examples: int) -> str:
         free = free_bytes(self.device)

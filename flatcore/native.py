@@ -181,8 +181,8 @@ class NativeBackend:
     def _run(
         self, mode: Mode, precision: Precision, K: int, all_batches: Callable[[list[slice]], _Result]
     ) -> _Result:
-        largest = max(self.objective.data.examples)
-        return self._directions_of(mode, precision).run(K, all_batches, self._release, largest)
+        examples = self.objective.data.examples
+        return self._directions_of(mode, precision).run(K, all_batches, self._release, examples)
 
     def _release(self) -> bool:
         """Gives back what is held between products for speed: first the recorded products, then the states, which are

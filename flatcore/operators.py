@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 _DENSE_BLOCK = 64
 
 
+@contextlib.contextmanager
+def _full_precision_on(device: torch.device) -> Iterator[None]:
+    with full_precision(), engine.Float32Products(str(device)):
+        yield
+
+
 class Operator:
     """What Hessian, GGN and GradientCovariance have in common.
 
@@ -114,11 +120,9 @@ class Operator:
         with self._full_precision(), torch.inference_mode(False):
             return backend_for(self.objective, self.mode).quadratic_form(self.mode, V, at, self.precision)
 
-    @contextlib.contextmanager
-    def _full_precision(self) -> Iterator[None]:
+    def _full_precision(self) -> contextlib.AbstractContextManager[None]:
         """What the engine rounds it rounds itself; nothing else may, in autocast or by TF32."""
-        with full_precision(), engine.Float32Products(str(self.device)):
-            yield
+        return full_precision() if self.device.type == "cpu" else _full_precision_on(self.device)
 
     def example_sweeps(self, diagonal: bool = False) -> OperatorSweeps | str:
         """What `trace` and `diagonal` use where the loss is a sum over examples; a sentence that says why it is not

@@ -41,15 +41,15 @@ class Device:
 
 def test_half_as_many_until_it_works() -> None:
     directions, device = Directions([lambda K: K], 100, CPU), Device(room=3)
-    assert directions.run(16, device.run, device.release, 8) == 16
+    assert directions.run(16, device.run, device.release, [8]) == 16
     assert device.widths == [16, 8, 4, 2]
-    assert directions.run(16, device.run, device.release, 8) == 16  # known from now on
+    assert directions.run(16, device.run, device.release, [8]) == 16  # known from now on
     assert device.widths == [16, 8, 4, 2, 2]
 
 
 def test_held_memory_goes_first() -> None:
     directions, device = Directions([lambda K: K], 100, CPU), Device(room=4, held=1)
-    assert directions.run(4, device.run, device.release, 8) == 4
+    assert directions.run(4, device.run, device.release, [8]) == 4
     assert device.widths == [4, 4]
 
 
@@ -60,7 +60,7 @@ def test_not_even_one() -> None:
         match=r"^cpu: out of memory for a product with one direction, whose buffers take 1048576.0 GiB while .* are "
         r"free; batches of about 1 examples instead of 8 would fit",
     ):
-        directions.run(4, device.run, device.release, 8)
+        directions.run(4, device.run, device.release, [8])
 
 
 def test_a_product_finishes_with_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
