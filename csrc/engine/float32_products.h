@@ -13,7 +13,9 @@ namespace flatcore {
 
 // torch's settings belong to the process (its guard for one thread, NoTF32Guard, is not asked by cuBLASLt,
 // nor by autograd's threads). So products of several threads are started one after another, and work that
-// another thread starts meanwhile may be rounded as this product asks. On the CPU nothing changes.
+// another thread starts meanwhile may be rounded as this product asks. They are put back to the same values;
+// what followed torch's default is set explicitly from then on, as torch has no way to unset it. On the CPU
+// nothing changes.
 class Float32Products {
  public:
     Float32Products(const at::Device& device, Precision precision);
