@@ -75,16 +75,23 @@ class Graphs:
         self.bytes = 0
 
     def run(
-        self, key: Hashable, launch: Launch, V: Tensor, Y: Tensor, accumulate: bool, size: int = 0
+        self,
+        key: Hashable,
+        launch: Launch,
+        V: Tensor,
+        Y: Tensor,
+        accumulate: bool,
+        size: int = 0,
+        room: int = 0,
     ) -> None:
-        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds ``size`` bytes for it. ``key`` stands for all else
-        that the work depends on.
+        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds ``size`` bytes for it, recorded where that is no more
+        than ``room``. ``key`` stands for all else that the work depends on.
 
         The first product of a key is launched as it is: many are never repeated. So is one that cannot be recorded.
         """
         key = (key, V.shape[0])
         with self._lock:
-            recorded = self._found(key, launch, V, size)
+            recorded = self._found(key, launch, V, size, size <= room)
             if recorded is not None:
                 self._replay(recorded, V, Y, accumulate)
                 return
@@ -95,14 +102,14 @@ class Graphs:
         else:
             launch(V, Y)
 
-    def _found(self, key: Hashable, launch: Launch, V: Tensor, size: int) -> _Recorded | None:
+    def _found(self, key: Hashable, launch: Launch, V: Tensor, size: int, fits: bool) -> _Recorded | None:
         if key in self._refused:
             return None
         if key not in self._recorded:
             self._add(key, None)
             return None
         self._recorded.move_to_end(key)
-        return self._recorded[key] or self._record(key, launch, V, size)
+        return self._recorded[key] or (self._record(key, launch, V, size) if fits else None)
 
     def _replay(self, recorded: _Recorded, V: Tensor, Y: Tensor, accumulate: bool) -> None:
         stream = torch.cuda.current_stream(V.device) if V.is_cuda else None

@@ -157,26 +157,23 @@ class NativeBackend:
         def launch(rows: Tensor, into: Tensor) -> None:
             state.product(rows, into, mode, False, batch.examples, examples, precision)
 
-        graphs = self._graphs_of(state, batch, V, mode, precision)
+        graphs = self._graphs_of(state, batch, V)
         if graphs is None:
             state.product(V, Y, mode, accumulate, batch.examples, examples, precision)
         else:
             size = self._directions_of(mode, precision).peak(V.shape[0])
-            graphs.run((mode, precision), launch, V, Y, accumulate, size)
+            recorded = sum(other.bytes for _, other in list(self._graphs.values()))
+            room = self.objective.budget.states - self._held - recorded
+            graphs.run((mode, precision), launch, V, Y, accumulate, size, room)
 
-    def _graphs_of(
-        self, state: engine.Linearization, batch: WeightedBatch, V: Tensor, mode: Mode, precision: Precision
-    ) -> Graphs | None:
-        """Where products of this state are recorded; None where that does not pay or does not fit beside the states."""
+    def _graphs_of(self, state: engine.Linearization, batch: WeightedBatch, V: Tensor) -> Graphs | None:
+        """Where products of this state are recorded; None where that does not pay."""
         if not pays(V) or self.external or self._states.get(batch.index) is not state:
             return None
         held = self._graphs.get(batch.index)
         if held is None or held[0] is not state:
             held = self._graphs[batch.index] = (state, Graphs(V.device))
-        recorded = sum(graphs.bytes for _, graphs in list(self._graphs.values()))
-        more = self._directions_of(mode, precision).peak(V.shape[0])
-        fits = self._held + recorded + more <= self.objective.budget.states
-        return held[1] if fits or held[1].bytes else None
+        return held[1]
 
     def _run(
         self, mode: Mode, precision: Precision, K: int, all_batches: Callable[[list[slice]], _Result]

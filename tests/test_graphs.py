@@ -82,3 +82,13 @@ def test_the_oldest_go() -> None:
 
 def test_not_on_the_cpu() -> None:
     assert not pays(torch.ones(1, 1))
+
+
+def test_only_what_there_is_room_for() -> None:
+    recorder = Recorder()
+    graphs = Graphs(CPU, recorder)
+    V, Y = torch.ones(1, 2), torch.empty(1, 2)
+    for room in (7, 7, 7, 8, 8, 0):
+        graphs.run("product", lambda rows, into: into.copy_(3 * rows), V, Y, False, 8, room)
+        assert torch.equal(Y, 3 * V)
+    assert (recorder.captured, recorder.replayed, graphs.bytes) == (1, 3, 8)
