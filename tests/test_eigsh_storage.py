@@ -58,6 +58,15 @@ def test_same_answer(
     np.testing.assert_allclose(found_values, true_values, rtol=0, atol=2 * tol * norm)
 
 
+@pytest.mark.parametrize("seed", [1, 5, 11, 36, 55, 83, 90])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_residuals_hardly_small_enough(dtype: torch.dtype, seed: int) -> None:
+    """Pairs just below tol go on with the others: a rotation among them would lift one of them above it again."""
+    A = with_spectrum(OUTLIERS, dtype)
+    found = eigsh(A, 4, which="BE", tol=1e-4, block_size=1, storage="float16", seed=seed)
+    assert found.status == "converged"
+
+
 def test_full_and_file_agree_to_rounding() -> None:
     A = with_spectrum(OUTLIERS)
     full, file = (eigsh(A, 6, tol=1e-9, storage=storage) for storage in ("full", "file"))

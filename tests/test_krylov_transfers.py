@@ -30,10 +30,10 @@ class Counted:
         return [int(n) for n in np.diff(self.at_products)]
 
 
-@pytest.mark.parametrize(("storage", "most"), [("full", 2), ("file", 2), ("float16", 3), ("bf16", 3)])
+@pytest.mark.parametrize("storage", ["full", "file", "float16", "bf16"])
 @pytest.mark.parametrize("block", [1, 3])
-def test_a_lanczos_step(storage: str, most: int, block: int) -> None:
-    """Two: what each of the two projections found. A third: the errors of rows that were rounded."""
+def test_a_lanczos_step(storage: str, block: int) -> None:
+    """One: what both projections found, and the errors of rows that were rounded."""
     counted = Counted()
     operator = as_operator(counted)
     basis = allocate_basis(operator, 4, block, 0, 1e-2, None, storage)
@@ -53,13 +53,11 @@ def test_a_lanczos_step(storage: str, most: int, block: int) -> None:
         file=basis.file,
     )
     solver.start(torch.empty(0, 400, dtype=torch.float64))
-    counts = []
     for _ in range(12):
         before = _C.krylov.fetches()
         assert solver.step()
         solver.look()
-        counts.append(_C.krylov.fetches() - before)
-    assert counts[-1] == max(counts) == most  # the first rows are kept in full precision everywhere
+        assert _C.krylov.fetches() - before == 1
 
 
 def test_a_step_of_probes() -> None:

@@ -67,13 +67,13 @@ at::Tensor TensorBasis::put(int64_t first, const Block& X) {
     const int64_t h = head_.size(0), n = X.size(0), above = std::clamp<int64_t>(h - first, 0, n);
     if (above > 0) head_.narrow(0, first, above).copy_(X.narrow(0, 0, above));
     const bool rounded = rounding() > 0.0;
-    const at::Tensor errors = rounded ? at::zeros({n}, X.options().dtype(at::kDouble)) : at::Tensor();
+    const at::Tensor errors = rounded ? at::zeros({1, n}, X.options().dtype(at::kDouble)) : at::Tensor();
     for (int64_t i = above; i < n; ++i) {
         at::Tensor row = tail_.select(0, first + i - h);
         if (rounded) {
             row.copy_(X.select(0, i).mul(scale_));
             const at::Tensor error = row.to(X.options()).div_(scale_).sub_(X.select(0, i));
-            errors.select(0, i).copy_(at::linalg_vector_norm(error));
+            errors.select(1, i).copy_(at::linalg_vector_norm(error));
         } else {
             row.copy_(X.select(0, i));
             rest(first + i, 1, 0, X.size(1));
@@ -87,7 +87,7 @@ std::vector<double> TensorBasis::store(int64_t first, const Block& X) {
     if (!errors.defined()) return {};
     // The head rounds nothing.
     if (first + X.size(0) <= head_.size(0)) return std::vector<double>(static_cast<size_t>(X.size(0)), 0.0);
-    return to_matrix(errors.unsqueeze(0)).data;
+    return to_matrix(errors).data;
 }
 
 void TensorBasis::for_each_panel(int64_t first, int64_t m,
@@ -103,13 +103,18 @@ void TensorBasis::for_each_panel(int64_t first, int64_t m,
     rest(first + above, m - above, 0, P);
 }
 
-krylov::Projection TensorBasis::project(const Block& W, int64_t m) const {
+krylov::ProjectionThere<at::Tensor> TensorBasis::project_there(const Block& W, int64_t m) const {
     const at::Tensor inside = at::zeros({m, W.size(0)}, W.options().dtype(at::kDouble));
     for_each_panel(0, m, [&](const at::Tensor& V, int64_t row, int64_t column) {
         inside.narrow(0, row, V.size(0)).add_(inner_products(V, narrow_columns(W, column, V.size(1))));
     });
     if (inside.numel() > 0) update_by(W, inside.t().to(W.options()).contiguous(), m);
-    std::vector<Matrix> found = fetch({inside, inner_products(W, W)});
+    return {inside, inner_products(W, W)};
+}
+
+krylov::Projection TensorBasis::project(const Block& W, int64_t m) const {
+    const auto there = project_there(W, m);
+    std::vector<Matrix> found = fetch({there.inside, there.gram});
     return {std::move(found[0]), std::move(found[1])};
 }
 

@@ -17,6 +17,7 @@ class TensorBasis {
  public:
     using Block = at::Tensor;
     using Matrix = krylov::Matrix;
+    using Numbers = at::Tensor;  // a matrix of float64 where the vectors are, until it is fetched
 
     // head (h, P), with h >= 0, has the precision and device of all blocks. `scale`: stored is a row times
     // it. `mapped`: the file that the tail lies in, if it does.
@@ -27,15 +28,15 @@ class TensorBasis {
     double rounding() const;
     Block load(int64_t first, int64_t n) const;
     std::vector<double> store(int64_t first, const Block& X);
+    // The lengths of the errors, (1, n); undefined where nothing is rounded.
+    Numbers put(int64_t first, const Block& X);
     krylov::Projection project(const Block& W, int64_t m) const;
+    krylov::ProjectionThere<Numbers> project_there(const Block& W, int64_t m) const;
     void update(Block& W, const Matrix& B, int64_t m) const;
     void combine_into(Block X, const Matrix& B, int64_t m) const;
     std::vector<double> rotate(int64_t first, int64_t m, const Matrix& B);
 
  private:
-    // The lengths of the errors, (n,) in float64 and where the vectors are; undefined where nothing is
-    // rounded.
-    at::Tensor put(int64_t first, const Block& X);
     // The basis' first m rows part by part, in full precision: (rows, first row, first column).
     void for_each_panel(int64_t first, int64_t m,
                         const std::function<void(const at::Tensor&, int64_t, int64_t)>& use) const;

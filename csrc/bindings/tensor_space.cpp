@@ -1,7 +1,10 @@
 #include "tensor_space.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -82,6 +85,15 @@ krylov::Projection TensorSpace::project(const Block& X, const Block& Y) const {
     update(X, inside, Y);
     std::vector<Matrix> found = fetch({inside, gram_there(X, X)});
     return {std::move(found[0]), std::move(found[1])};
+}
+
+krylov::CholeskyRows<at::Tensor, at::Tensor> TensorSpace::cholesky_rows(const Block& X,
+                                                                        const Numbers& gram) const {
+    // Of these none waits for a device, nor looks at what it finds.
+    const Numbers factor = std::get<0>(at::linalg_cholesky_ex(gram));
+    const Numbers identity = at::eye(gram.size(0), gram.options());
+    const Numbers inverse = at::linalg_solve_triangular(factor, identity, /*upper=*/false);
+    return {combine(inverse.to(options_).contiguous(), X), factor};
 }
 
 std::vector<double> TensorSpace::lengths(const Block& X) const {

@@ -44,6 +44,7 @@ class TensorSpace {
     std::vector<Matrix> fetch(const std::vector<Numbers>& numbers) const { return flatcore::fetch(numbers); }
     Matrix gram(const Block& X, const Block& Y) const { return to_matrix(gram_there(X, Y)); }
     krylov::Projection project(const Block& X, const Block& Y) const;
+    krylov::CholeskyRows<Block, Numbers> cholesky_rows(const Block& X, const Numbers& gram) const;
     std::vector<double> lengths(const Block& X) const;
     // B from the host, or as Numbers.
     at::Tensor place(const Matrix& B) const { return to_tensor(B, options_); }

@@ -28,25 +28,29 @@
 //     rows(X, first, n)         n consecutive rows, sharing memory
 //     select(X, i), scatter(X, i, Y), assign(X, Y)     X[i] as new rows; X[i] = Y; X = Y
 //     apply(X)                  X A
+//     Numbers                   a small matrix where the vectors are, which the host does not know yet
 //     gram(X, Y), lengths(X)    X Yᵀ, on the host; the lengths of the rows
 //     project(X, Y)             X -= (X Yᵀ) Y; X Yᵀ and then X Xᵀ, on the host
 //     update(X, B, Y)           X -= B Y
 //     combine_into(X, B, Y)     X = B Y
 //     rotate(X, B)              the first rows of X become B X, in place
+//     cholesky_rows(X, G)       L⁻¹ X and L, G = L Lᵀ = X Xᵀ as Numbers; anything where there is no such L
+//     fetch(numbers)            the matrices on the host, all of them at once
 //     eigh(T)                   all eigenpairs of a small symmetric matrix
 // and its Basis holds V and Q, maybe rounded, maybe elsewhere:
 //     capacity(), rounding()    rows; the relative error of a stored row, 0 if there is none
 //     load(first, n)            rows in full precision, maybe sharing memory
 //     store(first, X)           rounds X into the rows from `first`; the errors' lengths
+//     put(first, X)             the same, as Numbers
 //     project(W, m)             W -= (W Vᵀ) V; V Wᵀ and then W Wᵀ, on the host; V the first m rows
+//     project_there(W, m)       the same, as Numbers
 //     update(W, B, m), combine_into(X, B, m)     W -= B V; X = B V
 //     rotate(first, m, B)       the rows from `first` become B V, V the m rows from `first`; the errors'
 //     lengths
 //
 // Ledger of one step with q rows, m the basis with them: q operator applications; words moved 4 m P for the
 // two projections (each reads V twice) and about 16 q P for the block itself. Memory: the basis and 4 q P.
-// Where vectors are on a device, the host waits for it twice, for what `project` returns, and once more for
-// the errors of rows that were rounded; what goes the other way, two factors of q x q, nobody waits for.
+// Where vectors are on a device, the host waits for it once (outside.h).
 #pragma once
 
 #include <algorithm>
@@ -57,6 +61,7 @@
 #include <vector>
 
 #include "factorisation.h"
+#include "outside.h"
 #include "rayleigh_ritz.h"
 
 namespace flatcore::krylov {
@@ -108,7 +113,7 @@ class BlockLanczos {
         const int64_t old = s_.m;
         s_.m += q;
         s_.q = 0;
-        Outside next = outside(std::move(W));
+        Outside<Block> next = outside(std::move(W));
         grow_projected(next.inside, old);
         s_.C = Matrix(s_.m, 0);
         s_.slack.resize(static_cast<size_t>(s_.m), 0.0);
@@ -156,49 +161,29 @@ class BlockLanczos {
     }
 
  private:
-    // A unit row that a repeated projection shortens to less than this was rounding noise within the basis.
-    static constexpr double kLostLength = 0.1;
-
-    // W = insideᵀ V + coefficients rows.
-    struct Outside {
-        Matrix inside;
-        Block rows;
-        Matrix coefficients;
-    };
-
-    // Two projections, each followed by an orthonormalisation, keep V Vᵀ = I to rounding (Barlow and
-    // Smoktunowicz, "Reorthogonalized block classical Gram-Schmidt", Numer. Math. 123 (2013) 395-423).
-    Outside outside(Block W) {
-        Projection once = basis_.project(W, s_.m);
-        Matrix H = std::move(once.inside);
-        if (!all_finite(H)) throw OperatorError(kNotFinite);
-        for (int64_t j = 0; j < H.cols; ++j) s_.scale = std::max(s_.scale, column_norm(H, j));
-        // What is shorter than the rounding of A Q is no direction. Keeping such a row would be harmless (it
-        // acts as a random one), dividing by it unchecked would not.
-        Orthonormal<Block> first =
-            orthonormalise(space_, std::move(W), std::move(once.gram), 8.0 * space_.epsilon() * s_.scale);
-        Projection twice = basis_.project(first.rows, s_.m);
-        add(H, multiply(twice.inside, transpose(first.factor)));
-        Orthonormal<Block> second =
-            orthonormalise(space_, std::move(first.rows), std::move(twice.gram), kLostLength);
-        Matrix B = multiply(first.factor, second.factor);
-        for (int64_t j = 0; j < B.rows; ++j) s_.scale = std::max(s_.scale, column_norm(transpose(B), j));
-        return {std::move(H), std::move(second.rows), std::move(B)};
+    Outside<Block> outside(Block W) {
+        return OutsideOfBasis<Space>(space_, basis_, s_.m, s_.scale).of(std::move(W));
     }
 
     // The rows `sources` of V get the coefficients.
-    void next_from(Outside next, const std::vector<int64_t>& sources) {
+    void next_from(const Outside<Block>& next, const std::vector<int64_t>& sources) {
         const int64_t r = std::min(space_.count(next.rows), space_.dimension() - s_.m);
         Matrix C(s_.m, r);
         for (size_t i = 0; i < sources.size(); ++i)
             for (int64_t j = 0; j < r; ++j) C(sources[i], j) = next.coefficients(static_cast<int64_t>(i), j);
-        put_next(space_.rows(next.rows, 0, r), std::move(C));
+        if (next.stored)
+            take_next(r, next.errors, std::move(C));
+        else
+            put_next(space_.rows(next.rows, 0, r), std::move(C));
+    }
+
+    void put_next(const Block& Q, Matrix C) {
+        take_next(space_.count(Q), basis_.store(s_.m, Q), std::move(C));
     }
 
     // C Q = C Q' + C (Q - Q') with Q' as stored: the last term counts to E.
-    void put_next(const Block& Q, Matrix C) {
-        const std::vector<double> errors = basis_.store(s_.m, Q);
-        s_.q = space_.count(Q);
+    void take_next(int64_t rows, const std::vector<double>& errors, Matrix C) {
+        s_.q = rows;
         s_.C = std::move(C);
         if (!errors.empty()) s_.add_slack(row_lengths(s_.C, errors));
     }

@@ -226,9 +226,12 @@ class EigenSolver {
         pairs.values.resize(static_cast<size_t>(kept));
         pairs.norms.resize(static_cast<size_t>(kept));
         pairs.rows = space_.rows(pairs.rows, 0, kept);
+        // What is left out of a residual that is hardly small enough, a rotation among the pairs may make too
+        // large.
+        const double share = fresh ? 1.0 : 0.7;
         std::vector<int64_t> going_on;
         for (int64_t i = 0; i < std::min(kept, options_.k); ++i)
-            if (!converged(pairs.norms[static_cast<size_t>(i)]) &&
+            if (!converged(pairs.norms[static_cast<size_t>(i)] / share) &&
                 static_cast<int64_t>(going_on.size()) < std::max<int64_t>(1, widest - random))
                 going_on.push_back(i);
         const auto active = static_cast<int64_t>(going_on.size());

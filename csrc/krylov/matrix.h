@@ -90,6 +90,20 @@ struct Projection {
     Matrix gram;
 };
 
+// The same, not yet known on the host.
+template <class Numbers>
+struct ProjectionThere {
+    Numbers inside;
+    Numbers gram;
+};
+
+// X = factor rows with a lower triangular factor.
+template <class Block, class Numbers>
+struct CholeskyRows {
+    Block rows;
+    Numbers factor;
+};
+
 // a = vectors diag(values) vectorsᵀ, values ascending.
 struct Spectral {
     std::vector<double> values;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -19,12 +20,14 @@ struct PivotedCholesky {
     Matrix lower;
 };
 
+// A pivot below this share of its row's own squared length is not divided by.
+inline constexpr double kShare = 0.01;
+
 // Stops before a pivot <= `least` and before one that is below a hundredth of its row's own squared length:
 // the error of Q = lower⁻¹ W is eps times the condition of the Gram matrix, so this costs at most two digits,
 // which the second pass over the block recovers (Cholesky-QR applied twice), and never divides by rounding
 // noise.
 inline PivotedCholesky pivoted_cholesky(const Matrix& gram, double least) {
-    constexpr double kShare = 0.01;
     const int64_t n = gram.rows;
     std::vector<int64_t> order(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(i)] = i;
@@ -61,6 +64,26 @@ inline PivotedCholesky pivoted_cholesky(const Matrix& gram, double least) {
         for (int64_t j = 0; j <= i; ++j)
             result.lower(i, j) = factor(result.picked[static_cast<size_t>(i)], j);
     return result;
+}
+
+// Are all rows longer than `drop` and longer than a tenth outside of the rows before them? Then the plain
+// Cholesky factor of their Gram matrix is as good as the pivoted one.
+inline bool resolved(const Matrix& gram, double drop) {
+    if (!all_finite(gram)) return false;
+    const int64_t n = gram.rows;
+    Matrix factor(n, n);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j <= i; ++j) {
+            double sum = gram(i, j);
+            for (int64_t l = 0; l < j; ++l) sum -= factor(i, l) * factor(j, l);
+            if (i > j)
+                factor(i, j) = sum / factor(j, j);
+            else if (sum > drop * drop && sum >= kShare * gram(i, i))
+                factor(i, i) = std::sqrt(sum);
+            else
+                return false;
+        }
+    return true;
 }
 
 inline Matrix inverse_lower(const Matrix& lower) {
