@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from untouched import one_thread, untouched
 
 import flatcore as fc
 from flatcore.errors import FlatcoreWarning
+from flatcore.objective import _compared
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,3 +300,19 @@ def test_the_state_is_kept_between_products(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_compiled_module_counts_as_the_module_inside() -> None:
     model, loss, batches = build("mlp-ce")
     assert fc.Objective(torch.compile(model), loss, batches).model is model
+
+
+@pytest.mark.parametrize("piece", [1 << 23, 0], ids=["in one piece", "one by one"])
+def test_parameters_compared_without_waiting(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: any entry of any tensor counts, of a transposed or an empty one too, and NaN agrees with nothing."""
+    monkeypatch.setattr("flatcore.objective._ONE_PIECE", piece)
+    before = [torch.arange(6.0).reshape(2, 3), torch.arange(4.0), torch.empty(0), torch.tensor(1.0)]
+    now = [before[0].T.contiguous().T, *(t.clone() for t in before[1:])]
+    assert bool(_compared(list(zip(before, now, strict=True))))
+    for t in (now[0], now[1], now[3]):
+        for i in np.ndindex(*t.shape):
+            old = t[i].clone()
+            for other in (old + 1, math.nan):
+                t[i] = other
+                assert not bool(_compared(list(zip(before, now, strict=True))))
+            t[i] = old
