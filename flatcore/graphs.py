@@ -86,8 +86,8 @@ class Graphs:
         size: int = 0,
         room: float = math.inf,
     ) -> None:
-        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds ``size`` bytes for it, recorded where that, with a copy
-        of V and Y, is no more than ``room``. ``key`` stands for all else that the work depends on.
+        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds ``size`` bytes for it. It is recorded where these and
+        copies of V and Y take no more than ``room``. ``key`` stands for all else that the work depends on.
 
         The first product of a key is launched as it is: many are never repeated. So is one that cannot be recorded.
         """

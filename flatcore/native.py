@@ -178,8 +178,13 @@ class NativeBackend:
     def _run(
         self, mode: Mode, precision: Precision, K: int, all_batches: Callable[[list[slice]], _Result]
     ) -> _Result:
-        examples = self.objective.data.examples
-        return self._directions_of(mode, precision).run(K, all_batches, self._release, examples)
+        return self.within_memory(self._directions_of(mode, precision), K, all_batches)
+
+    def within_memory(
+        self, directions: Directions, K: int, all_batches: Callable[[list[slice]], _Result]
+    ) -> _Result:
+        """all_batches(pieces) of K directions; from its beginning again, with less, where memory runs out."""
+        return directions.run(K, all_batches, self._release, self.objective.data.examples)
 
     def _release(self) -> bool:
         """Gives back what is held between products for speed: first the recorded products, then the states, which are
