@@ -240,7 +240,7 @@ class ExampleSweeps:
                 state = self._kept[2]
             else:
                 self._kept = None
-                with plain_torch():
+                with plain_torch(self._objective.layout.device):
                     state = self._linearize(batch, compiled, at)
                 self._kept = (at, batch.index, state)
             with full_precision():

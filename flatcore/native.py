@@ -73,7 +73,7 @@ class NativeBackend:
         self._directions: dict[tuple[Mode, Precision], Directions] = {}
         self._mixes: str | None = None  # not tried yet
         self.sweeps: object = None  # set by flatcore.example_sweeps
-        with plain_torch():
+        with plain_torch(self.objective.layout.device):
             for batch in objective.batches():
                 key = key_of(batch.batch)
                 self._keys.append(key)
@@ -113,7 +113,7 @@ class NativeBackend:
         """
         parameters = self.objective.snapshot().values
         seen = set()
-        with plain_torch(), torch.no_grad():
+        with plain_torch(self.objective.layout.device), torch.no_grad():
             for batch, key in zip(self.objective.batches(), self._keys, strict=True):
                 if key in seen or batch.examples < 2:
                     continue
@@ -317,7 +317,7 @@ class NativeBackend:
         for batch in self.objective.batches():
             state = states.get(batch.index)
             if state is None:
-                with plain_torch():
+                with plain_torch(self.objective.layout.device):
                     state, size = self._linearize(batch, snapshot)
                     checks.check_finite_loss(state.loss, batch.index)
                     fits = self._keeps_states and self._held + size <= self.objective.budget.states
