@@ -53,7 +53,7 @@ class AutogradBackend:
             warnings.warn(message, FlatcoreWarning, stacklevel=4)
         objective = self.objective
         Y.zero_()
-        with plain_torch():
+        with plain_torch(objective.layout.device):
             V = V.clone() if V.is_inference() else V
             for batch in objective.batches():
                 evaluation, theta = self._evaluate(batch.batch, batch.index, at)
@@ -78,7 +78,7 @@ class AutogradBackend:
     def gradient(self, at: Snapshot) -> Tensor:
         """Gradient of the objective, (P,)."""
         objective = self.objective
-        with plain_torch():
+        with plain_torch(objective.layout.device):
             total = torch.zeros(
                 objective.layout.size, dtype=objective.layout.dtype, device=objective.layout.device
             )
@@ -127,7 +127,7 @@ class AutogradBackend:
         """One product, counted."""
         layout, at = self.objective.layout, self.objective.snapshot()
         V = torch.ones((directions, layout.size), dtype=layout.dtype, device=layout.device)
-        with plain_torch(), cost:
+        with plain_torch(layout.device), cost:
             evaluation, theta = self._evaluate(batch.batch, batch.index, at)
             if mode == "covariance" and self._one_by_one(evaluation, batch, at):
                 self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V), at)

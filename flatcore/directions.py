@@ -1,4 +1,4 @@
-"""How many directions a product takes at once: as many as the budget holds, fewer where memory runs out."""
+"""How many directions a product or a sweep takes at once: as many as the budget holds, fewer where memory runs out."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ _Result = TypeVar("_Result")
 
 @dataclass
 class Directions:
-    """The directions of one kind of product.
+    """The directions of one kind of product, or of what else takes many at once.
 
     peaks: for each program, the bytes that the buffers of a product with K directions hold.
     limit: the budget's bytes for them.
+    work: its name in a sentence.
+    least: directions that must go together, where there are that many.
     """
 
     peaks: Sequence[Callable[[int], int]]
     limit: int
     device: torch.device
+    work: str = "a product"
+    least: int = 1
     _most: int = field(default=0, init=False)
 
     @property
@@ -39,8 +43,8 @@ class Directions:
         return max(peak(K) for peak in self.peaks)
 
     def pieces(self, K: int) -> list[slice]:
-        """K directions in as few, nearly equal pieces as fit."""
-        count = -(-K // self.most)
+        """K directions in as few, nearly equal pieces as fit; of ``least`` at least, and then perhaps one too many."""
+        count = min(-(-K // self.most), max(K // self.least, 1))
         bounds = [K * i // count for i in range(count + 1)]
         return [slice(a, b) for a, b in pairwise(bounds)]
 
@@ -55,26 +59,25 @@ class Directions:
         with half as many directions at once.
 
         release() gives back some of the former and says whether there was any. Raises torch.OutOfMemoryError with a
-        sentence where not even one direction fits. ``examples``: of each batch.
+        sentence where not even ``least`` directions fit. ``examples``: of each batch.
         """
         while True:
+            pieces = self.pieces(K)
             try:
-                return whole(self.pieces(K))
+                return whole(pieces)
             except torch.OutOfMemoryError as error:
-                at_once = min(self.most, K)
-                needed = self.peak(1)
+                at_once = max(piece.stop - piece.start for piece in pieces)
                 failure = error.with_traceback(None)  # the frames of the failed product hold its buffers
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if release():
                 continue
-            if at_once > 1:
-                self._most = at_once // 2
-            else:
-                raise torch.OutOfMemoryError(self._sentence(needed, max(examples))) from failure
+            if at_once // 2 < self.least:
+                raise torch.OutOfMemoryError(self._sentence(at_once, max(examples))) from failure
+            self._most = min(self.most, at_once // 2)  # another thread may have gone further
 
-    def _sentence(self, needed: int, examples: int) -> str:
-        free = free_bytes(self.device)
+    def _sentence(self, K: int, examples: int) -> str:
+        needed, free = self.peak(K), free_bytes(self.device)
         fitting = max(1, int(examples * 0.8 * free / max(needed, 1)))
         advice = (
             f"batches of about {fitting} examples instead of {examples} would fit"
@@ -82,8 +85,8 @@ class Directions:
             else "free memory on the device, or pass smaller batches"
         )
         return (
-            f"{self.device}: out of memory for a product with one direction, whose buffers take {readable(needed)} "
-            f"while {readable(free)} are free; {advice}"
+            f"{self.device}: out of memory for {self.work} with {'one direction' if K == 1 else f'{K} directions'}, "
+            f"whose buffers take {readable(needed)} while {readable(free)} are free; {advice}"
         )
 
     def _fitting(self) -> int:

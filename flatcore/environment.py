@@ -11,6 +11,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from flatcore._C import engine
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -48,6 +50,15 @@ def full_precision() -> Iterator[None]:
         torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
     ):
         yield
+
+
+def full_float32(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Float32 multiplied on a GPU without rounding to TF32, whatever torch is set to; on the CPU nothing is entered.
+
+    The settings are the process' own, so other threads that change them wait. Who takes ONE_AT_A_TIME as well takes it
+    before.
+    """
+    return engine.Float32Products(str(device)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from flatcore.capture.batch import flatten_batch, split_batch
 from flatcore.data import Batch, preserved_random_state
-from flatcore.environment import full_precision
+from flatcore.environment import full_float32, full_precision
 
 _Result = TypeVar("_Result")
 
@@ -274,14 +274,15 @@ def once_differentiable(run: Callable[[], _Result]) -> _Result:
 
 
 @contextlib.contextmanager
-def plain_torch() -> Iterator[None]:
-    """Autograd on, autocast off, attention in its twice differentiable form, random generators set back
-    afterwards."""
+def plain_torch(device: torch.device) -> Iterator[None]:
+    """For evaluations on a device: autograd on, autocast and TF32 off, attention in its twice differentiable form,
+    random generators set back afterwards."""
     with (
         preserved_random_state(),
         torch.inference_mode(False),
         torch.enable_grad(),
         full_precision(),
+        full_float32(device),
         sdpa_kernel(SDPBackend.MATH),
     ):
         yield

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flatcore._C import engine
 from flatcore.capture import ProbedProgram
+from flatcore.vectors import Layout
 
 
 class Outputs:
@@ -16,9 +17,10 @@ class Outputs:
     """
 
     def __init__(
-        self, program: ProbedProgram, state: engine.Linearization, examples: int, dtype: torch.dtype
+        self, program: ProbedProgram, state: engine.Linearization, examples: int, layout: Layout
     ) -> None:
-        self._state, self._examples, self._dtype = state, examples, dtype
+        self._state, self._examples = state, examples
+        self._dtype, self._device = layout.dtype, layout.device
         self._loss = program.cross_entropy
         self._number = program.ops.index(self._loss) if self._loss is not None else -1
         # Of no use: what is the same for all probes, and targets of negative weight, whose S_n has no real root.
@@ -48,11 +50,8 @@ class Outputs:
                 apart[row, :, :, row] = each[:, row].transpose(0, 1)
             return [(1.0, apart.reshape(outputs, *self._shape).to(self._dtype))]
         outputs = torch.Size(self._shape).numel() // self._examples
-        columns = (
-            torch.eye(outputs, dtype=self._dtype, device="cpu")
-            .unsqueeze(1)
-            .expand(outputs, self._examples, outputs)
-        )
+        columns = torch.eye(outputs, dtype=self._dtype, device=self._device).unsqueeze(1)
+        columns = columns.expand(outputs, self._examples, outputs)
         curvature = self._state.cut_curvature(columns.reshape(outputs, *self._shape).contiguous())
         S = curvature.reshape(outputs, self._examples, outputs).permute(1, 0, 2).double()
         values, vectors = torch.linalg.eigh((S + S.mT) / 2)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from flatcore.autograd import Mode
 from flatcore.backend import native_backend
 from flatcore.capture import ProbedProgram, probe
 from flatcore.compiled import engine_program
+from flatcore.directions import Directions
 from flatcore.environment import full_precision
 from flatcore.errors import NotSeparable
 from flatcore.evaluate import plain_torch
@@ -34,7 +35,7 @@ _MOST_OUTPUTS = 256
 
 @dataclass(frozen=True)
 class Samples:
-    """Sums over all examples, in all and for each parameter: entry 0 is the total, entry 1 + i parameter i.
+    """Sums over all examples, in all and for each parameter: entry 0 is the total, entry 1 + i parameter i. On the CPU.
 
     mean: of K probes. variance: of that mean, from the spread of each example's K values. fourth: the sum of the
     squares of what variance adds up, which tells how many terms make it. diagonal and its variance: (P,) or None.
@@ -76,6 +77,7 @@ class ExampleSweeps:
         if any(len(c.program.cut) == 1 for c in self._compiled.values()) and (reason := native.mixing()):
             raise NotSeparable(reason)
         self._kept: tuple[Snapshot, int, engine.Linearization] | None = None
+        self._directions_of: dict[tuple[SweepMode, int], Directions] = {}
 
     def product_flops(self, mode: Mode) -> float:
         """Of a product with one vector."""
@@ -136,7 +138,6 @@ class ExampleSweeps:
         *,
         relative: bool = False,
         diagonal: bool = False,
-        note: Callable[[int], None] = lambda examples: None,
     ) -> Samples:
         """K >= 2 probes, numbers first to first + K - 1, of every example. The same for a seed however the data are cut
         into batches.
@@ -144,69 +145,77 @@ class ExampleSweeps:
         relative: probes W A with random signs A, for weights with one use alone, whose mean is
         sum_ss' <w_s, w_s'> tr H_ss' for the rows w_s of each weight (Petzka et al. 2021).
         """
-        totals = self._zeros(3, 1 + len(self.probed))
-        P = self._objective.layout.size
-        diag = self._zeros(P) if diagonal else None
-        spread = self._zeros(P) if diagonal else None
-        for batch, first_example, state, compiled in self._states(at):
-            sums = self._zeros(K, len(compiled.program.probed), batch.examples)
-            pieces = [(0, K)] if diagonal else self._pieces(compiled, mode, K)
-            outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout.dtype)
-            by_outputs = mode == "ggn" and self.outputs_are_apart and not (relative or diagonal)
-            for begin, end in pieces:
-                if (
-                    by_outputs
-                    and (drawn := outputs.sampled(seed, first + begin, end - begin, first_example))
-                    is not None
-                ):
-                    state.output_pass(outputs.value, drawn, sums[begin:end])
-                    continue
-                state.example_pass(
-                    mode, sums[begin:end], seed, first + begin, first_example, relative, diag, spread
-                )
-            values = self._by_name(sums, compiled)
-            mean = values.mean(0)
-            variance = (values - mean).square_().sum(0) / (K * (K - 1))
-            totals[0] += mean.sum(1)
-            totals[1] += variance.sum(1)
-            totals[2] += variance.square().sum(1)
-            note(first_example + batch.examples)
-        return Samples(totals[0], totals[1], totals[2], K, diag, spread)
+        by_outputs = mode == "ggn" and self.outputs_are_apart and not (relative or diagonal)
+
+        def all_batches(pieces: list[slice]) -> Samples:
+            totals = self._zeros(3, 1 + len(self.probed))
+            # The mean of the diagonal, and its variance.
+            entries = list(self._zeros(2, self._objective.layout.size)) if diagonal else []
+            for batch, first_example, state, compiled in self._states(at):
+                sums = self._zeros(K, len(compiled.program.probed), batch.examples)
+                outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout)
+                for piece in pieces:
+                    number, count = first + piece.start, piece.stop - piece.start
+                    drawn = outputs.sampled(seed, number, count, first_example) if by_outputs else None
+                    if drawn is not None:
+                        state.output_pass(outputs.value, drawn, sums[piece])
+                        continue
+                    part = [torch.zeros_like(entry) for entry in entries]
+                    state.example_pass(mode, sums[piece], seed, number, first_example, relative, *part)
+                    for power, (entry, of_piece) in enumerate(zip(entries, part, strict=True), 1):
+                        entry.add_(of_piece, alpha=(count / K) ** power)
+                values = self._by_name(sums, compiled)
+                mean = values.mean(0)
+                variance = (values - mean).square_().sum(0) / (K * (K - 1))
+                totals[0] += mean.sum(1)
+                totals[1] += variance.sum(1)
+                totals[2] += variance.square().sum(1)
+            mean, variance, fourth = totals.cpu()
+            return Samples(mean, variance, fourth, K, *(entry.cpu() for entry in entries))
+
+        return self._native.within_memory(self._directions(mode, 2 if diagonal else 1), K, all_batches)
 
     def exact_ggn(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
-        """tr G as `Samples.mean` holds it, and diag G (P,): one sweep for each output of an example.
+        """tr G as `Samples.mean` holds it, and diag G (P,), on the CPU: one sweep for each output of an example.
 
         With S_n = sum_j s_nj a_nj a_njᵀ the loss' second derivative in the outputs of example n, s_nj its signs,
         tr G is the sum of the s_nj |J_nᵀ a_nj|².
         """
-        totals = self._zeros(1 + len(self.probed))
-        diag = self._zeros(self._objective.layout.size) if diagonal else None
-        for batch, _, state, compiled in self._states(at):
-            outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout.dtype)
-            for sign, cotangents in outputs.factors():
-                sums = self._zeros(len(cotangents), len(compiled.program.probed), batch.examples)
-                part = None if diag is None else torch.zeros_like(diag)
-                for begin, end in self._pieces(compiled, "ggn", len(cotangents)):
-                    state.output_pass(
-                        outputs.value, cotangents[begin:end].contiguous(), sums[begin:end], part
-                    )
-                totals += sign * self._by_name(sums, compiled).sum((0, 2))
-                if diag is not None and part is not None:
-                    diag += sign * part
-        return totals, diag
+        directions = self._directions("ggn")
+
+        def all_batches(pieces: list[slice]) -> tuple[Tensor, Tensor | None]:
+            totals = self._zeros(1 + len(self.probed))
+            diag = self._zeros(self._objective.layout.size) if diagonal else None
+            for batch, _, state, compiled in self._states(at):
+                outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout)
+                for sign, cotangents in outputs.factors():
+                    sums = self._zeros(len(cotangents), len(compiled.program.probed), batch.examples)
+                    part = None if diag is None else torch.zeros_like(diag)
+                    for piece in directions.pieces(len(cotangents)):
+                        state.output_pass(outputs.value, cotangents[piece].contiguous(), sums[piece], part)
+                    totals += sign * self._by_name(sums, compiled).sum((0, 2))
+                    if diag is not None and part is not None:
+                        diag += sign * part
+            return totals.cpu(), None if diag is None else diag.cpu()
+
+        return self._native.within_memory(directions, self.outputs, all_batches)
 
     def exact_covariance(self, at: Snapshot, *, diagonal: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The trace of (1/N) sum_n g_n g_nᵀ, not centred, and its diagonal: one sweep."""
-        totals = self._zeros(1 + len(self.probed))
-        diag = self._zeros(self._objective.layout.size) if diagonal else None
-        for batch, _, state, compiled in self._states(at):
-            cut = compiled.program.cut[0]
-            adjoint = state.adjoint(cut).unsqueeze(0).contiguous()
-            sums = self._zeros(1, len(compiled.program.probed), batch.examples)
-            state.output_pass(cut, adjoint, sums, diag)
-            totals += self._by_name(sums, compiled).sum((0, 2))
+        """The trace of (1/N) sum_n g_n g_nᵀ, not centred, and its diagonal, in the same form: one sweep."""
         N = self._objective.examples
-        return totals * N, None if diag is None else diag * N
+
+        def all_batches(pieces: list[slice]) -> tuple[Tensor, Tensor | None]:
+            totals = self._zeros(1 + len(self.probed))
+            diag = self._zeros(self._objective.layout.size) if diagonal else None
+            for batch, _, state, compiled in self._states(at):
+                cut = compiled.program.cut[0]
+                adjoint = state.adjoint(cut).unsqueeze(0).contiguous()
+                sums = self._zeros(1, len(compiled.program.probed), batch.examples)
+                state.output_pass(cut, adjoint, sums, diag)
+                totals += self._by_name(sums, compiled).sum((0, 2))
+            return totals.cpu() * N, None if diag is None else diag.cpu() * N
+
+        return self._native.within_memory(self._directions("ggn"), 1, all_batches)
 
     def release(self) -> None:
         """Gives back what is held between two sweeps."""
@@ -231,7 +240,7 @@ class ExampleSweeps:
                 state = self._kept[2]
             else:
                 self._kept = None
-                with plain_torch():
+                with plain_torch(self._objective.layout.device):
                     state = self._linearize(batch, compiled, at)
                 self._kept = (at, batch.index, state)
             with full_precision():
@@ -251,22 +260,21 @@ class ExampleSweeps:
         """Sums are kept in double."""
         return torch.zeros(shape, dtype=torch.float64, device=self._objective.layout.device)
 
-    def _pieces(self, compiled: _Compiled, mode: SweepMode, K: int) -> list[tuple[int, int]]:
-        """K directions in as few pieces as the memory budget allows."""
-        budget, itemsize = self._objective.budget.directions, self._objective.layout.dtype.itemsize
-        held = sum(
-            compiled.program.values[op.output].numel
-            for op in compiled.program.ops
-            if op.kind.startswith("probe_")
-        )
+    def _directions(self, mode: SweepMode, least: int = 1) -> Directions:
+        if (mode, least) not in self._directions_of:
+            peaks = [partial(self._peak, compiled, mode) for compiled in self._compiled.values()]
+            limit, device = self._objective.budget.directions, self._objective.layout.device
+            self._directions_of[mode, least] = Directions(
+                peaks, limit, device, "a sweep over the examples", least
+            )
+        return self._directions_of[mode, least]
 
-        def fits(k: int) -> bool:
-            return compiled.engine.peak_bytes(mode, k, itemsize) + k * held * itemsize <= budget
-
-        most = next((k for k in range(K, 1, -1) if fits(k)), 1)
-        count = -(-K // most)
-        bounds = [K * i // count for i in range(count + 1)]
-        return list(pairwise(bounds))
+    def _peak(self, compiled: _Compiled, mode: SweepMode, K: int) -> int:
+        """Bytes of a sweep's buffers, what the probes put in among them."""
+        itemsize = self._objective.layout.dtype.itemsize
+        values, ops = compiled.program.values, compiled.program.ops
+        held = sum(values[op.output].numel for op in ops if op.kind.startswith("probe_"))
+        return compiled.engine.peak_bytes(mode, K, itemsize) + K * held * itemsize
 
 
 def sweeps_for(objective: Objective, at: Snapshot) -> ExampleSweeps | str:
@@ -315,7 +323,7 @@ class OperatorSweeps:
         if self._kind == "covariance":
             totals, diagonal = self._sweeps.exact_covariance(self._at, diagonal=self._diagonal)
             if self.mean_gradient is not None:
-                square = self.mean_gradient().double().square()
+                square = self.mean_gradient().cpu().double().square()
                 slices = self._sweeps.slices
                 totals -= torch.stack([square.sum(), *(square[slices[name]].sum() for name in self.probed)])
                 diagonal = None if diagonal is None else diagonal - square

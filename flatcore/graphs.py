@@ -7,6 +7,7 @@ costs nothing beside the launches while both are small; larger products are laun
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -58,12 +59,13 @@ class _Recorded:
     V: Tensor
     Y: Tensor
     replay: Callable[[], None]
+    bytes: int
 
 
 class Graphs:
     """The recorded products of one state of a model. For threads and streams of any number: one replay after another.
 
-    bytes: what the recorded products hold, as ``run`` was told.
+    bytes: what those that are recorded now hold, their vectors and results with what ``run`` was told.
     """
 
     def __init__(self, device: torch.device, capture: Capture = cuda_graph) -> None:
@@ -82,16 +84,16 @@ class Graphs:
         Y: Tensor,
         accumulate: bool,
         size: int = 0,
-        room: int = 0,
+        room: float = math.inf,
     ) -> None:
-        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds ``size`` bytes for it, recorded where that is no more
-        than ``room``. ``key`` stands for all else that the work depends on.
+        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds ``size`` bytes for it. It is recorded where these and
+        copies of V and Y take no more than ``room``. ``key`` stands for all else that the work depends on.
 
         The first product of a key is launched as it is: many are never repeated. So is one that cannot be recorded.
         """
         key = (key, V.shape[0])
         with self._lock:
-            recorded = self._found(key, launch, V, size, size <= room)
+            recorded = self._found(key, launch, V, size + 2 * V.numel() * V.element_size(), room)
             if recorded is not None:
                 self._replay(recorded, V, Y, accumulate)
                 return
@@ -102,14 +104,14 @@ class Graphs:
         else:
             launch(V, Y)
 
-    def _found(self, key: Hashable, launch: Launch, V: Tensor, size: int, fits: bool) -> _Recorded | None:
+    def _found(self, key: Hashable, launch: Launch, V: Tensor, size: int, room: float) -> _Recorded | None:
         if key in self._refused:
             return None
         if key not in self._recorded:
             self._add(key, None)
             return None
         self._recorded.move_to_end(key)
-        return self._recorded[key] or (self._record(key, launch, V, size) if fits else None)
+        return self._recorded[key] or (self._record(key, launch, V, size) if size <= room else None)
 
     def _replay(self, recorded: _Recorded, V: Tensor, Y: Tensor, accumulate: bool) -> None:
         stream = torch.cuda.current_stream(V.device) if V.is_cuda else None
@@ -138,9 +140,8 @@ class Graphs:
             self._refused.add(key)
             self._recorded.pop(key)
             return None
-        recorded = _Recorded(into, out, replay)
+        recorded = _Recorded(into, out, replay, size)
         self._add(key, recorded)
-        self.bytes += size
         return recorded
 
     def _add(self, key: Hashable, recorded: _Recorded | None) -> None:
@@ -148,6 +149,7 @@ class Graphs:
         self._recorded.move_to_end(key)
         while len(self._recorded) > MOST_GRAPHS:
             self._recorded.popitem(last=False)
+        self.bytes = sum(one.bytes for one in self._recorded.values() if one is not None)
 
 
 def pays(V: Tensor) -> bool:

@@ -73,7 +73,7 @@ class NativeBackend:
         self._directions: dict[tuple[Mode, Precision], Directions] = {}
         self._mixes: str | None = None  # not tried yet
         self.sweeps: object = None  # set by flatcore.example_sweeps
-        with plain_torch():
+        with plain_torch(self.objective.layout.device):
             for batch in objective.batches():
                 key = key_of(batch.batch)
                 self._keys.append(key)
@@ -113,7 +113,7 @@ class NativeBackend:
         """
         parameters = self.objective.snapshot().values
         seen = set()
-        with plain_torch(), torch.no_grad():
+        with plain_torch(self.objective.layout.device), torch.no_grad():
             for batch, key in zip(self.objective.batches(), self._keys, strict=True):
                 if key in seen or batch.examples < 2:
                     continue
@@ -178,8 +178,13 @@ class NativeBackend:
     def _run(
         self, mode: Mode, precision: Precision, K: int, all_batches: Callable[[list[slice]], _Result]
     ) -> _Result:
-        examples = self.objective.data.examples
-        return self._directions_of(mode, precision).run(K, all_batches, self._release, examples)
+        return self.within_memory(self._directions_of(mode, precision), K, all_batches)
+
+    def within_memory(
+        self, directions: Directions, K: int, all_batches: Callable[[list[slice]], _Result]
+    ) -> _Result:
+        """all_batches(pieces) of K directions; from its beginning again, with less, where memory runs out."""
+        return directions.run(K, all_batches, self._release, self.objective.data.examples)
 
     def _release(self) -> bool:
         """Gives back what is held between products for speed: first the recorded products, then the states, which are
@@ -312,7 +317,7 @@ class NativeBackend:
         for batch in self.objective.batches():
             state = states.get(batch.index)
             if state is None:
-                with plain_torch():
+                with plain_torch(self.objective.layout.device):
                     state, size = self._linearize(batch, snapshot)
                     checks.check_finite_loss(state.loss, batch.index)
                     fits = self._keeps_states and self._held + size <= self.objective.budget.states

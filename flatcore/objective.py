@@ -173,7 +173,7 @@ class Objective:
         known."""
         snapshot = self.snapshot()
         if self._loss is None or self._loss[0] is not snapshot:
-            with plain_torch(), torch.no_grad():
+            with plain_torch(self.layout.device), torch.no_grad():
                 total = sum(
                     b.weight * float(self._evaluated(b.batch, snapshot.values, b.index).loss)
                     for b in self.batches()
@@ -248,7 +248,7 @@ class Objective:
         """Evaluates and checks every batch: what it counts, and the loss."""
         values = snapshot.values
         losses, normalisers = [], []
-        with plain_torch(), torch.no_grad():
+        with plain_torch(self.layout.device), torch.no_grad():
             for index, batch in enumerate(self.data):
                 result = checks.evaluate(self.evaluate.guarded, batch, values, index, twice=False)
                 checks.check_unchanged(result)

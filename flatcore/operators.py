@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,7 +13,7 @@ from flatcore import checks
 from flatcore._C import engine
 from flatcore.autograd import Mode
 from flatcore.backend import backend_for
-from flatcore.environment import exclusive, full_precision
+from flatcore.environment import exclusive, full_float32, full_precision
 from flatcore.example_sweeps import OperatorSweeps, sweeps_for
 from flatcore.linear import check_count, check_seed
 from flatcore.memory import free_bytes
@@ -32,12 +30,6 @@ if TYPE_CHECKING:
 
 # Columns of the identity that go through at once in to_dense.
 _DENSE_BLOCK = 64
-
-
-@contextlib.contextmanager
-def _full_precision_on(device: torch.device) -> Iterator[None]:
-    with full_precision(), engine.Float32Products(str(device)):
-        yield
 
 
 class Operator:
@@ -95,7 +87,7 @@ class Operator:
             Y = torch.empty_like(V, memory_format=torch.contiguous_format)
             engine.use_large_pages(Y)
         if V.shape[0]:
-            with self._full_precision():
+            with full_precision():
                 backend_for(self.objective, self.mode).product(self.mode, V, Y, at, self.precision)
         return Y
 
@@ -117,12 +109,8 @@ class Operator:
     def _quadratic_form(self, V: Tensor, at: Snapshot) -> Tensor:
         if not V.shape[0]:
             return torch.zeros(0, dtype=torch.float64, device="cpu")
-        with self._full_precision(), torch.inference_mode(False):
+        with full_precision(), torch.inference_mode(False):
             return backend_for(self.objective, self.mode).quadratic_form(self.mode, V, at, self.precision)
-
-    def _full_precision(self) -> contextlib.AbstractContextManager[None]:
-        """What the engine rounds it rounds itself; nothing else may, in autocast or by TF32."""
-        return full_precision() if self.device.type == "cpu" else _full_precision_on(self.device)
 
     def example_sweeps(self, diagonal: bool = False) -> OperatorSweeps | str:
         """What `trace` and `diagonal` use where the loss is a sum over examples; a sentence that says why it is not
@@ -262,8 +250,8 @@ class GradientCovariance(Operator):
         self._check_examples()  # the model's mode may be another one than at first
         Y = super()._product(V, at)
         if self.centered:
-            with self._full_precision():
-                g = self._mean_gradient(at)
+            g = self._mean_gradient(at)
+            with full_precision(), full_float32(self.device):
                 Y.addr_(V @ g, g, alpha=-1)
         return Y
 
@@ -271,8 +259,9 @@ class GradientCovariance(Operator):
         self._check_examples()
         q = super()._quadratic_form(V, at)
         if self.centered:
-            with self._full_precision():
-                q -= (V @ self._mean_gradient(at)).double().cpu().square()
+            g = self._mean_gradient(at)
+            with full_precision(), full_float32(self.device):
+                q -= (V @ g).double().cpu().square()
         return q
 
     def example_sweeps(self, diagonal: bool = False) -> OperatorSweeps | str:
@@ -288,5 +277,6 @@ class GradientCovariance(Operator):
 
     def _mean_gradient(self, at: Snapshot) -> Tensor:
         if self._mean is None or self._mean[0] is not at:
-            self._mean = (at, backend_for(self.objective, self.mode).gradient(at))
+            with full_precision():
+                self._mean = (at, backend_for(self.objective, self.mode).gradient(at))
         return self._mean[1]

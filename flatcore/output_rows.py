@@ -75,7 +75,7 @@ class OutputRows:
         """
         most, largest, units, passes = 0, 0, 0, 0.0
         examples = self._objective.examples
-        with plain_torch(), _differentiable():
+        with plain_torch(self._objective.layout.device), _differentiable():
             for batch in self._objective.batches():
                 outputs = self._evaluate(batch.batch, batch.index)
                 size = sum(part.numel() for part in outputs.z)
@@ -89,7 +89,7 @@ class OutputRows:
     def units(self) -> Iterator[Unit]:
         """All rows in order; to be exhausted, since the random generators are set back at the end."""
         first = 0
-        with plain_torch(), _differentiable():
+        with plain_torch(self._objective.layout.device), _differentiable():
             for batch in self._objective.batches():
                 outputs = self._evaluate(batch.batch, batch.index)
                 count = self._parts(batch, outputs)

@@ -85,7 +85,7 @@ def test_no_tensor_of_queries_by_keys(frozen: bool) -> None:
 
 def test_both_forms_of_attention_agree() -> None:
     model, (x, _) = Attention(causal).double(), batch(9)
-    with plain_torch(), torch.no_grad():
+    with plain_torch(torch.device("cpu")), torch.no_grad():
         expected = model(x)
         assert torch.allclose(once_differentiable(lambda: model(x)), expected, rtol=EXACT, atol=EXACT)
 

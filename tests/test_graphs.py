@@ -1,12 +1,16 @@
 """Recorded products: what is copied where, and when a product is recorded. A recorder on the CPU stands in for CUDA."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import flatcore as fc
+from flatcore.backend import backend_for
 from flatcore.graphs import MOST_GRAPHS, Graphs, pays
+from flatcore.native import NativeBackend
 
 CPU = torch.device("cpu")
 
@@ -88,7 +92,78 @@ def test_only_what_there_is_room_for() -> None:
     recorder = Recorder()
     graphs = Graphs(CPU, recorder)
     V, Y = torch.ones(1, 2), torch.empty(1, 2)
-    for room in (7, 7, 7, 8, 8, 0):
+    size = 8 + 2 * 8  # of the work, and of the copies of V and Y
+    for room in (size - 1, size - 1, size - 1, size, size, 0):
         graphs.run("product", lambda rows, into: into.copy_(3 * rows), V, Y, False, 8, room)
         assert torch.equal(Y, 3 * V)
-    assert (recorder.captured, recorder.replayed, graphs.bytes) == (1, 3, 8)
+    assert (recorder.captured, recorder.replayed, graphs.bytes) == (1, 3, size)
+
+
+def test_bytes_are_those_of_what_is_alive() -> None:
+    """Product K holds K bytes and copies of V and Y, K floats each. Every third one cannot be recorded."""
+
+    class Replay:
+        def __init__(self, work: Callable[[], None], K: int) -> None:
+            self.work, self.bytes = work, K + 2 * 4 * K
+
+        def __call__(self) -> None:
+            self.work()
+
+    alive: weakref.WeakSet[Replay] = weakref.WeakSet()
+    K = 0
+
+    def capture(work: Callable[[], None], device: torch.device) -> Replay:
+        replay = Replay(work, K)
+        alive.add(replay)
+        if K % 3 == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return replay
+
+    graphs = Graphs(CPU, capture)
+    most = 0
+    for K in range(1, 2 * MOST_GRAPHS):
+        for _ in range(3):
+            V, Y = torch.ones(K, 1), torch.empty(K, 1)
+            graphs.run("product", lambda rows, into: into.copy_(3 * rows), V, Y, False, K)
+            assert torch.equal(Y, 3 * V)
+            assert graphs.bytes == sum(replay.bytes for replay in alive)
+            most = max(most, len(alive))
+    assert most == MOST_GRAPHS
+
+
+def test_bytes_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those given up, where memory runs out or the parameters change, leave nothing in the account."""
+    monkeypatch.setattr("flatcore.native.pays", lambda V: True)
+    monkeypatch.setattr("flatcore.native.Graphs", lambda device: Graphs(device, Recorder()))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = [(torch.randn(n, 3, dtype=torch.float64), torch.randint(2, (n,))) for n in (5, 6)]
+    objective = fc.Objective(model, nn.CrossEntropyLoss(), data)
+    H, G = fc.Hessian(objective), fc.GGN(objective)
+    backend = backend_for(objective, "hessian")
+    assert isinstance(backend, NativeBackend)
+
+    def recorded() -> int:
+        return sum(graphs.bytes for _, graphs in backend._graphs.values())
+
+    def held(A: fc.Hessian | fc.GGN, K: int) -> int:
+        """A product of either batch with K directions, with copies of V and Y."""
+        return 2 * (backend._directions_of(A.mode, "full").peak(K) + 2 * K * A.shape[0] * 8)
+
+    expected = 0
+    for A, K in ((H, 1), (H, 3), (G, 3)):
+        V = torch.randn(A.shape[0], K, dtype=torch.float64)
+        product = A @ V
+        for _ in range(3):
+            assert torch.equal(A @ V, product)
+        expected += held(A, K)
+        assert recorded() == expected
+    assert backend._release()
+    assert recorded() == 0
+    V = torch.randn(H.shape[0], 2, dtype=torch.float64)
+    for _ in range(3):
+        H @ V
+    assert recorded() == held(H, 2)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    H @ V
+    assert recorded() == 0

@@ -48,7 +48,7 @@ PYTHON_LAYERS = {
 PYTHON_ALLOWED = {
     "extension": set(),
     "start": {"extension"},
-    "foundation": {"foundation"},
+    "foundation": {"foundation", "extension"},
     "capture": {"capture", "foundation"},
     "objective": {"objective", "capture", "foundation"},
     "operators": {"operators", "objective", "capture", "foundation", "extension"},

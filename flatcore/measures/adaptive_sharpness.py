@@ -55,7 +55,7 @@ def adaptive_sharpness_average(
     w = flat_parameters(objective)
     scale = w.abs() if adaptive else torch.ones_like(w)
     loss, total = Errors(objective, "loss"), torch.zeros(count, dtype=torch.float64)
-    with plain_torch(), torch.no_grad():
+    with plain_torch(objective.layout.device), torch.no_grad():
         for batch in objective.batches():
 
             def rows(number: int = batch.index) -> Iterator[Tensor]:
@@ -104,7 +104,7 @@ def adaptive_sharpness_worst(
     rho, norm, steps = check_positive("rho", rho, 0.1), _checked_norm(norm), check_count("steps", steps, 1)
     w = flat_parameters(objective)
     scale = w.abs() if adaptive else None
-    with plain_torch():
+    with plain_torch(objective.layout.device):
         rises = {
             batch.index: (batch.weight, auto_pgd(objective, batch, w, scale, rho, norm, steps))
             for batch in objective.batches()

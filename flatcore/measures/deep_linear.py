@@ -228,7 +228,7 @@ def _regression(objective: Objective) -> tuple[list[Tensor], list[Tensor], list[
     inputs, residuals, examples, factors = [], [], [], []
     values = objective.snapshot().values
     loose = 1e-10 if objective.layout.dtype == torch.float64 else 1e-4
-    with plain_torch():
+    with plain_torch(objective.layout.device):
         for batch in objective.batches():
             args, kwargs, _ = split_batch(batch.batch)
             if len(args) != 1 or kwargs or not torch.is_tensor(args[0]) or not args[0].is_floating_point():

@@ -28,7 +28,7 @@ def sign_sums(objective: Objective, seed: int, first: int, count: int) -> Tensor
     mean = torch.zeros(size, dtype=torch.float64, device=device)
     totals = torch.zeros(count, dtype=torch.float64)
     generators = [noise_generator(seed, first + k, torch.device("cpu")) for k in range(count)]
-    with plain_torch():
+    with plain_torch(objective.layout.device):
         for batch in objective.batches():
             gradient = _contributions(objective, batch, snapshot)
             mean += gradient(torch.ones(batch.examples))

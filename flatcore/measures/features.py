@@ -60,7 +60,7 @@ def evaluated(
     """
     snapshot = objective.snapshot()
     values = dict(snapshot.values)
-    with plain_torch(), torch.set_grad_enabled(differentiable is not None):
+    with plain_torch(objective.layout.device), torch.set_grad_enabled(differentiable is not None):
         if differentiable is not None:
             values[differentiable] = values[differentiable].detach().requires_grad_()
         for batch in objective.batches():
@@ -145,7 +145,7 @@ def in_order_of_use(objective: Objective, layers: Sequence[Layer]) -> list[Layer
 
     handles = [layer.module.register_forward_pre_hook(note(layer.path)) for layer in layers]
     try:
-        with plain_torch(), torch.no_grad():
+        with plain_torch(objective.layout.device), torch.no_grad():
             values, batch = objective.snapshot().values, next(objective.batches())
             checks.evaluate(objective.evaluate, batch.batch, values, batch.index, twice=False)
     finally:

@@ -38,7 +38,7 @@ def kfac_eigenvalues(objective: Objective) -> dict[str, Tensor]:
     _check(objective, layers)
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     values = objective.snapshot().values
-    with plain_torch():
+    with plain_torch(objective.layout.device):
         for batch in objective.batches():
             for path, a, d, rows in _factors(objective, batch, values, layers):
                 before = sums.get(path)

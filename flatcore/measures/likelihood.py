@@ -27,7 +27,7 @@ def coefficient(objective: Objective, noise_variance: float) -> float:
     """
     values = objective.snapshot().values
     found = []
-    with plain_torch():
+    with plain_torch(objective.layout.device):
         for batch in objective.batches():
             evaluation = objective.evaluate(batch.batch, values)
             call = evaluation.call
@@ -98,7 +98,7 @@ def with_sampled_targets(objective: Objective, noise_variance: float, seed: int)
     values = objective.snapshot().values
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    with plain_torch():
+    with plain_torch(objective.layout.device):
         for batch in objective.batches():
             evaluation = objective.evaluate(batch.batch, values)
             batches.append(_replaced(batch.batch, _sampled(evaluation, noise_variance, generator)))

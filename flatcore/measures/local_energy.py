@@ -71,7 +71,7 @@ def local_energy(
     signs = (1, -1) if antithetic else (1,)
     sums = torch.zeros(len(sigmas), draws, len(signs), dtype=torch.float64)
     base = count = 0.0
-    with plain_torch(), torch.no_grad():
+    with plain_torch(objective.layout.device), torch.no_grad():
         for batch in objective.batches():
             rows = _rows(w, sigmas, draws, signs, seed, noise)
             results = evaluate_rows(objective, errors, batch, rows)

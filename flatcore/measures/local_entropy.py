@@ -85,7 +85,7 @@ def local_entropy(
     means, errors, mixed = torch.zeros_like(t), torch.zeros_like(t), torch.zeros_like(t)
     chain = Chain(objective, gamma, beta, seed, adjusted=method == "mala", delta=delta)
     sums: dict[str, Tensor] = {}
-    with plain_torch():
+    with plain_torch(objective.layout.device):
         for k, s in enumerate(nodes.tolist()):
             last = k == _INTERVALS
             samples = chain.run(s, steps, vectors=last)

@@ -51,7 +51,7 @@ def lpf(objective: Objective, sigma: float = 0.01, *, draws: int = 100, seed: in
             generator = noise_generator(seed, draw, w.device)
             yield w + sigma * torch.randn(w.shape, dtype=w.dtype, device=w.device, generator=generator)
 
-    with plain_torch(), torch.no_grad():
+    with plain_torch(objective.layout.device), torch.no_grad():
         for batch in objective.batches():
             values = evaluate_rows(objective, Errors(objective, "loss"), batch, rows())
             total += torch.tensor([value for value, _ in values], dtype=torch.float64)

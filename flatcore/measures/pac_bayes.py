@@ -91,7 +91,7 @@ def pac_bayes_sigma(
                 wrong, examples = wrong + total, examples + number
         return wrong / examples
 
-    with plain_torch(), torch.no_grad():
+    with plain_torch(objective.layout.device), torch.no_grad():
         base, sigma, change, tried = mean_error(0.0), upper, math.nan, 0
         for tried in range(1, steps + 1):  # noqa: B007
             sigma = (lower + upper) / 2

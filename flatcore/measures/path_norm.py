@@ -79,7 +79,7 @@ def path_norm(objective: Objective) -> Measure:
             "the model itself"
         )
     checks.check_batch_statistics(objective.model)
-    with plain_torch(), torch.no_grad():
+    with plain_torch(objective.layout.device), torch.no_grad():
         model = copy.deepcopy(objective.model)
         _square(model)
         args, kwargs, _ = split_batch(next(iter(objective.batches())).batch)

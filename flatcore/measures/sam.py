@@ -61,7 +61,7 @@ def _one_step(objective: Objective, rho: float, eta: float | None, by_batch: boo
     w = flat_parameters(objective)
     T = None if eta is None else _scales(objective, eta)
     rises: list[float] = []
-    with plain_torch():
+    with plain_torch(objective.layout.device):
         if by_batch:
             for batch in objective.batches():
                 base, g = batch_gradient(objective, batch, w)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flatcore.environment import full_float32
 from flatcore.evaluate import plain_torch
 from flatcore.objective import Objective
 
@@ -23,7 +24,7 @@ class AutogradLoop:
         self._split = objective.layout.split
         self._leaves = {name: p.detach().clone().requires_grad_() for name, p in objective.parameters.items()}
         self._gradients: list[tuple[Tensor, ...]] = []
-        with plain_torch():
+        with plain_torch(objective.layout.device):
             for batch in objective.batches():
                 loss = batch.weight * objective.evaluate(batch.batch, self._leaves).loss
                 leaves = tuple(self._leaves.values())
@@ -33,7 +34,8 @@ class AutogradLoop:
 
     def __matmul__(self, V: Tensor) -> Tensor:
         """Of shape (P, K) for V of that shape."""
-        return torch.stack([self._product(column) for column in V.T], dim=1)
+        with full_float32(self.device):
+            return torch.stack([self._product(column) for column in V.T], dim=1)
 
     def _product(self, v: Tensor) -> Tensor:
         total = torch.zeros_like(v)

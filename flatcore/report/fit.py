@@ -42,7 +42,7 @@ def _accuracy(objective: Objective) -> float | None:
     if isinstance(objective.loss_function, ModelLoss):
         return None
     correct = labels = 0
-    with plain_torch(), torch.no_grad():
+    with plain_torch(objective.layout.device), torch.no_grad():
         for batch in objective.batches():
             target = split_batch(batch.batch)[2]
             run = partial(objective.evaluate, batch.batch, objective.parameters)
