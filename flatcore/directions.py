@@ -15,6 +15,9 @@ from flatcore.memory import free_bytes, readable
 _Result = TypeVar("_Result")
 
 
+_RELEASES = 2  # recorded products, states
+
+
 @dataclass
 class Directions:
     """The directions of one kind of product, or of what else takes many at once.
@@ -61,6 +64,7 @@ class Directions:
         release() gives back some of the former and says whether there was any. Raises torch.OutOfMemoryError with a
         sentence where not even ``least`` directions fit. ``examples``: of each batch.
         """
+        released = 0
         while True:
             pieces = self.pieces(K)
             try:
@@ -70,8 +74,11 @@ class Directions:
                 failure = error.with_traceback(None)  # the frames of the failed product hold its buffers
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if release():
+            # Work that is done again may hold such things again: they do not go on being given back for ever.
+            released += 1
+            if released <= _RELEASES and release():
                 continue
+            released = 0
             if at_once // 2 < self.least:
                 raise torch.OutOfMemoryError(self._sentence(at_once, max(examples))) from failure
             self._most = min(self.most, at_once // 2)  # another thread may have gone further

@@ -189,8 +189,9 @@ class NativeBackend:
     def _release(self) -> bool:
         """Gives back what is held between products for speed: first the recorded products, then the states, which are
         not held again. Was there anything?"""
-        if self._graphs:
-            self._graphs = {}
+        recorded = sum(graphs.bytes for _, graphs in self._graphs.values())
+        self._graphs = {}
+        if recorded:
             return True
         held, self._keeps_states = self._keeps_states, False
         self._states, self._held = {}, 0

@@ -71,6 +71,13 @@ def test_held_memory_goes_first() -> None:
     assert device.widths == [4, 4]
 
 
+def test_what_is_held_again_is_not_released_for_ever() -> None:
+    """A product that is done again may record what was given back for it."""
+    directions, device = Directions([lambda K: K], 100, CPU), Device(room=1)
+    assert directions.run(4, device.run, lambda: True, [8]) == 4
+    assert device.widths == [4, 4, 4, 2, 2, 2, 1]
+
+
 def test_not_even_one() -> None:
     directions, device = Directions([lambda K: 1 << 50], 100, CPU), Device(room=0)
     with pytest.raises(
