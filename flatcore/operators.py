@@ -15,7 +15,7 @@ from flatcore import checks
 from flatcore._C import engine
 from flatcore.autograd import Mode
 from flatcore.backend import backend_for
-from flatcore.environment import exclusive, full_precision
+from flatcore.environment import ONE_AT_A_TIME, exclusive, full_precision
 from flatcore.example_sweeps import OperatorSweeps, sweeps_for
 from flatcore.linear import check_count, check_seed
 from flatcore.memory import free_bytes
@@ -36,7 +36,9 @@ _DENSE_BLOCK = 64
 
 @contextlib.contextmanager
 def _full_precision_on(device: torch.device) -> Iterator[None]:
-    with full_precision(), engine.Float32Products(str(device)):
+    # Both are locks, taken by every thread in this order: a measure that holds the first asks for the second, and a
+    # product asks for the first for its states.
+    with ONE_AT_A_TIME, full_precision(), engine.Float32Products(str(device)):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from flatcore._C import engine
+from flatcore.environment import ONE_AT_A_TIME
+from flatcore.operators import _full_precision_on
 
 MATMUL, CONV, RNN = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
 
@@ -60,3 +63,28 @@ def test_nothing_on_the_cpu() -> None:
     before = settings()
     with engine.Float32Products("cpu", "tf32"):
         assert settings() == before
+
+
+def test_a_product_and_a_measure_do_not_wait_for_each_other() -> None:
+    """A product asks for the settings and then for its states, a measure the other way round."""
+    done = []
+
+    def product() -> None:
+        with _full_precision_on(torch.device("cuda")):
+            began.set()
+            with ONE_AT_A_TIME:
+                done.append("product")
+
+    def measure() -> None:
+        with ONE_AT_A_TIME:
+            threads[1].start()
+            began.wait(0.5)  # until it has the settings, if it takes them first
+            with engine.Float32Products("cuda"):
+                done.append("measure")
+
+    began = threading.Event()
+    threads = [threading.Thread(target=work, daemon=True) for work in (measure, product)]
+    threads[0].start()
+    threads[0].join(10)
+    threads[1].join(10)
+    assert done == ["measure", "product"]
