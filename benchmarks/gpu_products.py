@@ -68,13 +68,17 @@ class Process:
         """Also where it has ended."""
         return (self.folder / "ready").exists() or self.running.poll() is not None
 
+    def end(self) -> None:
+        self.running.kill()
+        self.running.wait()
+
     def timed(self, rates: Rates, seconds: float) -> dict[str, Any]:
         """What it found: precision -> figure, or a text where it failed."""
         whole(self.folder / "rates.json", {p: dataclasses.asdict(rate) for p, rate in rates.items()})
         try:
             self.running.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.running.kill()
+            self.end()
         found = self.folder / "figures.json"
         if found.exists():
             return json.loads(found.read_text())
@@ -114,7 +118,7 @@ def run(
                 add(f"{process.name} full", "not prepared in time")
         finally:
             for process in waiting:
-                process.running.kill()
+                process.end()
 
 
 def whole(path: Path, document: Any) -> None:
