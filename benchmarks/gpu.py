@@ -1,6 +1,6 @@
 """What flatcore reaches on a GPU: one step after another, each figure written as soon as it is known.
 
-    python -m benchmarks.gpu STEP --out FILE [--seconds 100] [--quick]
+    python -m benchmarks.gpu STEP --out FILE [--seconds 100] [--quick] [--go FILE]
 
 `tools/gpu_check` runs every step in a process of its own and puts the files together. It needs no package beyond
 flatcore's own.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 import traceback
@@ -22,7 +21,9 @@ import torch
 from torch import Tensor
 
 import flatcore as fc
-from flatcore.bench import WORKLOADS, Ceilings, Comparison, Setting, compare, measure, workloads
+from benchmarks import gpu_products
+from benchmarks.gpu_products import PRECISIONS, VECTORS
+from flatcore.bench import WORKLOADS, Ceilings, Setting, measure, workloads
 from flatcore.bench.bare_torch import joined, loss_of_parameters, split, ways
 from flatcore.bench.ceilings import seconds
 from flatcore.bench.compare import math_attention
@@ -30,21 +31,24 @@ from flatcore.bench.memory import peak_bytes
 from flatcore.bench.workloads import Built
 
 CUDA = torch.device("cuda")
-PRECISIONS = ("full", "tf32", "bf16")
-VECTORS = (1, 8)
-# Of bare torch, beside flatcore: eager, mapped and compiled. The others are slower and take minutes to compile.
-EAGER = ("retained double backward", "double backward, batched", "vmap(linearize)", "vmap(jvp(grad))")
-COMPILED = ("compiled vmap(linearize)", "compiled vmap(jvp(grad))")
-# The quickest to compile first: what no time is left for is left out.
+# The quickest first: what no time is left for is left out.
 ORDER = ("mlp-tiny", "mlp-mid", "decoder", "resnet", "mlp-wide", "vit", "gpt2")
 
 
 class Figures:
-    """Named figures, and what failed, in a file that is whole after every one."""
+    """Named figures, and what failed, in a file that is whole after every one.
 
-    def __init__(self, path: Path, limit: float) -> None:
-        self._path, self._end = path, time.monotonic() + limit
+    go: a file that says when the machine is quiet; None: it is.
+    """
+
+    def __init__(self, path: Path, limit: float, go: Path | None = None) -> None:
+        self._path, self._limit, self.go = path, limit, go
         self._found: dict[str, Any] = {"figures": {}, "failures": {}}
+        self.begin()
+
+    def begin(self) -> None:
+        """The time that there is begins now."""
+        self._end = time.monotonic() + self._limit
 
     @property
     def left(self) -> float:
@@ -55,14 +59,19 @@ class Figures:
         try:
             if self.left <= 0:
                 raise TimeoutError("no time is left")
-            self._found["figures"][name] = work()
+            figure = work()
         except Exception as failure:  # one figure that fails must not take the others along
             traceback.print_exc()
             lines = str(failure).strip().splitlines() or ["-"]
-            self._found["failures"][name] = f"{type(failure).__name__}: {lines[0]}"
-        self._path.write_text(json.dumps(self._found, indent=1))
+            figure = f"{type(failure).__name__}: {lines[0]}"
+        self.put(name, figure)
         torch.cuda.empty_cache()
         return self._found["figures"].get(name)
+
+    def put(self, name: str, figure: Any) -> None:
+        """A figure as it is, or a text that says how it failed."""
+        self._found["failures" if isinstance(figure, str) else "figures"][name] = figure
+        gpu_products.whole(self._path, self._found)
 
 
 def ceilings(figures: Figures, quick: bool) -> None:
@@ -78,68 +87,32 @@ def ceilings(figures: Figures, quick: bool) -> None:
 
 def products(figures: Figures, quick: bool) -> None:
     """Every workload by flatcore in every precision, and by bare torch in float32."""
-    rates = {p: measure(torch.float32, CUDA, precision=p) for p in PRECISIONS}
     names = [n for n in ORDER if not WORKLOADS[n].missing() and not (quick and WORKLOADS[n].large)]
-    for done, name in enumerate(names):
-        share = figures.left / (len(names) - done) / len(VECTORS)
-        for K in VECTORS:
-            for precision in PRECISIONS:
-                figures.add(
-                    f"{name} K={K} {precision}",
-                    lambda: _product(name, K, precision, rates[precision], share, quick),  # noqa: B023
-                )
 
+    def rates() -> dict[str, Ceilings]:
+        figures.begin()
+        return {p: measure(torch.float32, CUDA, precision=p) for p in PRECISIONS}
 
-def _product(name: str, K: int, precision: str, rates: Ceilings, share: float, quick: bool) -> dict[str, Any]:
-    torch.compiler.reset()
-    theirs = precision == "full"  # bare torch is in float32 whatever flatcore is in: once is enough
-    compiled = theirs and not quick
-    result = compare(
-        WORKLOADS[name],
-        K,
-        rates,
-        setting=Setting(device=str(CUDA), precision=precision),
-        rounds=5,
-        limit=2.0,
-        compiled=compiled,
-        prepare_limit=max(5.0, 0.4 * share),
-        only=((*EAGER, *COMPILED) if compiled else EAGER) if theirs else EAGER[:1],
-    )
-    return _in_brief(result, rates)
-
-
-def _in_brief(result: Comparison, rates: Ceilings) -> dict[str, Any]:
-    ours = result.timing("flatcore")
-    return {
-        "parameters": result.parameters,
-        "gemm_share": result.flops / ours.median / rates.gemm,
-        "floors": ours.median / result.floor,
-        "ways": {
-            t.way: {"seconds": t.median, "error": t.error, "peak_bytes": t.peak_bytes} for t in result.timings
-        },
-        "left_out": result.left_out,
-    }
+    gpu_products.run(names, quick, figures.go, rates, lambda: figures.left, figures.put)
 
 
 def gpt2(figures: Figures, quick: bool) -> None:
     """GPT-2 small, 4 x 1024 tokens: share of the rate of matrix products; error; one way of autograd."""
     built = WORKLOADS["gpt2-long"].at(torch.float32, CUDA, 0)
-    P = sum(p.numel() for p in built[0].parameters())
-    V = torch.randn(max(VECTORS), P, device=CUDA)
-    for precision in PRECISIONS:
-        rate = measure(torch.float32, CUDA, precision=precision).gemm
-        setting = Setting(device=str(CUDA), precision=precision)
-        for K in VECTORS:
+    objective = fc.Objective(*built)  # captured once
+    V = torch.randn(max(VECTORS), objective.layout.size, device=CUDA)
+    for K in reversed(VECTORS):
+        for precision in PRECISIONS:
+            rate = measure(torch.float32, CUDA, precision=precision).gemm
             figures.add(
                 f"flatcore {precision} K={K}",
-                lambda: _long_product(setting, built, V[:K], rate),  # noqa: B023
+                lambda: _long_product(fc.Hessian(objective, precision=precision), V[:K], rate),  # noqa: B023
             )
     figures.add("autograd fp32 K=1", lambda: _autograd(built, V[:1]))
     figures.add("errors, 1 x 1024 tokens", lambda: _long_errors(V[:1]))
 
 
-def _long_product(setting: Setting, built: Built, V: Tensor, rate: float) -> dict[str, float]:
-    A = setting.product_operator(*built)
+def _long_product(A: fc.Hessian, V: Tensor, rate: float) -> dict[str, float]:
     spent, peak = _timed(lambda: A @ V.T)
     flops = A.plan().flops(len(V))
     return {
@@ -168,9 +141,9 @@ def _long_errors(V: Tensor) -> dict[str, float]:
         way = ways(evaluate, parameters, compiled=False)["retained double backward"]()
         exact = joined(way(split(V.double(), parameters)))
     del double, evaluate, parameters, way
-    built, found = workload.at(torch.float32, CUDA, 0), {}
+    objective, found = fc.Objective(*workload.at(torch.float32, CUDA, 0)), {}
     for precision in PRECISIONS:
-        A = Setting(device=str(CUDA), precision=precision).product_operator(*built)
+        A = fc.Hessian(objective, precision=precision)
         found[precision] = float(((A @ V.T).T.double() - exact).norm() / exact.norm())
     return found
 
@@ -276,8 +249,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=100.0)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--go", type=Path, help="products: a file; they are timed once it is there")
     given = parser.parse_args()
-    STEPS[given.step](Figures(given.out, given.seconds), given.quick)
+    STEPS[given.step](Figures(given.out, given.seconds, given.go), given.quick)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ import flatcore as fc
 from tests.cases import Case
 
 DEVICE = torch.device(os.environ.get("FLATCORE_TEST_GPU", "cuda"))
+# A product asked for again must give the same bits; unless told so, cuDNN may add up in another order every time.
+torch.backends.cudnn.deterministic = True
+
 NONE = "torch finds no CUDA device"
 on_gpu = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason=NONE)
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=NONE)

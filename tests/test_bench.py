@@ -1,8 +1,10 @@
 """The microbenchmark: what it counts and says, on workloads small enough for a test. No time is asserted."""
 
+import contextlib
 import importlib.util
 import io
 import json
+import time
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from flatcore.bench import (
     measure,
     peers,
     show,
+    timeout,
     workloads,
 )
 from flatcore.bench.bare_torch import joined, split
@@ -266,3 +269,16 @@ def test_command_writes_table_figure_and_json(tmp_path):
     }
     assert document["comparisons"][0]["K"] == 2 and document["machine"]["torch"] == str(torch.__version__)
     assert picture.stat().st_size > 1000
+
+
+def test_a_limit_that_something_swallows_is_told_again(monkeypatch):
+    monkeypatch.setattr(timeout, "_AGAIN", 0.05)
+
+    def swallows() -> None:
+        with timeout.at_most(0.05):
+            with contextlib.suppress(TimeoutError):
+                time.sleep(10)
+            time.sleep(10)
+
+    with pytest.raises(TimeoutError, match="not ready after"):
+        swallows()

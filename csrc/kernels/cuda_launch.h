@@ -10,8 +10,9 @@
 #include <stdexcept>
 #include <string>
 
-// An array of a constant size in the memory of a block.
-#define FLATCORE_SHARED(T, name, count) __shared__ T name[count]
+// An array of a constant size in the memory of a block, which packs of 16 bytes may be read from: its
+// elements' own alignment would leave where it begins to chance.
+#define FLATCORE_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 
 // In front of a loop over arrays in registers, whose indices must be known when compiling; and of one that
 // must stay a loop.

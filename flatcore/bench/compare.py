@@ -77,6 +77,49 @@ class Comparison:
         return min((t for t in self.timings if t.kind == kind), key=lambda t: t.median, default=None)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What `compare` times: every way on one workload, compiled and checked."""
+
+    workload: Workload
+    V: Tensor
+    setting: Setting
+    flops: float
+    runs: dict[str, Run]
+    kinds: dict[str, str]
+    errors: dict[str, float]
+    peaks: dict[str, int | None]
+    left_out: dict[str, str]
+    gradient: Run
+
+    def timed(self, ceilings: Ceilings, *, rounds: int, limit: float) -> Comparison:
+        """rounds, limit: as of `compare`."""
+        with _as_compared():
+            times, gradients = _interleaved(
+                self.runs, self.gradient, self.setting.torch_device, rounds, limit
+            )
+        K, P = self.V.shape
+        timings = [
+            Timing(
+                name, self.kinds[name], tuple(t / K for t in times[name]), self.errors[name], self.peaks[name]
+            )
+            for name in self.runs
+        ]
+        least_bytes = self.V.element_size() * P * (2 + 1 / K)
+        return Comparison(
+            self.workload.name,
+            self.workload.title,
+            K,
+            P,
+            tuple(sorted(timings, key=lambda t: t.median)),
+            statistics.median(gradients),
+            self.flops,
+            self.flops / ceilings.gemm + least_bytes / ceilings.bandwidth,
+            self.left_out,
+            self.setting,
+        )
+
+
 def compare(
     workload: Workload,
     K: int,
@@ -93,6 +136,26 @@ def compare(
     """Time every way on `workload`.
 
     rounds, limit: timings of each way; no new round begins after `limit` seconds, but three there are.
+    The others: as of `prepared`, and so is what is raised.
+    """
+    ways = prepared(
+        workload, K, setting=setting, compiled=compiled, prepare_limit=prepare_limit, only=only, seed=seed
+    )
+    return ways.timed(ceilings, rounds=rounds, limit=limit)
+
+
+def prepared(
+    workload: Workload,
+    K: int,
+    *,
+    setting: Setting = DEFAULT,
+    compiled: bool,
+    prepare_limit: float = 300.0,
+    only: Collection[str] = (),
+    seed: int = 0,
+) -> Prepared:
+    """Every way on `workload`, ready to be timed.
+
     compiled:      also the bare-torch ways through torch.compile.
     prepare_limit: seconds after which a way that is still being prepared or compiled is left out.
     only:          names of the ways beside flatcore; empty: all.
@@ -111,8 +174,7 @@ def compare(
     errors: dict[str, float] = {}
     peaks: dict[str, int | None] = {}
     left_out: dict[str, str] = {}
-    with math_attention(), float32_convolutions(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's transforms and compiler
+    with _as_compared():
         for name, candidate in listed.items():
             try:
                 if name == FLATCORE:
@@ -133,26 +195,27 @@ def compare(
                 raise AssertionError(f"{workload.name}: flatcore's product is wrong by {errors[name]:.1e}")
             else:
                 left_out[name] = f"its product is wrong by {errors[name]:.1e}"
-        times, gradients = _interleaved(
-            runs, lambda: gradient_of(evaluate, parameters), device, rounds, limit
-        )
-    timings = [
-        Timing(name, listed[name].kind, tuple(t / K for t in times[name]), errors[name], peaks[name])
-        for name in runs
-    ]
-    least_bytes = V.element_size() * V.shape[1] * (2 + 1 / K)
-    return Comparison(
-        workload.name,
-        workload.title,
-        K,
-        V.shape[1],
-        tuple(sorted(timings, key=lambda t: t.median)),
-        statistics.median(gradients),
-        flops,
-        flops / ceilings.gemm + least_bytes / ceilings.bandwidth,
-        left_out,
+    kinds = {name: listed[name].kind for name in runs}
+    return Prepared(
+        workload,
+        V,
         setting,
+        flops,
+        runs,
+        kinds,
+        errors,
+        peaks,
+        left_out,
+        lambda: gradient_of(evaluate, parameters),
     )
+
+
+@contextmanager
+def _as_compared() -> Iterator[None]:
+    """What all ways are prepared and timed under."""
+    with math_attention(), float32_convolutions(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's transforms and compiler
+        yield
 
 
 def _reason(failure: BaseException) -> str:
@@ -207,9 +270,7 @@ def _interleaved(
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of every run and of a gradient, one entry per round."""
     everything: dict[str, Callable[[], object]] = {"": gradient, **runs}
-    calls = {
-        name: max(1, math.ceil(_LEAST_SECONDS / seconds(run, device))) for name, run in everything.items()
-    }
+    calls = {name: _calls(run, device) for name, run in everything.items()}
     times: dict[str, list[float]] = {name: [] for name in everything}
     begin = time.perf_counter()
     for done in range(rounds):
@@ -219,3 +280,10 @@ def _interleaved(
             spent = seconds(lambda: [run() for _ in range(calls[name])], device)  # noqa: B023
             times[name].append(spent / calls[name])
     return times, times.pop("")
+
+
+def _calls(run: Callable[[], object], device: torch.device) -> int:
+    """How many fill a timing."""
+    if device.type == "cuda":
+        run()  # each way has run once; flatcore records its second product, which takes as long as hundreds
+    return max(1, math.ceil(_LEAST_SECONDS / seconds(run, device)))

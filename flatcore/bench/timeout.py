@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_AGAIN = 5.0  # seconds after which it is raised again, should something inside have swallowed it
+
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
@@ -23,7 +25,7 @@ def at_most(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"not ready after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
     try:
         yield
     finally:

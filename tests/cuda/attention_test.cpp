@@ -59,7 +59,7 @@ void test_all() {
 }  // namespace
 
 int main() {
-    for (const auto order : {cuda::Order::forward, cuda::Order::backward}) {
+    for (const auto order : orders()) {
         cuda::thread_order = order;
         test_all<float>();
         test_all<double>();

@@ -1,6 +1,9 @@
 // Every allocation of a test program as memory that the host and the device both see, so that the tests of
 // the emulation, whose arrays are std::vectors, run on a GPU as they are. What CUDA allocates for itself
-// meanwhile comes from the C library.
+// meanwhile comes from the C library, as does what expect.h's OnHost asks for.
+//
+// Programs link the C++ library statically: else they would hand these two to every library of the process,
+// those of the sanitizer among them, which allocate in the midst of a call of CUDA.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -14,17 +17,17 @@ struct alignas(256) Header {
     bool managed;
 };
 
-thread_local bool within_cuda = false;
-
 }  // namespace
 
+thread_local bool host_memory = false;
+
 void* operator new(std::size_t bytes) {
-    const bool managed = !within_cuda;
+    const bool managed = !host_memory;
     void* memory = nullptr;
     if (managed) {
-        within_cuda = true;
+        host_memory = true;
         const cudaError_t status = cudaMallocManaged(&memory, sizeof(Header) + bytes);
-        within_cuda = false;
+        host_memory = false;
         if (status != cudaSuccess) {
             std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(status));
             std::abort();
@@ -46,10 +49,10 @@ void operator delete(void* array) noexcept {
         std::free(header);
         return;
     }
-    const bool before = within_cuda;
-    within_cuda = true;
+    const bool before = host_memory;
+    host_memory = true;
     cudaFree(header);  // fails when CUDA is gone at the program's end, and with it the memory
-    within_cuda = before;
+    host_memory = before;
 }
 
 void operator delete(void* array, std::size_t) noexcept { operator delete(array); }

@@ -59,7 +59,7 @@ void test_direction_row() {
 }  // namespace
 
 int main() {
-    for (const auto order : {Order::forward, Order::backward}) {
+    for (const auto order : orders()) {
         thread_order = order;
         for (const int64_t C : {1, 32, 1000}) {
             test_team<Warp>(C);

@@ -84,7 +84,7 @@ void test_product() {
 
 int main() {
     test_rounding();
-    for (const Order order : {Order::forward, Order::backward}) {
+    for (const auto order : orders()) {
         thread_order = order;
         test_product<Tf32>();
         test_product<Bf16>();
