@@ -47,9 +47,15 @@ def cuda_graph(work: Callable[[], None], device: torch.device) -> Callable[[], N
             work()
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on to allocate and copy meanwhile.
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            work()
+        # cuBLAS' workspace is to lie in the recording's own memory, as in torch's recordings of compiled functions:
+        # these free any that lies elsewhere, and a replay would write into what others were given since.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Other threads may go on to allocate and copy meanwhile.
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         current.wait_stream(aside)
     return graph.replay
 
