@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -127,6 +128,13 @@ class Scalars(nn.Module):
         return self.second(h / 4)
 
 
+class WrittenGelu(nn.Module):
+    """GELU's tanh form as GPT-2 computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
 class Heads(nn.Module):
     """Two outputs, one of which the other is computed from."""
 
@@ -148,6 +156,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "celu": lambda: nn.CELU(0.5),  # torch's backward rounds alpha to float32, so one that float32 holds
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "gelu_written": WrittenGelu,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,

@@ -13,6 +13,10 @@ namespace {
 
 void no_visit(const Op&, const Rule&) {}
 
+// Elements of an adjoint that is kept contiguous whatever it came as, a mean's repeats one number, so that
+// products need not copy it.
+constexpr int64_t kWrittenOut = 1 << 16;
+
 at::Tensor loss_seed(const State& state, double seed) {
     return at::full(
         with_directions(1, state.program().values()[static_cast<size_t>(state.program().loss())].shape), seed,
@@ -33,7 +37,10 @@ void backward_sweep(State& state, double seed) {
     pass.adjoint_sweep([&](const Op& op, const Rule& rule) {
         release();
         previous = &op;
-        if (pass.cotangent().defined()) state.set_adjoint(op.output, pass.cotangent().select(0, 0));
+        if (pass.cotangent().defined()) {
+            const at::Tensor adjoint = pass.cotangent().select(0, 0);
+            state.set_adjoint(op.output, adjoint.numel() <= kWrittenOut ? adjoint.contiguous() : adjoint);
+        }
         rule.finish_backward(state);
     });
     release();

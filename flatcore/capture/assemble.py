@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from . import lowerings  # noqa: F401  (registers the lowerings)
 from .cut import find_cut, reduction_of
 from .fuse import fuse
+from .gelu import whole_gelus
 from .graph import Names, active_nodes, module_path, needed_nodes, outputs
 from .lower import Lowering
 from .prelude import Source
@@ -51,7 +52,7 @@ def assemble(
 
     ops, renamed = _without_plain_marks(_alive(lower.ops, loss), lower)
     cut = None if cut is None else tuple(renamed.get(i, i) for i in cut)
-    ops, cut = fuse(ops, lower.values, cut, examples)
+    ops, cut = fuse(whole_gelus(ops, cut or ()), lower.values, cut, examples)
     read = {i for op in ops for i in op.present}
     if normaliser is not None:
         read.add(normaliser)

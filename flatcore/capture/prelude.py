@@ -99,6 +99,7 @@ class PreludeBuilder:
         fake = (node.meta.get("val") for node in sources)
         self._fake_mode = next((v.fake_mode for v in fake if isinstance(v, FakeTensor)), None)
         self._origin: dict[fx.Node, str] = {}
+        self._values: dict[fx.Node, Tensor | None] = {}
 
     def take(self, node: fx.Node) -> fx.Node:
         """The handle of a node of the exported graph; copies it and what it needs."""
@@ -130,6 +131,25 @@ class PreludeBuilder:
     def origin(self, handle: fx.Node) -> str:
         """What a constant is made of, for people."""
         return self._origin.get(handle, "")
+
+    def value(self, handle: fx.Node) -> Tensor | None:
+        """What a handle is for every batch; None where it reads the batch or what may change."""
+        if handle not in self._values:
+            values: dict[fx.Node, Any] = {}
+            needed = self._needed(handle)
+            for node in needed if all(node.op == "call_function" for node in needed) else ():
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            self._values[handle] = values.get(handle)
+        return self._values[handle]
+
+    def _needed(self, handle: fx.Node) -> list[fx.Node]:
+        """The handle and all that it is computed from, in order."""
+        needed = {handle}
+        for node in reversed(self._graph.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        return [node for node in self._graph.nodes if node in needed]
 
     def finish(self, outputs: Mapping[int, fx.Node]) -> Prelude:
         """The prelude whose constants are `outputs`, value id -> handle."""

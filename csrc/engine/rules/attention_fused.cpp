@@ -1,7 +1,8 @@
 // Attention on a GPU by one kernel for each sweep, whose tiles never leave the processors
 // (kernels/fused_attention.h). By count of bytes and operations, not measured: the tiles of attention.cpp go
 // through memory some ten times, which cuBLAS in full float32 hides and tensor cores do not. So products in
-// TF32 and bfloat16 take these kernels.
+// TF32 and bfloat16 take these kernels, and so do small ones in full precision: tiles start some 20 kernels
+// for each direction, which takes longer than the products that these kernels compute twice.
 #include <ATen/ops/empty.h>
 
 #include <atomic>
@@ -14,6 +15,10 @@ namespace flatcore {
 namespace {
 
 enum Kept { kMean, kDoutTo };  // from tangent to adjoint
+
+// Multiply-adds of one product of all heads. Ten more of them, in float32 at 50 Tflop/s, are the 20 launches
+// of 2 microseconds each.
+constexpr int64_t kSmall = int64_t{1} << 27;
 
 std::atomic<AttentionPolicy> policy{AttentionPolicy::choose};
 
@@ -56,7 +61,9 @@ bool AttentionRule::fuses() const {
 
 bool AttentionRule::fuses(const State& state, Precision precision) const {
     const bool prepared = state.saved(op_).size() > kNormaliser;
-    return prepared && (policy == AttentionPolicy::fused || precision != Precision::full);
+    const int64_t products = input(kQuery).numel * input(kKey).shape[2] / (causal_ ? 2 : 1);
+    return prepared &&
+           (policy == AttentionPolicy::fused || precision != Precision::full || products <= kSmall);
 }
 
 AttentionShape AttentionRule::fused_shape() const {

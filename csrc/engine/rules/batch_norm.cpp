@@ -116,9 +116,8 @@ void BatchNormRule::adjoint(Directions& d) const {
                          writable_or_null<double>(bias_sums));
     });
     if (tdx.defined()) d.add(kX, value_of(tdx, K), true);
-    if (weight_sums.defined()) d.add(kWeight, weight_sums.sum(1).to(state.options().dtype()), true);
-    if (bias_sums.defined() && tdy.defined())
-        d.add(kBias, bias_sums.sum(1).to(state.options().dtype()), true);
+    if (weight_sums.defined()) add_sum_of_pieces(d.accumulator(kWeight), weight_sums);
+    if (bias_sums.defined() && tdy.defined()) add_sum_of_pieces(d.accumulator(kBias), bias_sums);
 }
 
 }  // namespace flatcore

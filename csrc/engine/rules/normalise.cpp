@@ -102,12 +102,9 @@ void NormaliseRule::adjoint(Directions& d) const {
             FLATCORE_RUN(saved[kNormalised], normalise_sums<scalar_t>, shape, K, terms,
                          writable_or_null<double>(weight_sums), writable_or_null<double>(bias_sums));
     });
-    const auto total = [&](const at::Tensor& t, int i) {
-        return t.sum(1).to(state.options().dtype()).view(with_directions(K, input(i).shape));
-    };
     if (tdx.defined()) d.add(kX, tdx, true);
-    if (weight_sums.defined()) d.add(kWeight, total(weight_sums, kWeight), true);
-    if (bias_sums.defined() && tdy.defined()) d.add(kBias, total(bias_sums, kBias), true);
+    if (weight_sums.defined()) add_sum_of_pieces(d.accumulator(kWeight), weight_sums);
+    if (bias_sums.defined() && tdy.defined()) add_sum_of_pieces(d.accumulator(kBias), bias_sums);
 }
 
 }  // namespace flatcore

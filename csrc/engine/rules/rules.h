@@ -9,6 +9,12 @@
 
 namespace flatcore {
 
+// Adds sums over pieces of rows, (K, pieces, ...) in double.
+inline void add_sum_of_pieces(const Accumulator& target, const at::Tensor& pieces) {
+    const at::Tensor sum = pieces.sum(1).view(target.buffer.sizes());
+    target.fresh ? target.buffer.copy_(sum) : target.buffer.add_(sum);
+}
+
 #define FLATCORE_RULE_METHODS                               \
     at::Tensor forward(State& state) const override;        \
     at::Tensor tangent(const Directions& d) const override; \

@@ -30,14 +30,17 @@ def _attention(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
         return lower.view(o, node.meta["val"].shape)
     heads = front if len(front) == 2 else (prod(front), 1)
     q, k, v = (lower.view(x, (*heads, *lower.shape(x)[-2:])) for x in (q, k, v))
-    mask = None
+    mask, causal = None, bool(a.is_causal)
     if a.attn_mask is not None:
         handle = lower.take(a.attn_mask)
+        known = lower.prelude.value(handle)
+        causal = known is not None and _says_causal(known)
+    if a.attn_mask is not None and not causal:
         if len(front) != 2 and handle.meta["val"].dim() > 2:
             handle = lower.prelude.call(_flat_mask, handle, front, length, keys)
         boolean = handle.meta["val"].dtype == torch.bool
         mask = lower.constant(handle, torch.bool if boolean else lower.dtype)
-    o = lower.emit("attention", q, k, v, mask, causal=bool(a.is_causal), scale=scale)
+    o = lower.emit("attention", q, k, v, mask, causal=causal, scale=scale)
     return lower.view(o, node.meta["val"].shape)
 
 
@@ -79,6 +82,14 @@ def _with_learned_bias(lower: Lowering, q: int, k: int, v: int, bias: int, scale
     keys = lower.permute(k, [*range(rank - 2), rank - 1, rank - 2])
     z = lower.emit("add", lower.affine(lower.emit("matmul", q, keys), scale), bias, alpha=1.0)
     return lower.emit("matmul", lower.emit("softmax", z), v)
+
+
+def _says_causal(mask: Tensor) -> bool:
+    """Query i sees the keys j <= i and no others: half of the work, and no mask to read."""
+    seen = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    if mask.dtype != torch.bool:
+        seen = torch.zeros_like(mask).masked_fill(~seen, -torch.inf)
+    return bool((mask == seen).all())
 
 
 def _flat_mask(mask: Tensor, front: tuple[int, ...], length: int, keys: int) -> Tensor:
