@@ -151,6 +151,21 @@ def test_fewer_directions_where_memory_runs_out():
 
 
 @on_cuda
+def test_fewer_directions_of_a_small_net():
+    """Of 64 directions one layer's tangents take 2 MiB, and 5 MiB are left for all."""
+    H = fc.Hessian(net(16, 32, 32, 4, examples=256, memory=1 << 45))
+    V = torch.randn(64, H.shape[0], generator=torch.Generator().manual_seed(0)).to(DEVICE).T
+    expected = H @ V
+    assert H.plan().directions >= 64
+    H = fc.Hessian(net(16, 32, 32, 4, examples=256, memory=1 << 45))
+    H @ V[:, :1]
+    with Crowded(5 * MIB):
+        product = H @ V
+    assert 1 <= H.plan().directions < 64
+    assert relative(product, expected.double()) <= 1e-5
+
+
+@on_cuda
 def test_not_even_one_direction():
     """The tangents of one layer take 256 MiB."""
     H = fc.Hessian(net(64, 512, 512, 10, examples=1 << 17, memory=1 << 45))
