@@ -8,7 +8,6 @@
 #include <set>
 #include <thread>
 
-#include "engine/counted.h"
 #include "engine/float32_products.h"
 #include "engine/gemm_bf16.h"
 #include "engine/gemm_choice.h"
@@ -208,8 +207,6 @@ void bind_engine(py::module_ m) {
     engine.def("op_kinds", &rule_kinds, "Names of the op kinds with native rules.");
     engine.def("set_gemm_policy", &set_gemm_policy, py::arg("policy"),
                "Which library multiplies float32 matrices: measure, blas or onednn.");
-    engine.def("set_most_counted", &set_most_counted, py::arg("most"),
-               "For tests: how much one call of a library counts on any device; 0 for what it is.");
     engine.def("set_attention_policy", &set_attention_policy, py::arg("policy"),
                "Attention on a GPU, for states made from now on: choose, tiles or fused.");
     engine.def("gemm_choices", &gemm_choices, "What was measured: class of shapes -> oneDNN is faster.");

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 
-#include "../engine/counted.h"
 #include "../engine/float32_products.h"
 #include "../engine/on_device.h"
 #include "../kernels/tall.h"
@@ -25,18 +24,8 @@ constexpr int64_t kPiece = int64_t{1} << 14;  // columns
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kMostFactors = 128;
 
-bool suits_kernel(const at::Tensor& X, const at::Tensor& Y, bool cheaper) {
-    // cuBLAS counts columns, and the elements from one row to the next, in 32 bits.
-    const bool counted = std::max({X.size(1), X.stride(0), Y.stride(0)}) <= most_counted(X);
-    return on_gpu(X) && X.stride(1) == 1 && Y.stride(1) == 1 && (cheaper || !counted);
-}
-
-bool suits_gram(const at::Tensor& X, const at::Tensor& Y) {
-    return suits_kernel(X, Y, X.size(0) <= kFewRows);
-}
-
-bool suits_combination(const at::Tensor& X, const at::Tensor& Y) {
-    return suits_kernel(X, Y, X.size(0) <= kFewRows && Y.size(0) <= kMostFactors);
+bool suits_kernel(const at::Tensor& X, const at::Tensor& Y) {
+    return on_gpu(X) && X.size(0) <= kFewRows && X.stride(1) == 1 && Y.stride(1) == 1;
 }
 
 }  // namespace
@@ -79,11 +68,11 @@ at::Tensor inner_products(const at::Tensor& X, const at::Tensor& Y) {
     // The BLAS is twice as fast with the narrow factor on the left.
     if (X.size(0) > Y.size(0)) return inner_products(Y, X).t();
     if (!on_gpu(X)) return products_piece_by_piece(X, Y);
-    return suits_gram(X, Y) ? products_by_kernel(X, Y) : products_in_batches(X, Y);
+    return suits_kernel(X, Y) ? products_by_kernel(X, Y) : products_in_batches(X, Y);
 }
 
 void update_rows(const at::Tensor& X, const at::Tensor& B, const at::Tensor& Y) {
-    if (!suits_combination(X, Y)) {
+    if (!suits_kernel(X, Y) || Y.size(0) > kMostFactors) {
         const Float32Products full_precision(X.device(), Precision::full);
         at::Tensor(X).addmm_(B, Y, 1, -1);
         return;
@@ -97,7 +86,7 @@ void update_rows(const at::Tensor& X, const at::Tensor& B, const at::Tensor& Y) 
 }
 
 void combine_rows(const at::Tensor& X, const at::Tensor& B, const at::Tensor& Y) {
-    if (!suits_combination(X, Y)) {
+    if (!suits_kernel(X, Y) || Y.size(0) > kMostFactors) {
         const Float32Products full_precision(X.device(), Precision::full);
         at::Tensor out = X;
         at::mm_out(out, B, Y);

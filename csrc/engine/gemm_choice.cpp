@@ -17,8 +17,6 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "gemm_pieces.h"
-
 // Exported by torch's CPU library, whose header is not installed.
 namespace at::native {
 TORCH_API void mkldnn_matmul(const Tensor& a, const Tensor& b, const Tensor& c, float beta, float alpha);
@@ -136,14 +134,10 @@ GemmClass GemmClass::named(const std::string& name) {
 }
 
 void multiply(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    multiply_in_pieces(
-        c, a, b, accumulate,
-        [](const at::Tensor& of_c, const at::Tensor& of_a, const at::Tensor& of_b, bool accumulate_piece) {
-            if (onednn_chosen(of_c, of_a, of_b))
-                by_onednn(of_c, of_a, of_b, accumulate_piece);
-            else
-                by_blas(of_c, of_a, of_b, accumulate_piece);
-        });
+    if (onednn_chosen(c, a, b))
+        by_onednn(c, a, b, accumulate);
+    else
+        by_blas(c, a, b, accumulate);
 }
 
 void set_gemm_policy(const std::string& named) {

@@ -7,7 +7,6 @@
 #include <ATen/ops/mm.h>
 
 #include "gemm_bf16.h"
-#include "gemm_pieces.h"
 #include "on_device.h"
 
 namespace flatcore {
@@ -21,35 +20,29 @@ at::Tensor rounded(const at::Tensor& t) {
     return t.to(at::kBFloat16);
 }
 
-// The CPU has no products of bfloat16 that give float32: where it stands in, operands are float32 again.
-void multiply_rounded(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    at::Tensor out = c;
-    const bool batched = c.dim() == 3;
-    if (c.is_cpu()) {
-        if (batched)
-            accumulate ? at::baddbmm_out(out, c, a, b) : at::bmm_out(out, a, b);
-        else
-            accumulate ? at::addmm_out(out, c, a, b) : at::mm_out(out, a, b);
-    } else if (batched) {
-        accumulate ? at::baddbmm_out(out, c, a, b, at::kFloat) : at::bmm_out(out, a, b, at::kFloat);
-    } else {
-        accumulate ? at::addmm_out(out, c, a, b, at::kFloat) : at::mm_out(out, a, b, at::kFloat);
-    }
-}
-
 }  // namespace
 
 void multiply_bf16_on_gpu(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    at::Tensor left = rounded(a), right = rounded(b);
+    at::Tensor out = c, left = rounded(a), right = rounded(b);
     if (c.dim() == 3) {
         if (left.dim() == 2) left = left.unsqueeze(0).expand({c.size(0), a.size(0), a.size(1)});
         if (right.dim() == 2) right = right.unsqueeze(0).expand({c.size(0), b.size(0), b.size(1)});
     }
-    if (c.is_cpu()) {
+    const bool batched = c.dim() == 3;
+    if (c.is_cpu()) {  // emulated: the CPU has no such product
         left = left.to(c.scalar_type());
         right = right.to(c.scalar_type());
+        if (batched)
+            accumulate ? at::baddbmm_out(out, c, left, right) : at::bmm_out(out, left, right);
+        else
+            accumulate ? at::addmm_out(out, c, left, right) : at::mm_out(out, left, right);
+    } else if (batched) {
+        accumulate ? at::baddbmm_out(out, c, left, right, at::kFloat)
+                   : at::bmm_out(out, left, right, at::kFloat);
+    } else {
+        accumulate ? at::addmm_out(out, c, left, right, at::kFloat)
+                   : at::mm_out(out, left, right, at::kFloat);
     }
-    multiply_in_pieces(c, left, right, accumulate, multiply_rounded);
 }
 
 }  // namespace flatcore

@@ -4,9 +4,6 @@
 // Where W is shared, K folds into the batch axis. The other terms run one direction at a time: channels last
 // needs no reordering of x or dy, and one direction's working set stays in the cache.
 //
-// ATen's kernels for a GPU count elements in 32 bits, at the latest those for a channel each (groups): they
-// are given so many images at once.
-//
 // In bf16 the results are rounded too: oneDNN's and cuDNN's convolutions, as torch calls them, give the type
 // that they take.
 #include <ATen/Context.h>
@@ -16,7 +13,6 @@
 
 #include <algorithm>
 
-#include "engine/counted.h"
 #include "rules.h"
 
 namespace flatcore {
@@ -51,62 +47,25 @@ ConvolutionRule::ConvolutionRule(const Program& program, const Op& op)
         throw std::invalid_argument("stride, padding and dilation must be two integers");
 }
 
-// The results of images by one(first, count), dense: of all at once where they can be counted, else in pieces
-// of a sixteenth of that, which are copied together: little memory beside the whole.
-template <class One>
-at::Tensor ConvolutionRule::by_images(int64_t images, const at::Tensor& on, const One& one) const {
-    if (images * elements_of_image() <= most_counted(on)) return channels_last(widened(one(0, images)));
-    at::Tensor whole;
-    in_pieces(images, 16 * elements_of_image(), most_counted(on), [&](int64_t first, int64_t count) {
-        const at::Tensor piece = widened(one(first, count));
-        Integers shape = piece.sizes().vec();
-        shape[0] = images;
-        if (!whole.defined()) whole = at::empty(shape, piece.options(), at::MemoryFormat::ChannelsLast);
-        whole.narrow(0, first, count).copy_(piece);
-    });
-    return whole;
-}
-
-int64_t ConvolutionRule::elements_of_image() const {
-    const int64_t images = std::max<int64_t>(1, input(0).shape[0]);
-    return std::max(input(0).numel, output().numel) / images;
-}
-
-at::Tensor ConvolutionRule::convolve(const at::Tensor& x, const at::Tensor& weight,
-                                     const std::optional<at::Tensor>& bias) const {
-    return by_images(x.size(0), x, [&](int64_t first, int64_t count) {
-        return at::convolution(x.narrow(0, first, count), weight, bias, stride_, padding_, dilation_, false,
-                               {0, 0}, groups_);
-    });
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> ConvolutionRule::backward(const at::Tensor& dy,
-                                                                         const at::Tensor& x,
-                                                                         const at::Tensor& weight,
-                                                                         std::array<bool, 3> wanted) const {
-    return at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_, dilation_,
-                                    false, {0, 0}, groups_, wanted);
+at::Tensor ConvolutionRule::convolve(const at::Tensor& x, const at::Tensor& weight) const {
+    return channels_last(widened(
+        at::convolution(x, weight, std::nullopt, stride_, padding_, dilation_, false, {0, 0}, groups_)));
 }
 
 // Of x, only the shape is read.
 at::Tensor ConvolutionRule::input_gradient(const at::Tensor& dy, const at::Tensor& x,
                                            const at::Tensor& weight) const {
-    return by_images(x.size(0), x, [&](int64_t first, int64_t count) {
-        return std::get<0>(
-            backward(dy.narrow(0, first, count), x.narrow(0, first, count), weight, {true, false, false}));
-    });
+    return channels_last(widened(
+        std::get<0>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
+                                             dilation_, false, {0, 0}, groups_, {true, false, false}))));
 }
 
 // Of weight, only the shape is read.
 at::Tensor ConvolutionRule::weight_gradient(const at::Tensor& dy, const at::Tensor& x,
                                             const at::Tensor& weight) const {
-    at::Tensor sum;
-    in_pieces(x.size(0), elements_of_image(), most_counted(x), [&](int64_t first, int64_t count) {
-        const at::Tensor part = widened(std::get<1>(
-            backward(dy.narrow(0, first, count), x.narrow(0, first, count), weight, {false, true, false})));
-        sum = sum.defined() ? sum.add_(part) : part;
-    });
-    return sum;
+    return widened(
+        std::get<1>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
+                                             dilation_, false, {0, 0}, groups_, {false, true, false})));
 }
 
 at::Tensor ConvolutionRule::forward(State& state) const {
@@ -115,7 +74,8 @@ at::Tensor ConvolutionRule::forward(State& state) const {
     state.saved(op_) = {active(1) ? x : at::Tensor(), weight};
     const std::optional<at::Tensor> bias =
         has(2) ? std::optional<at::Tensor>(state.value(op_.inputs[2])) : std::nullopt;
-    return convolve(x, weight, bias);
+    return channels_last(
+        at::convolution(x, weight, bias, stride_, padding_, dilation_, false, {0, 0}, groups_));
 }
 
 at::Tensor ConvolutionRule::tangent(const Directions& d) const {

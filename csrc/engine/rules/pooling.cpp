@@ -1,14 +1,11 @@
 // Pooling is linear once the maxima are known, so a direction is pooled like a batch: K folds into the batch
-// axis. ATen's kernels for a GPU count elements in 32 bits, and are given so many images at once.
+// axis.
+#include <ATen/ops/_adaptive_avg_pool2d.h>
 #include <ATen/ops/_adaptive_avg_pool2d_backward.h>
-#include <ATen/ops/adaptive_avg_pool2d.h>
 #include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/avg_pool2d_backward.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
 
-#include <algorithm>
-
-#include "engine/counted.h"
 #include "kernels/gather.h"
 #include "rules.h"
 
@@ -33,23 +30,6 @@ at::Tensor new_batch(int64_t K, const Value& value, const at::TensorOptions& opt
     return at::empty({K * s[0], s[1], s[2], s[3]}, options, at::MemoryFormat::ChannelsLast);
 }
 
-// Calls pool(first, count) for as many images at once of two equally long batches as ATen can count.
-template <class Pool>
-void by_images(const at::Tensor& from, const at::Tensor& to, const Pool& pool) {
-    const int64_t images = to.size(0), elements = std::max(from.numel(), to.numel());
-    in_pieces(images, elements / std::max<int64_t>(1, images), most_counted(to), pool);
-}
-
-// pool(to, from) by_images; returns `to`.
-template <class Pool>
-at::Tensor pooled(const at::Tensor& from, at::Tensor to, const Pool& pool) {
-    by_images(from, to, [&](int64_t first, int64_t count) {
-        at::Tensor part = to.narrow(0, first, count);
-        pool(part, from.narrow(0, first, count));
-    });
-    return to;
-}
-
 }  // namespace
 
 MaxPoolRule::MaxPoolRule(const Program& program, const Op& op)
@@ -61,15 +41,9 @@ MaxPoolRule::MaxPoolRule(const Program& program, const Op& op)
 
 at::Tensor MaxPoolRule::forward(State& state) const {
     const at::Tensor x = channels_last(state.value(op_.inputs[0]));
-    const at::Tensor y = new_batch(1, output(), x.options()),
-                     index = new_batch(1, output(), x.options().dtype(at::kLong));
-    by_images(x, y, [&](int64_t first, int64_t count) {
-        at::Tensor maxima = y.narrow(0, first, count), places = index.narrow(0, first, count);
-        at::max_pool2d_with_indices_out(maxima, places, x.narrow(0, first, count), kernel_, stride_, padding_,
-                                        dilation_, ceil_mode_);
-    });
+    auto [y, index] = at::max_pool2d_with_indices(x, kernel_, stride_, padding_, dilation_, ceil_mode_);
     state.saved(op_) = {index.permute({0, 2, 3, 1}).contiguous()};
-    return y;
+    return channels_last(y);
 }
 
 at::Tensor MaxPoolRule::tangent(const Directions& d) const {
@@ -105,30 +79,25 @@ AveragePoolRule::AveragePoolRule(const Program& program, const Op& op)
     if (const int64_t divisor = op.attributes.integer("divisor")) divisor_ = divisor;
 }
 
-at::Tensor AveragePoolRule::pool(const at::Tensor& x, int64_t K) const {
-    return pooled(x, new_batch(K, output(), x.options()), [this](at::Tensor& y, const at::Tensor& images) {
-        at::avg_pool2d_out(y, images, kernel_, stride_, padding_, ceil_mode_, count_include_pad_, divisor_);
-    });
-}
-
 at::Tensor AveragePoolRule::forward(State& state) const {
-    return pool(channels_last(state.value(op_.inputs[0])), 1);
+    return at::avg_pool2d(channels_last(state.value(op_.inputs[0])), kernel_, stride_, padding_, ceil_mode_,
+                          count_include_pad_, divisor_);
 }
 
 at::Tensor AveragePoolRule::tangent(const Directions& d) const {
-    return pool(fold_batch(d.tangent(0)), d.K()).unflatten(0, {d.K(), output().shape[0]});
+    return at::avg_pool2d(fold_batch(d.tangent(0)), kernel_, stride_, padding_, ceil_mode_,
+                          count_include_pad_, divisor_)
+        .unflatten(0, {d.K(), output().shape[0]});
 }
 
 void AveragePoolRule::adjoint(Directions& d) const {
     if (!d.wants(0) || !d.cotangent().defined()) return;
-    const at::Tensor tdx = pooled(fold_batch(d.cotangent()), new_batch(d.K(), input(0), d.state().options()),
-                                  [this](at::Tensor& part, const at::Tensor& tdy) {
-                                      const at::Tensor& like =
-                                          part;  // of which the shape and the layout are read
-                                      at::avg_pool2d_backward_out(part, tdy, like, kernel_, stride_, padding_,
-                                                                  ceil_mode_, count_include_pad_, divisor_);
-                                  });
-    d.add(0, tdx.unflatten(0, {d.K(), input(0).shape[0]}), true);
+    const at::Tensor shape_only = new_batch(d.K(), input(0), d.state().options());
+    d.add(0,
+          at::avg_pool2d_backward(fold_batch(d.cotangent()), shape_only, kernel_, stride_, padding_,
+                                  ceil_mode_, count_include_pad_, divisor_)
+              .unflatten(0, {d.K(), input(0).shape[0]}),
+          true);
 }
 
 AdaptiveAveragePoolRule::AdaptiveAveragePoolRule(const Program& program, const Op& op)
@@ -136,33 +105,22 @@ AdaptiveAveragePoolRule::AdaptiveAveragePoolRule(const Program& program, const O
     require_images(input(0));
 }
 
-at::Tensor AdaptiveAveragePoolRule::pool(const at::Tensor& x, int64_t K) const {
-    return pooled(x, new_batch(K, output(), x.options()), [this](at::Tensor& y, const at::Tensor& images) {
-        at::adaptive_avg_pool2d_out(y, images, output_size_);
-    });
-}
-
 at::Tensor AdaptiveAveragePoolRule::forward(State& state) const {
-    return pool(channels_last(state.value(op_.inputs[0])), 1);
+    return at::_adaptive_avg_pool2d(channels_last(state.value(op_.inputs[0])), output_size_);
 }
 
 at::Tensor AdaptiveAveragePoolRule::tangent(const Directions& d) const {
-    return pool(fold_batch(d.tangent(0)), d.K()).unflatten(0, {d.K(), output().shape[0]});
+    return at::_adaptive_avg_pool2d(fold_batch(d.tangent(0)), output_size_)
+        .unflatten(0, {d.K(), output().shape[0]});
 }
 
 void AdaptiveAveragePoolRule::adjoint(Directions& d) const {
     if (!d.wants(0) || !d.cotangent().defined()) return;
-    const at::Tensor tdy = fold_batch(d.cotangent());
-    at::Tensor tdx = new_batch(d.K(), input(0), d.state().options());
-    by_images(tdy, tdx, [&](int64_t first, int64_t count) {
-        const at::Tensor part = tdx.narrow(0, first, count);  // of which the shape and the layout are read
-        const at::Tensor of_part = at::_adaptive_avg_pool2d_backward(tdy.narrow(0, first, count), part);
-        if (count == tdx.size(0))
-            tdx = of_part;
-        else
-            part.copy_(of_part);
-    });
-    d.add(0, tdx.unflatten(0, {d.K(), input(0).shape[0]}), true);
+    const at::Tensor shape_only = new_batch(d.K(), input(0), d.state().options());
+    d.add(0,
+          at::_adaptive_avg_pool2d_backward(fold_batch(d.cotangent()), shape_only)
+              .unflatten(0, {d.K(), input(0).shape[0]}),
+          true);
 }
 
 }  // namespace flatcore

@@ -72,14 +72,7 @@ class ConvolutionRule final : public Rule {
 
  private:
     at::ScalarType operand_type(const Directions& d) const;
-    template <class One>
-    at::Tensor by_images(int64_t images, const at::Tensor& on, const One& one) const;
-    int64_t elements_of_image() const;
-    at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias = std::nullopt) const;
-    std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, const at::Tensor& x,
-                                                            const at::Tensor& weight,
-                                                            std::array<bool, 3> wanted) const;
+    at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
     Integers stride_, padding_, dilation_;
@@ -185,10 +178,10 @@ class AveragePoolRule final : public Rule {
     AveragePoolRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool channels_last_output() const override { return true; }
+    // A tensor that tells torch's backward kernel the shape and layout of x.
+    int64_t workspace(int64_t K) const override { return K * input(0).numel; }
 
  private:
-    at::Tensor pool(const at::Tensor& x, int64_t K) const;
-
     Integers kernel_, stride_, padding_;
     bool ceil_mode_, count_include_pad_;
     std::optional<int64_t> divisor_;
@@ -203,8 +196,6 @@ class AdaptiveAveragePoolRule final : public Rule {
     int64_t workspace(int64_t K) const override { return K * input(0).numel; }
 
  private:
-    at::Tensor pool(const at::Tensor& x, int64_t K) const;
-
     Integers output_size_;
 };
 
