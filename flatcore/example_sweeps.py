@@ -160,10 +160,12 @@ class ExampleSweeps:
                     if drawn is not None:
                         state.output_pass(outputs.value, drawn, sums[piece])
                         continue
-                    part = [torch.zeros_like(entry) for entry in entries]
+                    whole = len(pieces) == 1
+                    part = entries if whole else [torch.zeros_like(entry) for entry in entries]
                     state.example_pass(mode, sums[piece], seed, number, first_example, relative, *part)
                     for power, (entry, of_piece) in enumerate(zip(entries, part, strict=True), 1):
-                        entry.add_(of_piece, alpha=(count / K) ** power)
+                        if not whole:
+                            entry.add_(of_piece, alpha=(count / K) ** power)
                 values = self._by_name(sums, compiled)
                 mean = values.mean(0)
                 variance = (values - mean).square_().sum(0) / (K * (K - 1))

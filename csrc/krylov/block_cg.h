@@ -102,7 +102,6 @@ class BlockCG {
 
  private:
     static constexpr double kRounding = 32.0;
-    static constexpr double kLostLength = 0.1;
 
     // W = Z' Q with orthonormal rows Q, up to rows as short as the rounding of vectors of length `size`;
     // Z becomes Z Z'.

@@ -100,6 +100,9 @@ inline Matrix inverse_lower(const Matrix& lower) {
     return inverse;
 }
 
+// A unit row that a repeated projection shortens to less than this was rounding noise within the basis.
+inline constexpr double kLostLength = 0.1;
+
 // W = factor Q up to rows of length `drop`: W (p, P) as it came, Q (r, P) with r <= p orthonormal rows,
 // factor (p, r).
 template <class Block>

@@ -21,9 +21,6 @@
 
 namespace flatcore::krylov {
 
-// A unit row that a repeated projection shortens to less than this was rounding noise within the basis.
-inline constexpr double kLostLength = 0.1;
-
 // W = insideᵀ V + coefficients rows.
 template <class Block>
 struct Outside {

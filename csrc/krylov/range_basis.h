@@ -92,8 +92,7 @@ class RangeBasis {
     }
 
  private:
-    static constexpr double kRounding = 8.0;    // of a product, in units of its length
-    static constexpr double kLostLength = 0.1;  // what a second projection shortens to this was rounding
+    static constexpr double kRounding = 8.0;  // of a product, in units of its length
 
     void reserve(int64_t rows) {
         if (rows <= space_.count(Q_)) return;

@@ -24,7 +24,7 @@ struct RitzRows {
 template <class Space>
 typename Space::Block orthonormal_rows(Space& space, typename Space::Block W) {
     typename Space::Block Q = orthonormalise(space, std::move(W), 0.0).rows;
-    return orthonormalise(space, std::move(Q), 0.1).rows;
+    return orthonormalise(space, std::move(Q), kLostLength).rows;
 }
 
 // `X` (j, P) orthonormal, overwritten. j operator applications, `piece` at a time. <u, A v> and <A u, v> may
