@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cuda/*' | grep -E '\.(h|cpp|inl|cu)$$')
-CMAKE_FILES = CMakeLists.txt tests/cuda/CMakeLists.txt tests/emulated/CMakeLists.txt $(wildcard cmake/*.cmake)
+CPP_FILES = $(shell git ls-files 'csrc/*' 'tests/cuda/*' 'tests/simulated/*' | grep -E '\.(h|cpp|inl|cu)$$')
+CMAKE_FILES = CMakeLists.txt $(addsuffix /CMakeLists.txt,tests/cuda tests/emulated tests/simulated) $(wildcard cmake/*.cmake)
 
 .PHONY: help dev demo test check check-cuda bench format clean
 

@@ -33,6 +33,9 @@ namespace flatcore::cuda {
 enum class Order { forward, backward };
 inline Order thread_order = Order::forward;
 
+// Told of every launch before it runs, where set: for a test of what streams are used.
+inline void (*launch_watcher)(dim3 grid, dim3 block, void* stream) = nullptr;
+
 // Runs `thread` once for every thread of the grid. Throws std::logic_error where threads wait for each other
 // at different barriers or one has left.
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
@@ -73,7 +76,8 @@ T shuffle(uint32_t mask, T value, int source, std::source_location place) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void*, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, Arguments... arguments) {
+    if (launch_watcher) launch_watcher(grid, block, stream);
     run_grid(grid, block, [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
