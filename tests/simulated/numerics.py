@@ -1,8 +1,8 @@
 """The numbers of a simulated GPU: what torch does on a device is done again by the CPU's kernel on the same memory.
 
-torch's CUDA operation runs first, with all that it asks of CUDA; its kernels do nothing. Device memory is the host's, so
-a tensor on the CPU over the same bytes is then given to the same operation, and the result is written where the device's
-is. A replay of a graph is followed by the work it recorded.
+torch's CUDA operation runs first, with all that it asks of CUDA; its kernels do nothing. Device memory is the host's:
+the same operation is then given tensors on the CPU over the same bytes, and what it finds is written into the device's
+result. A replay of a graph is followed by the work it recorded.
 """
 
 from __future__ import annotations

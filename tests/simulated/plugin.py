@@ -14,7 +14,7 @@ from tests.simulated import numerics
 CUDA = ctypes.CDLL(None)
 CUDA.simulated_complaints.restype = ctypes.c_char_p
 
-# Tests with sizes that a real device takes; each has a small sibling.
+# Where memory of a real device runs out. test_fewer_directions_of_a_small_net shows it here.
 FOR_A_DEVICE = {
     "test_fewer_directions_where_memory_runs_out": "1 GiB of tangents for every layer",
     "test_not_even_one_direction": "131072 examples",
