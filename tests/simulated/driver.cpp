@@ -15,6 +15,22 @@ SIMULATED int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
     *active = 1;
     return 0;
 }
+// torch compiles a few pointwise kernels, exp2 for one, when they are first called.
+SIMULATED int cuModuleLoadData(void** module, const void*) {
+    static long some_module;
+    *module = &some_module;
+    return 0;
+}
+SIMULATED int cuModuleGetFunction(void** function, void* module, const char*) {
+    *function = module;
+    return 0;
+}
+SIMULATED int cuLaunchKernel(void*, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                             unsigned block_y, unsigned block_z, unsigned shared, cudaStream_t stream, void**,
+                             void**) {
+    return simulated::launch("a kernel compiled by torch", {grid_x, grid_y, grid_z}, {block_x, block_y, block_z},
+                             shared, simulated::kSharedBytes, stream);
+}
 
 // --- cuSOLVER: workspaces that nothing will be written to
 
