@@ -25,9 +25,16 @@ class Compiled:
 
 
 def engine_program(
-    program: Program | ProbedProgram, offsets: dict[int, int], parameters: int, device: torch.device
+    program: Program | ProbedProgram,
+    offsets: dict[int, int],
+    parameters: int,
+    device: torch.device,
+    budget: int,
 ) -> engine.Program:
-    """The engine's form of a program whose parameters, by value id, begin there in the flat vector of that length."""
+    """The engine's form of a program whose parameters, by value id, begin there in the flat vector of that length.
+
+    budget: bytes meant for the buffers of a product, by which a GPU's rules choose the sizes of some.
+    """
     try:
         return engine.Program(
             values=[(value.kind, value.shape) for value in program.values],
@@ -40,6 +47,7 @@ def engine_program(
             loss=program.loss,
             cut=list(program.cut or ()),
             device=device.type,
+            budget=budget,
         )
     except ValueError as error:
         raise CaptureError(f"the engine refuses the program: {error}") from error

@@ -69,7 +69,8 @@ class ExampleSweeps:
         self._compiled: dict[Hashable, _Compiled] = {}
         for key, compiled in native.programs().items():
             program = probe(compiled.program, offsets)
-            self._compiled[key] = _Compiled(program, engine_program(program, {}, 0, objective.layout.device))
+            device, room = objective.layout.device, objective.budget.directions
+            self._compiled[key] = _Compiled(program, engine_program(program, {}, 0, device, room))
         names = list(objective.layout.slices)
         left = {name for c in self._compiled.values() for name in c.program.left}
         self.probed = tuple(name for name in names if name not in left)

@@ -274,9 +274,9 @@ class NativeBackend:
         if unknown:
             raise CaptureError("the engine has no rules for it", op=min(unknown))
         offsets = {i: objective.layout.slices[name].start for i, name in program.parameters.items()}
-        return Compiled(
-            program, engine_program(program, offsets, objective.layout.size, objective.layout.device)
-        )
+        layout = objective.layout
+        room = objective.budget.directions
+        return Compiled(program, engine_program(program, offsets, layout.size, layout.device, room))
 
     def _check_loss(self, batch: WeightedBatch) -> None:
         """A program that does not compute the model's loss must not be used, whatever the reason."""

@@ -26,12 +26,13 @@ ARCHITECTURES = (80, 90, 100)
 # What a CUDA build compiles otherwise stands in engine/on_device.h; any file that calls kernels will do. That all calls
 # match their kernels shows in the emulated build.
 HOST_CODE = ("engine/rules/unary.cpp", "engine/float32_products.cpp", "bindings/tall_rows.cpp")
-# In float64, where an index that is wrong cannot hide behind rounding.
+# In float64, where an index that is wrong cannot hide behind rounding, but for what rounds.
 ENGINE_TESTS = (
     "tests/test_engine.py::test_hessian",
     "tests/test_engine.py::test_ggn",
     "tests/test_engine.py::test_gradient_covariance",
     "tests/test_gpu_attention.py",
+    "tests/test_gpu_rounding.py",
     "--tb=short",
     "-rs",
     "-p",

@@ -55,7 +55,8 @@ using PyOp = std::tuple<std::string, std::vector<int>, int, py::dict, std::strin
 
 std::shared_ptr<Program> make_program(const std::vector<PyValue>& py_values, const std::vector<PyOp>& py_ops,
                                       const std::unordered_map<int, int64_t>& offsets, int64_t parameters,
-                                      int loss, std::vector<int> cut, const std::string& device) {
+                                      int loss, std::vector<int> cut, const std::string& device,
+                                      int64_t budget) {
     std::vector<Value> values;
     for (const auto& [kind, shape] : py_values) values.push_back({kind_named(kind), shape, 0});
     for (const auto& [id, offset] : offsets) values.at(static_cast<size_t>(id)).offset = offset;
@@ -67,7 +68,7 @@ std::shared_ptr<Program> make_program(const std::vector<PyValue>& py_values, con
         ops.push_back({kind, inputs, output, Attributes(std::move(entries)), path});
     }
     return std::make_shared<Program>(std::move(values), std::move(ops), parameters, loss, std::move(cut),
-                                     on_gpu(at::Device(device)));
+                                     on_gpu(at::Device(device)), budget);
 }
 
 void check_leaves(const Program& program, const std::unordered_map<int, at::Tensor>& leaves) {
@@ -235,7 +236,8 @@ void bind_engine(py::module_ m) {
         "c = a b or c += a b of float32 matrices, operands rounded to bfloat16, sums in float32.");
     py::class_<Program, std::shared_ptr<Program>>(engine, "Program")
         .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"),
-             py::arg("parameters"), py::arg("loss"), py::arg("cut"), py::arg("device") = "cpu")
+             py::arg("parameters"), py::arg("loss"), py::arg("cut"), py::arg("device") = "cpu",
+             py::arg("budget") = 0)
         .def(
             "flops",
             [](const Program& p, const std::string& mode, int64_t K) { return p.flops(mode_named(mode), K); },

@@ -9,8 +9,9 @@ namespace flatcore {
 
 namespace {
 
-bool rounds(const at::Tensor& c, const at::Tensor& a, Precision precision) {
-    return precision == Precision::bf16 && c.stride(-1) == 1 && bf16_pays(c.size(-2), c.size(-1), a.size(-1));
+bool rounds(const at::Tensor& c, const Factor& a, Precision precision) {
+    return precision == Precision::bf16 && c.stride(-1) == 1 &&
+           bf16_pays(c.size(-2), c.size(-1), a.full().size(-1));
 }
 
 // The same matrix for K directions.
@@ -20,22 +21,22 @@ at::Tensor for_each_direction(const at::Tensor& t, int64_t K) {
 
 }  // namespace
 
-void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
-          Precision precision) {
+void gemm(const at::Tensor& c, const Factor& a, const Factor& b, bool accumulate, Precision precision) {
     if (rounds(c, a, precision))
         multiply_bf16(c, a, b, accumulate);
     else
-        multiply(c, a, b, accumulate);
+        multiply(c, a.full(), b.full(), accumulate);
 }
 
-void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+void gemm_shared(const at::Tensor& c, const Factor& left, const Factor& b, bool accumulate,
                  Precision precision) {
-    if (rounds(c, a, precision)) {
-        multiply_bf16(c, a, for_each_direction(b, c.size(0)), accumulate);
+    const at::Tensor& a = left.full();
+    if (rounds(c, left, precision)) {
+        multiply_bf16(c, left, b, accumulate);
     } else if (c.is_contiguous()) {
         gemm(c.flatten(0, 1), a.reshape({-1, a.size(2)}), b, accumulate);
     } else if (on_gpu(c)) {
-        multiply(c, a, for_each_direction(b, c.size(0)), accumulate);
+        multiply(c, a, for_each_direction(b.full(), c.size(0)), accumulate);
     } else {  // a slice of the result: directions lie P apart
         for (int64_t k = 0; k < c.size(0); ++k) gemm(c.select(0, k), a.select(0, k), b, accumulate);
     }
@@ -59,13 +60,14 @@ int64_t gemm_each_workspace(bool gpu, int64_t K, int64_t m, int64_t n, int64_t i
     return !gpu && K > 1 && m * n * inner < kLarge ? K * m * n : 0;
 }
 
-void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+void gemm_each(const at::Tensor& c, const Factor& left, const Factor& right, bool accumulate,
                Precision precision) {
-    const int64_t K = c.size(0);
-    if (rounds(c, a, precision)) {
-        multiply_bf16(c, for_each_direction(a, K), for_each_direction(b, K), accumulate);
+    if (rounds(c, left, precision)) {
+        multiply_bf16(c, left, right, accumulate);
         return;
     }
+    const int64_t K = c.size(0);
+    const at::Tensor &a = left.full(), &b = right.full();
     // cuBLAS takes results that lie apart, and one call fills a GPU best.
     if (K > 1 && on_gpu(c)) {
         multiply(c, for_each_direction(a, K), for_each_direction(b, K), accumulate);

@@ -226,8 +226,10 @@ bool bf16_pays(int64_t m, int64_t n, int64_t k) {
     return std::min({m, n, k}) >= kNarrowest && m * n * k >= kSmallest;
 }
 
-void multiply_bf16(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    if (on_gpu(c)) return multiply_bf16_on_gpu(c, a, b, accumulate);
+void multiply_bf16(const at::Tensor& c, const Factor& left_factor, const Factor& right_factor,
+                   bool accumulate) {
+    if (on_gpu(c)) return multiply_bf16_on_gpu(c, left_factor, right_factor, accumulate);
+    const at::Tensor &a = left_factor.full(), &b = right_factor.full();
     const auto batch_stride = [](const at::Tensor& t) { return t.dim() == 3 ? t.stride(0) : 0; };
     const int64_t m = c.size(-2), n = c.size(-1), k = a.size(-1);
     const Operand left{a.const_data_ptr<float>(), batch_stride(a), a.stride(-2), a.stride(-1), m, k};

@@ -11,22 +11,11 @@
 
 namespace flatcore {
 
-namespace {
-
-// A matrix that stands for a whole batch is rounded once.
-at::Tensor rounded(const at::Tensor& t) {
-    if (t.dim() == 3 && t.size(0) > 1 && t.stride(0) == 0)
-        return t.select(0, 0).to(at::kBFloat16).unsqueeze(0).expand(t.sizes());
-    return t.to(at::kBFloat16);
-}
-
-}  // namespace
-
-void multiply_bf16_on_gpu(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-    at::Tensor out = c, left = rounded(a), right = rounded(b);
+void multiply_bf16_on_gpu(const at::Tensor& c, const Factor& a, const Factor& b, bool accumulate) {
+    at::Tensor out = c, left = a.rounded(), right = b.rounded();
     if (c.dim() == 3) {
-        if (left.dim() == 2) left = left.unsqueeze(0).expand({c.size(0), a.size(0), a.size(1)});
-        if (right.dim() == 2) right = right.unsqueeze(0).expand({c.size(0), b.size(0), b.size(1)});
+        if (left.dim() == 2) left = left.unsqueeze(0).expand({c.size(0), left.size(0), left.size(1)});
+        if (right.dim() == 2) right = right.unsqueeze(0).expand({c.size(0), right.size(0), right.size(1)});
     }
     const bool batched = c.dim() == 3;
     if (c.is_cpu()) {  // emulated: the CPU has no such product

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/select.h>
 
+#include "factor.h"
 #include "on_device.h"
 #include "program.h"
 
@@ -70,12 +71,12 @@ inline at::Tensor reduce_directions(const at::Tensor& t, const Integers& shape) 
 
 // c (+)= a b for matrices of any strides, without a temporary: `accumulate` false writes. Here and below, the
 // operands of products large enough are rounded to the given precision (gemm_bf16.h).
-void gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+void gemm(const at::Tensor& c, const Factor& a, const Factor& b, bool accumulate,
           Precision precision = Precision::full);
 
 // c_k (+)= a_k b for all directions at once: c (K, m, n), a (K, m, p), b (p, n). One GEMM where K folds into
 // the rows.
-void gemm_shared(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+void gemm_shared(const at::Tensor& c, const Factor& a, const Factor& b, bool accumulate,
                  Precision precision = Precision::full);
 
 // Elements that gemm_each may hold beside its operands for K products (m, inner) (inner, n).
@@ -83,7 +84,7 @@ int64_t gemm_each_workspace(bool gpu, int64_t K, int64_t m, int64_t n, int64_t i
 
 // c_k (+)= a_k b_k; a or b may be one matrix for all directions. On the CPU large products run one by one in
 // place, spread over the threads, and small ones as one batched GEMM; on a GPU all are one call.
-void gemm_each(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+void gemm_each(const at::Tensor& c, const Factor& a, const Factor& b, bool accumulate,
                Precision precision = Precision::full);
 
 #define FLATCORE_DISPATCH(tensor, name, ...) \

@@ -58,9 +58,11 @@ void LinearRule::adjoint(Directions& d) const {
     const int64_t K = d.K();
     const State& state = d.state();
     const bool cross = d.second_order() && has_second_order();
-    at::Tensor tdy = d.cotangent();
-    if (tdy.defined()) tdy = tdy.reshape({K, rows_, out_});
-    const at::Tensor dy = cross ? state.adjoint(op_.output).reshape({rows_, out_}) : at::Tensor();
+    const at::Tensor cotangent = d.cotangent();
+    const bool reached = cotangent.defined();
+    // Read by two products each.
+    const Factor tdy = reached ? cotangent.reshape({K, rows_, out_}) : cotangent,
+                 dy = cross ? state.adjoint(op_.output).reshape({rows_, out_}) : at::Tensor();
     if (d.wants(0)) {
         auto [buffer, fresh] = d.accumulator(0);
         // Where x's adjoint has other strides (an image lies channels last), the products are added to it
@@ -69,7 +71,7 @@ void LinearRule::adjoint(Directions& d) const {
         const at::Tensor tdx =
             in_place ? buffer.view({K, rows_, in_}) : at::zeros({K, rows_, in_}, buffer.options());
         bool started = !(in_place && fresh);
-        if (tdy.defined()) {
+        if (reached) {
             gemm_shared(tdx, tdy, weight_as_matrix(state.value(op_.inputs[1])).t(), started, d.precision());
             started = true;
         }
@@ -83,19 +85,19 @@ void LinearRule::adjoint(Directions& d) const {
         auto [buffer, fresh] = d.accumulator(1);
         // The weight's own orientation, so that what is written is contiguous: tdy^T x, or x^T tdy if
         // transposed.
-        const auto product = [&](const at::Tensor& adjoint, const at::Tensor& x, bool accumulate) {
-            const at::Tensor &left = transposed_ ? x : adjoint, &right = transposed_ ? adjoint : x;
-            gemm_each(buffer, left.transpose(-2, -1), right, accumulate, d.precision());
+        const auto product = [&](const Factor& adjoint, const Factor& x, bool accumulate) {
+            const Factor &left = transposed_ ? x : adjoint, &right = transposed_ ? adjoint : x;
+            gemm_each(buffer, left.t(), right, accumulate, d.precision());
         };
-        if (tdy.defined()) product(tdy, state.value(op_.inputs[0]).reshape({rows_, in_}), !fresh);
-        if (cross) product(dy, d.tangent(0).reshape({K, rows_, in_}), !fresh || tdy.defined());
+        if (reached) product(tdy, state.value(op_.inputs[0]).reshape({rows_, in_}), !fresh);
+        if (cross) product(dy, d.tangent(0).reshape({K, rows_, in_}), !fresh || reached);
     }
-    if (d.wants(2) && tdy.defined()) {
+    if (d.wants(2) && reached) {
         auto [buffer, fresh] = d.accumulator(2);
         if (fresh)
-            at::sum_out(buffer, tdy, 1);
+            at::sum_out(buffer, tdy.full(), 1);
         else
-            buffer.add_(tdy.sum(1));
+            buffer.add_(tdy.full().sum(1));
     }
 }
 
@@ -106,15 +108,13 @@ double LinearRule::flops(int64_t K, bool second_order) const {
     return 2.0 * static_cast<double>(K * rows_ * in_ * out_) * products;
 }
 
-// Of all the products, whichever side is rounded ahead.
+// Of all the products, whichever side is rounded ahead; on a GPU the adjoints are, for two products.
 Rounding LinearRule::rounding(int64_t K, bool second_order) const {
     if (!bf16_pays(rows_, in_, out_)) return {};
     const int64_t x = rows_ * in_, y = rows_ * out_, weight = in_ * out_;
     if (program_.gpu())
-        return {flops(K, second_order),
-                std::max({rounded_whole(K * x + weight), rounded_whole(K * y + weight),
-                          rounded_whole(K * weight + std::max(x, y)), rounded_whole(K * y + x),
-                          rounded_whole(K * x + y)})};
+        return {flops(K, second_order), rounded_whole(std::max({K * x + weight, x + K * weight,
+                                                                K * y + y + K * std::max(weight, x)}))};
     return {flops(K, second_order),
             std::max({bf16_workspace(out_, in_), bf16_workspace(in_, out_), bf16_workspace(rows_, in_),
                       bf16_workspace(in_, rows_), bf16_workspace(rows_, out_), bf16_workspace(out_, rows_)})};

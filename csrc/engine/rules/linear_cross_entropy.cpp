@@ -31,14 +31,25 @@ enum Saved { kProbability };
 // took 1.2 times as long per row as the 333 that this allows.
 constexpr int64_t kChunkElements = 1 << 24;
 
-// On a GPU 256 MiB. By counting, not measured: the products for the weight read and write it whole, once per
-// chunk and direction, 4 microseconds a million weights at 4 TB/s; in TF32 and bfloat16 they compute as long
-// with some 800 to 1,400 rows.
-constexpr int64_t kChunkElementsOnGpu = 1 << 26;
+// On a GPU a sixteenth of the budget. By counting, not measured: every chunk reads and writes the weights'
+// products whole for each direction, so long as some 800 to 1,400 rows take to compute in TF32 and bfloat16;
+// and logits computed anew, in full precision, take as long as eight products in TF32, of which a direction
+// has six. In one chunk their probabilities are kept.
+constexpr int64_t kBudgetPerElement = 64;
+
+int64_t chunk_elements(const Program& program) {
+    return program.gpu() ? std::max(kChunkElements, program.budget() / kBudgetPerElement) : kChunkElements;
+}
 
 Integers with_last(Integers shape, int64_t size) {
     shape.push_back(size);
     return shape;
+}
+
+at::Tensor of_direction(const at::Tensor& t, int64_t k) { return t.defined() ? t.select(0, k) : t; }
+
+at::Tensor rows_of(const at::Tensor& t, int64_t k, int64_t first, int64_t rows) {
+    return t.defined() ? t.select(0, k).narrow(0, first, rows) : t;
 }
 
 template <class T>
@@ -67,8 +78,7 @@ LinearCrossEntropyRule::LinearCrossEntropyRule(const Program& program, const Op&
     if (input(kMass).shape != output().shape || input(kIndex).shape != output().shape)
         throw std::invalid_argument("masses and indices must have the shape of the losses");
     // As few as fit, of nearly equal length.
-    const int64_t most =
-        std::max<int64_t>(1, (program.gpu() ? kChunkElementsOnGpu : kChunkElements) / classes_);
+    const int64_t most = std::max<int64_t>(1, chunk_elements(program) / classes_);
     const int64_t rows = std::max<int64_t>(1, rows_), chunks = (rows + most - 1) / most;
     chunk_rows_ = (rows + chunks - 1) / chunks;
     const auto& cut = program.cut();
@@ -120,20 +130,21 @@ at::Tensor LinearCrossEntropyRule::probabilities(const State& state, const Opera
     return p;
 }
 
-// tz of direction k for the chunk's rows, written into `tz`.
-void LinearCrossEntropyRule::logit_tangent(const Operands& v, const Operands& t, int64_t k, int64_t first,
+// tz of one direction for a chunk's rows x, written into `tz`; of tx, tweight and tbias some may be
+// undefined.
+void LinearCrossEntropyRule::logit_tangent(const Factor& x, const Factor& weight, const Factor& tx,
+                                           const Factor& tweight, const at::Tensor& tbias,
                                            const at::Tensor& tz, Precision precision) const {
     bool started = false;
-    if (t.bias.defined()) {
-        tz.copy_(t.bias.select(0, k).expand_as(tz));
+    if (tbias.defined()) {
+        tz.copy_(tbias.expand_as(tz));
         started = true;
     }
-    if (t.x.defined()) {
-        gemm(tz, t.x.select(0, k).narrow(0, first, tz.size(0)), v.weight, started, precision);
+    if (tx.full().defined()) {
+        gemm(tz, tx, weight, started, precision);
         started = true;
     }
-    if (t.weight.defined())
-        gemm(tz, v.x.narrow(0, first, tz.size(0)), t.weight.select(0, k), started, precision);
+    if (tweight.full().defined()) gemm(tz, x, tweight, started, precision);
 }
 
 // Calls body(target, total) with the pointers that the kernels take for the rows from `first` on.
@@ -169,11 +180,14 @@ at::Tensor LinearCrossEntropyRule::tangent(const Directions& d) const {
     const at::Tensor tloss = new_directions(d.K(), output(), state.options());
     const at::Tensor buffer = keeps_probabilities() ? at::Tensor() : new_chunk(state);
     const at::Tensor tz_buffer = new_chunk(state);
+    const Factor weight = v.weight;
     for_each_chunk([&](int64_t first, int64_t rows) {
         const at::Tensor p = probabilities(state, v, first, rows, buffer);
         const at::Tensor tz = tz_buffer.narrow(0, 0, rows);
+        const Factor x = v.x.narrow(0, first, rows);
         for (int64_t k = 0; k < d.K(); ++k) {
-            logit_tangent(v, t, k, first, tz, d.precision());
+            logit_tangent(x, weight, rows_of(t.x, k, first, rows), of_direction(t.weight, k),
+                          of_direction(t.bias, k), tz, d.precision());
             FLATCORE_DISPATCH(tz, "linear_cross_entropy", [&] {
                 with_target<scalar_t>(state, first, [&](auto target, const scalar_t* total) {
                     FLATCORE_RUN(tz, cross_entropy_tangent<scalar_t>, 1, rows, classes_, target,
@@ -210,6 +224,7 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
     const at::Tensor p_buffer = keeps_probabilities() ? at::Tensor() : new_chunk(state);
     const at::Tensor dz_buffer = cross ? new_chunk(state) : at::Tensor(), tz_buffer = new_chunk(state);
 
+    const Factor weight = v.weight;
     for_each_chunk([&](int64_t first, int64_t rows) {
         const at::Tensor p = probabilities(state, v, first, rows, p_buffer);
         // out = tdloss g + dloss p (tz - <p, tz>), the last two undefined where that term is left out
@@ -226,30 +241,32 @@ void LinearCrossEntropyRule::adjoint(Directions& d) const {
             });
             return out;
         };
-        const at::Tensor dz = cross ? logit_adjoint(dz_buffer, dloss, {}, {}) : at::Tensor();
-        const auto add_to_weight = [&](int64_t k, const at::Tensor& adjoint, const at::Tensor& x,
-                                       bool write) {
-            const at::Tensor &left = transposed_ ? x : adjoint, &right = transposed_ ? adjoint : x;
-            gemm(tdweight.select(0, k), left.t(), right, !write, d.precision());
-        };
+        // What several products read.
+        const Factor x = v.x.narrow(0, first, rows),
+                     dz = cross ? logit_adjoint(dz_buffer, dloss, {}, {}) : at::Tensor();
         for (int64_t k = 0; k < d.K(); ++k) {
+            const Factor tx = rows_of(t.x, k, first, rows), tweight = of_direction(t.weight, k);
             at::Tensor tz;
             if (d.curved()) {
                 tz = tz_buffer.narrow(0, 0, rows);
-                logit_tangent(v, t, k, first, tz, d.precision());
+                logit_tangent(x, weight, tx, tweight, of_direction(t.bias, k), tz, d.precision());
             }
-            const at::Tensor own = tdloss.defined() ? tdloss.select(0, k) : at::Tensor();
-            const at::Tensor tdz = logit_adjoint(tz_buffer, own, dloss, tz);
+            const Factor tdz = logit_adjoint(tz_buffer, of_direction(tdloss, k), dloss, tz);
             if (tdx.defined()) {
                 const at::Tensor out = tdx.view({d.K(), rows_, width_}).select(0, k).narrow(0, first, rows);
-                gemm(out, tdz, v.weight.t(), true, d.precision());
-                if (cross) gemm(out, dz, t.weight.select(0, k).t(), true, d.precision());
+                gemm(out, tdz, weight.t(), true, d.precision());
+                if (cross) gemm(out, dz, tweight.t(), true, d.precision());
             }
             if (tdweight.defined()) {
-                add_to_weight(k, tdz, v.x.narrow(0, first, rows), weight_fresh && first == 0);
-                if (cross) add_to_weight(k, dz, t.x.select(0, k).narrow(0, first, rows), false);
+                const auto add = [&](const Factor& adjoint, const Factor& features, bool write) {
+                    const Factor &left = transposed_ ? features : adjoint,
+                                 &right = transposed_ ? adjoint : features;
+                    gemm(tdweight.select(0, k), left.t(), right, !write, d.precision());
+                };
+                add(tdz, x, weight_fresh && first == 0);
+                if (cross) add(dz, tx, false);
             }
-            if (tdbias.defined()) tdbias.select(0, k).add_(tdz.sum(0));
+            if (tdbias.defined()) tdbias.select(0, k).add_(tdz.full().sum(0));
         }
     });
     if (x_apart) x_buffer.add_(tdx.view(x_buffer.sizes()));
@@ -263,13 +280,13 @@ double LinearCrossEntropyRule::flops(int64_t K, bool second_order) const {
     return 2.0 * static_cast<double>(rows_ * width_ * classes_) * products;
 }
 
-// The logits are values, in full precision. Of a chunk's operands the smaller are rounded ahead.
+// The logits are values, in full precision. Of a chunk's factors the smaller are rounded ahead, on a GPU all:
+// tdz and dz, the weights and their tangent, x and its tangent.
 Rounding LinearCrossEntropyRule::rounding(int64_t K, bool second_order) const {
     if (!bf16_pays(chunk_rows_, width_, classes_)) return {};
     if (program_.gpu())
         return {flops(K, second_order) - flops(0, second_order),
-                rounded_whole(std::max(chunk_rows_, width_) * classes_ +
-                              std::max(chunk_rows_, classes_) * width_)};
+                rounded_whole(2 * (chunk_rows_ * classes_ + width_ * classes_ + chunk_rows_ * width_))};
     return {flops(K, second_order) - flops(0, second_order),
             std::max({bf16_workspace(chunk_rows_, width_), bf16_workspace(width_, chunk_rows_),
                       bf16_workspace(chunk_rows_, classes_)})};

@@ -52,8 +52,8 @@ class LinearCrossEntropyRule final : public Rule {
     void logits(const Operands& v, int64_t first, const at::Tensor& z) const;
     at::Tensor probabilities(const State& state, const Operands& v, int64_t first, int64_t rows,
                              const at::Tensor& buffer) const;
-    void logit_tangent(const Operands& v, const Operands& t, int64_t k, int64_t first, const at::Tensor& tz,
-                       Precision precision) const;
+    void logit_tangent(const Factor& x, const Factor& weight, const Factor& tx, const Factor& tweight,
+                       const at::Tensor& tbias, const at::Tensor& tz, Precision precision) const;
     int64_t rows_, width_, classes_, chunk_rows_;
     bool transposed_, rounds_, holds_cut_;
 };
