@@ -21,6 +21,9 @@ Batch = Any  # a tuple, a dict, a tensor, or any tree of these
 class Data:
     """Batches that can be read any number of times, always the same ones in the same order.
 
+    A batch that lies on the CPU as a whole is copied to `device`, and one of a list again where the list's has changed;
+    a batch with tensors elsewhere is left as it was made.
+
     Batches are held in memory while they fit into `budget` bytes, those of a loader as copies, because a
     loader may fill the same tensors again; a loader that does not fit is read again
     on every pass, with the random generators set to where they stood on the first pass and set back
@@ -28,20 +31,25 @@ class Data:
     first is an error. `count(batch, index)` gives the number of examples of a batch.
     """
 
-    def __init__(self, data: Any, budget: int, count: Callable[[Batch, int], int]) -> None:
+    def __init__(
+        self, data: Any, budget: int, count: Callable[[Batch, int], int], device: torch.device
+    ) -> None:
         self._count = count
+        self._device = device
         self._source = _source(data)
+        self._given = tuple(self._source) if isinstance(self._source, list) else ()
+        self._versions = self._versions_given()
         self._random_state = _random_state(self._source)
-        self._held: tuple[Batch, ...] | None = None
+        self._held: list[Batch] | None = None
         held: list[Batch] = []
         counts: list[int] = []
         storages: dict[int, int] = {}
-        for index, batch in enumerate(self._read()):
+        for index, (batch, shared) in enumerate(self._read()):
             counts.append(self._count(batch, index))
             storages |= {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch_leaves(batch)
             }
-            if isinstance(self._source, list) or sum(storages.values()) <= budget:
+            if shared or sum(storages.values()) <= budget:
                 held.append(batch)
             else:
                 held.clear()
@@ -51,17 +59,18 @@ class Data:
             raise ValueError("data: expected at least one batch, got none")
         self.examples = tuple(counts)
         if len(held) == len(counts):
-            self._held = tuple(held)
+            self._held = held
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._held is not None:
+            self._renew(self._held)
             yield from self._held
             return
         counts: list[int] = []
-        for index, batch in enumerate(self._read()):
+        for index, (batch, _) in enumerate(self._read()):
             counts.append(self._count(batch, index))
             if tuple(counts) != self.examples[: len(counts)]:
                 break
@@ -73,18 +82,26 @@ class Data:
                 "repeats"
             )
 
-    def _read(self) -> Iterator[Batch]:
+    def _renew(self, held: list[Batch]) -> None:
+        """Takes the batches of the list that have changed since they were taken."""
+        now = self._versions_given()
+        for index, (new, old) in enumerate(zip(now, self._versions, strict=True)):
+            if new != old:
+                held[index] = _taken(self._given[index], self._device, copy=False)[0]
+        self._versions = now
+
+    def _read(self) -> Iterator[tuple[Batch, bool]]:
         """One pass over the source. Its random state is in force only while the source itself runs."""
         state, batches = self._random_state, None
         while True:
             with preserved_random_state(self._source):
                 _set_random_state(self._source, state)
-                batches = iter(self._source) if batches is None else batches
+                batches = iter(self._given or self._source) if batches is None else batches
                 raw = next(batches, _END)
                 state = _random_state(self._source)
             if raw is _END:
                 return
-            yield _detached(raw, copy=not isinstance(self._source, list))
+            yield _taken(raw, self._device, copy=not self._given)
 
     @property
     def again(self) -> Any:
@@ -92,15 +109,24 @@ class Data:
         return self if self._held is None else list(self._held)
 
     def versions(self) -> tuple[Any, ...]:
-        """Changes when a batch held in memory is changed in place."""
+        """Changes when a batch of a list, or one held in memory, is changed in place."""
+        if self._given:
+            return self._versions_given()
         return tuple(version(leaf) for batch in self._held or () for leaf in batch_leaves(batch))
 
+    def _versions_given(self) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(map(version, batch_leaves(batch))) for batch in self._given)
 
-def _detached(raw: Any, copy: bool) -> Batch:
+
+def _taken(raw: Any, device: torch.device, copy: bool) -> tuple[Batch, bool]:
+    """A batch of the caller's, detached, on the device; and whether its tensors are still the caller's."""
     leaves, structure = flatten_batch(raw)
+    if device.type != "cpu" and leaves and all(t.device.type == "cpu" for t in leaves):
+        return structure.rebuild([t.detach().to(device) for t in leaves]), False
     if copy:
-        return structure.rebuild([t.detach().clone() for t in leaves])
-    return structure.rebuild([t.detach() for t in leaves]) if any(t.requires_grad for t in leaves) else raw
+        return structure.rebuild([t.detach().clone() for t in leaves]), False
+    detached = any(t.requires_grad for t in leaves)
+    return structure.rebuild([t.detach() for t in leaves]) if detached else raw, True
 
 
 def count_examples(batch: Batch, index: int) -> int:

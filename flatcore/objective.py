@@ -55,7 +55,8 @@ class Objective:
         loss: `loss(output, target)`, the mean over the batch; or `ModelLoss(fn)` with `fn(model, batch)`.
         data: one batch (a tuple or a mapping), a list of batches, or a loader that can be read again. For a
             loss of two arguments a batch is (inputs..., target), or a mapping with the target under target,
-            targets, label, labels or y. The leading axis of a batch's first tensor counts its examples.
+            targets, label, labels or y. The leading axis of a batch's first tensor counts its examples. A batch
+            whose tensors are all on the CPU is taken to the parameters' device, as a loader's would be in training.
         params: None for every parameter with requires_grad; else names, globs, or a callable(name, tensor)
             -> bool.
         memory: bytes for data, kept activations and the buffers of a product; default: half of what is free.
@@ -113,7 +114,7 @@ class Objective:
         checks.check_mode(self.model, self.allow_train_mode)
         self.layout = Layout.of(selected)
         self.budget = Budget.of(memory, self.layout.device)
-        self.data = Data(data, self.budget.data, self._count)
+        self.data = Data(data, self.budget.data, self._count, self.layout.device)
         self.evaluate = Evaluator(self.model, loss)
         self._places: list[tuple[nn.Module, str]] = []
         self._snapshot: Snapshot | None = None

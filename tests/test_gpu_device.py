@@ -177,3 +177,21 @@ def test_not_even_one_direction():
     ):
         H @ v
     assert relative(H @ v, expected.double()) <= 1e-5
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_data_on_the_cpu(loaded):
+    """A loader's batches, and a list's, which may change in place."""
+    there = net(6, 5, 3, examples=8, dtype=torch.float64)
+    ((x, y),) = there.data
+    host = [(x[:5].cpu(), y[:5].cpu()), (x[5:].cpu(), y[5:].cpu())]
+    source = (
+        torch.utils.data.DataLoader([*zip(x.cpu(), y.cpu(), strict=True)], batch_size=5) if loaded else host
+    )
+    H = fc.Hessian(fc.Objective(there.model, there.loss_function, source))
+    V = directions(H.shape[0], 2).to(DEVICE)
+    assert relative(H @ V, fc.Hessian(there) @ V) <= EXACT
+    if not loaded:
+        host[0][0].mul_(2)
+        x[:5].mul_(2)
+        assert relative(H @ V, fc.Hessian(there) @ V) <= EXACT
