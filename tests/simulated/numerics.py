@@ -44,6 +44,17 @@ SIZE_BY_VALUE = {
     "aten::unique_dim",
     "aten::_unique2",
 }
+# torch looks at cuSOLVER's report of errors before the result can be written.
+SOLVERS = {
+    "aten::_linalg_eigh",
+    "aten::_linalg_solve_ex",
+    "aten::_linalg_svd",
+    "aten::linalg_inv_ex",
+    "aten::linalg_ldl_factor_ex",
+    "aten::linalg_lu_factor_ex",
+    "aten::linalg_lstsq",
+    "aten::linalg_qr",
+}
 MIXED_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 
@@ -98,10 +109,10 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def size_by_value(func: Any, args: tuple[Any, ...]) -> bool:
+def on_host_alone(func: Any, args: tuple[Any, ...]) -> bool:
     if func.name() == "aten::index.Tensor":
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return func.name() in SIZE_BY_VALUE
+    return func.name() in SIZE_BY_VALUE or func.name() in SOLVERS
 
 
 def is_view(func: Any, result: Any, sources: list[Tensor]) -> bool:
@@ -125,8 +136,10 @@ class Numerics(TorchDispatchMode):
         ):
             return func(*args, **kwargs)
         device = next((t.device for t in sources if t.is_cuda), None)
-        if device is not None and size_by_value(func, args):
-            return tree_map(lambda t: self._put(t, device), computed(func, args, kwargs))
+        if device is not None and on_host_alone(func, args):
+            return tree_map(
+                lambda t: self._put(t, device) if isinstance(t, Tensor) else t, computed(func, args, kwargs)
+            )
         result = func(*args, **kwargs)
         on_device = device is not None or any(t.is_cuda for t in tensors(result))
         if not on_device or func in NOTHING_TO_COMPUTE or is_view(func, result, sources):
