@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from flatcore import _C
 from flatcore.projected import leave_one_out_of, remainder
 from flatcore.sampling import BLOCK, LEAST_PROBES, Run, hutchinson
 
@@ -100,7 +101,7 @@ def share_outside(images: torch.Tensor) -> tuple[float, float]:
     """
 
     def share(rows: torch.Tensor) -> float:
-        gram = (rows @ rows.T).double()
+        gram = _C.krylov.products_of_rows(rows, rows) if rows.is_cuda else (rows @ rows.T).double()
         size = float(gram.diagonal().mean())
         if size == 0:
             return 0.0
