@@ -8,6 +8,7 @@ result. A replay of a graph is followed by the work it recorded.
 from __future__ import annotations
 
 import ctypes
+import re
 from typing import Any
 
 import torch
@@ -44,17 +45,8 @@ SIZE_BY_VALUE = {
     "aten::unique_dim",
     "aten::_unique2",
 }
-# torch looks at cuSOLVER's report of errors before the result can be written.
-SOLVERS = {
-    "aten::_linalg_eigh",
-    "aten::_linalg_solve_ex",
-    "aten::_linalg_svd",
-    "aten::linalg_inv_ex",
-    "aten::linalg_ldl_factor_ex",
-    "aten::linalg_lu_factor_ex",
-    "aten::linalg_lstsq",
-    "aten::linalg_qr",
-}
+# Of torch.linalg those that leave no report of errors to look at, or (Cholesky) one that may be written later.
+ON_DEVICE = re.compile("norm|cholesky_ex|diagonal|cross|vecdot")
 MIXED_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 
@@ -112,7 +104,9 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def on_host_alone(func: Any, args: tuple[Any, ...]) -> bool:
     if func.name() == "aten::index.Tensor":
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return func.name() in SIZE_BY_VALUE or func.name() in SOLVERS
+    name: str = func.name()
+    solver = name.startswith(("aten::linalg_", "aten::_linalg_")) and not ON_DEVICE.search(name)
+    return solver or name in SIZE_BY_VALUE
 
 
 def is_view(func: Any, result: Any, sources: list[Tensor]) -> bool:
