@@ -90,9 +90,7 @@ def test_every_factor_of_a_head_is_rounded_once(monkeypatch: pytest.MonkeyPatch)
     assert "linear_cross_entropy" in kinds
     weight = (WIDTH, CLASSES)
     assert found.shapes[weight] == 1 + K
-    assert (
-        found.shapes[ROWS, WIDTH] == (1 + 1) + (1 + K) + 1
-    )  # x of both layers (the first in two sweeps), tx, tdy
+    assert found.shapes[ROWS, WIDTH] == 2 + 1 + K  # x of the first layer in two sweeps; x and tx of the head
     assert found.shapes[ROWS, CLASSES] == K + 1  # tdz and dz
     assert error <= 8 * UNIT
 
