@@ -101,7 +101,7 @@ def share_outside(images: torch.Tensor) -> tuple[float, float]:
     """
 
     def share(rows: torch.Tensor) -> float:
-        gram = _C.krylov.products_of_rows(rows, rows) if rows.is_cuda else (rows @ rows.T).double()
+        gram = _C.krylov.products_of_rows(rows, rows).cpu() if rows.is_cuda else (rows @ rows.T).double()
         size = float(gram.diagonal().mean())
         if size == 0:
             return 0.0

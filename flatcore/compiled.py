@@ -29,11 +29,11 @@ def engine_program(
     offsets: dict[int, int],
     parameters: int,
     device: torch.device,
-    budget: int,
+    room: int,
 ) -> engine.Program:
     """The engine's form of a program whose parameters, by value id, begin there in the flat vector of that length.
 
-    budget: bytes meant for the buffers of a product, by which a GPU's rules choose the sizes of some.
+    room: numbers that fit into the memory meant for the buffers of a product; a GPU's rules size some by it.
     """
     try:
         return engine.Program(
@@ -47,7 +47,7 @@ def engine_program(
             loss=program.loss,
             cut=list(program.cut or ()),
             device=device.type,
-            budget=budget,
+            room=min(room, 2**62),
         )
     except ValueError as error:
         raise CaptureError(f"the engine refuses the program: {error}") from error

@@ -22,7 +22,7 @@ class Data:
     """Batches that can be read any number of times, always the same ones in the same order.
 
     A batch that lies on the CPU as a whole is copied to `device`, and one of a list again where the list's has changed;
-    a batch with tensors elsewhere is left as it was made.
+    a batch with tensors elsewhere is left as it was made. Another's list is shared, with the copies that it holds.
 
     Batches are held in memory while they fit into `budget` bytes, those of a loader as copies, because a
     loader may fill the same tensors again; a loader that does not fit is read again
@@ -36,19 +36,29 @@ class Data:
     ) -> None:
         self._count = count
         self._device = device
+        self._given: tuple[Batch, ...]
+        self._versions: list[tuple[Any, ...]]
+        self._held: list[Batch] | None = None
+        self._moved = False
+        if isinstance(data, Data) and data._given:
+            self._given, self._versions = data._given, data._versions
+            self._device, self._held, self._moved = data._device, data._held, data._moved
+            self.examples = tuple(count(batch, index) for index, batch in enumerate(self._given))
+            return
         self._source = _source(data)
         self._given = tuple(self._source) if isinstance(self._source, list) else ()
-        self._versions = self._versions_given()
+        self._versions = list(self._versions_given())
         self._random_state = _random_state(self._source)
-        self._held: list[Batch] | None = None
         held: list[Batch] = []
         counts: list[int] = []
         storages: dict[int, int] = {}
         for index, (batch, shared) in enumerate(self._read()):
             counts.append(self._count(batch, index))
-            storages |= {
-                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch_leaves(batch)
-            }
+            if not shared:
+                storages |= {
+                    t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch_leaves(batch)
+                }
+                self._moved = bool(self._given)
             if shared or sum(storages.values()) <= budget:
                 held.append(batch)
             else:
@@ -83,30 +93,34 @@ class Data:
             )
 
     def _renew(self, held: list[Batch]) -> None:
-        """Takes the batches of the list that have changed since they were taken."""
-        now = self._versions_given()
-        for index, (new, old) in enumerate(zip(now, self._versions, strict=True)):
-            if new != old:
+        """Takes the batches of the list that have changed since they were copied."""
+        if not self._moved:
+            return
+        for index, now in enumerate(self._versions_given()):
+            if now != self._versions[index]:
                 held[index] = _taken(self._given[index], self._device, copy=False)[0]
-        self._versions = now
+                self._versions[index] = now
 
     def _read(self) -> Iterator[tuple[Batch, bool]]:
         """One pass over the source. Its random state is in force only while the source itself runs."""
+        if self._given:
+            yield from (_taken(raw, self._device, copy=False) for raw in self._given)
+            return
         state, batches = self._random_state, None
         while True:
             with preserved_random_state(self._source):
                 _set_random_state(self._source, state)
-                batches = iter(self._given or self._source) if batches is None else batches
+                batches = iter(self._source) if batches is None else batches
                 raw = next(batches, _END)
                 state = _random_state(self._source)
             if raw is _END:
                 return
-            yield _taken(raw, self._device, copy=not self._given)
+            yield _taken(raw, self._device, copy=True)
 
     @property
     def again(self) -> Any:
         """What another objective takes for the same batches, without a second copy of those held in memory."""
-        return self if self._held is None else list(self._held)
+        return self if self._given or self._held is None else list(self._held)
 
     def versions(self) -> tuple[Any, ...]:
         """Changes when a batch of a list, or one held in memory, is changed in place."""
@@ -122,7 +136,8 @@ def _taken(raw: Any, device: torch.device, copy: bool) -> tuple[Batch, bool]:
     """A batch of the caller's, detached, on the device; and whether its tensors are still the caller's."""
     leaves, structure = flatten_batch(raw)
     if device.type != "cpu" and leaves and all(t.device.type == "cpu" for t in leaves):
-        return structure.rebuild([t.detach().to(device) for t in leaves]), False
+        with torch.inference_mode(False):
+            return structure.rebuild([t.detach().to(device) for t in leaves]), False
     if copy:
         return structure.rebuild([t.detach().clone() for t in leaves]), False
     detached = any(t.requires_grad for t in leaves)

@@ -50,6 +50,11 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     return cast(Tensor, loss)
 
 
+def takes_apart(loss: object) -> bool:
+    """Is a batch taken apart here, and not in a function of the caller's?"""
+    return not isinstance(loss, ModelLoss) or loss.fn is _loss_of_output
+
+
 # The functions that can be a whole loss; the model ends at their first argument.
 _LOSS_FUNCTIONS = (
     F.cross_entropy,

@@ -67,9 +67,10 @@ class ExampleSweeps:
         self._objective, self._native = objective, native
         offsets = {name: part.start for name, part in objective.layout.slices.items()}
         self._compiled: dict[Hashable, _Compiled] = {}
+        room = objective.budget.directions // objective.layout.dtype.itemsize
         for key, compiled in native.programs().items():
             program = probe(compiled.program, offsets)
-            device, room = objective.layout.device, objective.budget.directions
+            device = objective.layout.device
             self._compiled[key] = _Compiled(program, engine_program(program, {}, 0, device, room))
         names = list(objective.layout.slices)
         left = {name for c in self._compiled.values() for name in c.program.left}

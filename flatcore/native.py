@@ -275,7 +275,7 @@ class NativeBackend:
             raise CaptureError("the engine has no rules for it", op=min(unknown))
         offsets = {i: objective.layout.slices[name].start for i, name in program.parameters.items()}
         layout = objective.layout
-        room = objective.budget.directions
+        room = objective.budget.directions // layout.dtype.itemsize
         return Compiled(program, engine_program(program, offsets, layout.size, layout.device, room))
 
     def _check_loss(self, batch: WeightedBatch) -> None:

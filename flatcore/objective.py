@@ -14,7 +14,7 @@ from flatcore import checks
 from flatcore.capture.batch import split_batch
 from flatcore.data import Batch, Data, count_examples, version
 from flatcore.environment import exclusive
-from flatcore.evaluate import Evaluation, Evaluator, ModelLoss, hf_loss, plain_torch
+from flatcore.evaluate import Evaluation, Evaluator, ModelLoss, hf_loss, plain_torch, takes_apart
 from flatcore.memory import Budget
 from flatcore.parameters import Selection, select
 from flatcore.vectors import Layout
@@ -55,8 +55,9 @@ class Objective:
         loss: `loss(output, target)`, the mean over the batch; or `ModelLoss(fn)` with `fn(model, batch)`.
         data: one batch (a tuple or a mapping), a list of batches, or a loader that can be read again. For a
             loss of two arguments a batch is (inputs..., target), or a mapping with the target under target,
-            targets, label, labels or y. The leading axis of a batch's first tensor counts its examples. A batch
-            whose tensors are all on the CPU is taken to the parameters' device, as a loader's would be in training.
+            targets, label, labels or y. The leading axis of a batch's first tensor counts its examples. Where
+            the whole model is on a GPU, a batch that is wholly on the CPU is taken there, as in training; what
+            ModelLoss(fn) gets is the batch as it was made.
         params: None for every parameter with requires_grad; else names, globs, or a callable(name, tensor)
             -> bool.
         memory: bytes for data, kept activations and the buffers of a product; default: half of what is free.
@@ -114,7 +115,7 @@ class Objective:
         checks.check_mode(self.model, self.allow_train_mode)
         self.layout = Layout.of(selected)
         self.budget = Budget.of(memory, self.layout.device)
-        self.data = Data(data, self.budget.data, self._count, self.layout.device)
+        self.data = Data(data, self.budget.data, self._count, self._device_of_batches())
         self.evaluate = Evaluator(self.model, loss)
         self._places: list[tuple[nn.Module, str]] = []
         self._snapshot: Snapshot | None = None
@@ -237,6 +238,14 @@ class Objective:
         for value, (module, key) in zip(snapshot.values.values(), self._places, strict=True):
             now = module._parameters.get(key)
             yield value, value.new_empty(0) if now is None else now
+
+    def _device_of_batches(self) -> torch.device:
+        """Where a batch goes that is on the CPU: to the model, if that is in one place and the batch is not the matter
+        of the caller's own function."""
+        device = self.layout.device
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        together = all(t.device == device for t in tensors)
+        return device if together and takes_apart(self.loss_function) else torch.device("cpu")
 
     def _count(self, batch: Batch, index: int) -> int:
         if not isinstance(self.loss_function, ModelLoss):

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import flatcore as fc
 from flatcore.capture.batch import batch_leaves
 from flatcore.data import Data, count_examples
+from flatcore.evaluate import takes_apart
 
 AWAY = torch.device("meta")
 X, Y = torch.randn(6, 3), torch.arange(6)
@@ -60,6 +62,41 @@ def test_a_change_in_place_is_seen(device: torch.device) -> None:
     first, second = held
     assert first is before[0]
     assert (second is before[1]) == (device.type == "cpu")
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+@pytest.mark.parametrize("before", [True, False], ids=["changed before", "changed after"])
+@pytest.mark.parametrize("device", [AWAY, torch.device("cpu")])
+def test_a_derived_objective_sees_the_same_changes(budget: int, before: bool, device: torch.device) -> None:
+    """It shares the list and the copies, and neither serves what was there before a change."""
+    source = [(X.clone(), Y), (X + 1, Y)]
+    outer = data(source, budget, device)
+    if before:
+        old = list(outer)
+        source[1][0].zero_()
+    inner = data(outer.again, 1 << 20, torch.device("cpu"))
+    assert inner.examples == outer.examples
+    assert [places(batch) for batch in inner] == [{device.type}] * 2
+    if before and budget:
+        assert (next(iter(inner)) is old[0], list(inner)[1] is old[1]) == (True, device.type == "cpu")
+    versions = inner.versions()
+    source[0][0].zero_()
+    assert inner.versions() == outer.versions() != versions
+    if budget:
+        assert all(a is b for a, b in zip(inner, outer, strict=True))
+
+
+def test_a_derived_objective_takes_a_loaders_batches_as_they_are() -> None:
+    outer = data(LOADED)
+    inner = data(outer.again, device=torch.device("cpu"))
+    assert all(a is b for a, b in zip(inner, outer, strict=True))
+
+
+@pytest.mark.parametrize(
+    "given", [fc.hf_loss(), torch.nn.MSELoss(), fc.ModelLoss(lambda m, b: m(b[0]).sum())]
+)
+def test_a_batch_of_the_callers_own_function_is_left_alone(given: object) -> None:
+    assert takes_apart(given) != (isinstance(given, fc.ModelLoss) and given != fc.hf_loss())
 
 
 def test_a_list_that_grows_later_is_as_it_was() -> None:

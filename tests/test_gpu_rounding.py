@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -89,5 +90,32 @@ def test_every_factor_of_a_head_is_rounded_once(monkeypatch: pytest.MonkeyPatch)
     assert "linear_cross_entropy" in kinds
     weight = (WIDTH, CLASSES)
     assert found.shapes[weight] == 1 + K
+    assert found.shapes[ROWS, WIDTH] == 2 + 1 + K  # x of the first layer in two sweeps; x and tx of the head
     assert found.shapes[ROWS, CLASSES] == K + 1  # tdz and dz
     assert error <= 8 * UNIT
+
+
+@pytest.mark.parametrize("precision", ["full", "bf16"])
+@pytest.mark.parametrize("operator", [fc.Hessian, fc.GGN])
+def test_a_head_in_several_pieces(precision: str, operator: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So little memory that its rows go in four pieces, the last one shorter; with much they go in one."""
+    monkeypatch.setattr("flatcore.capture.fuse.LEAST_CLASSES", 2)
+    rows, classes = 450, 512
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, WIDTH), nn.Tanh(), nn.Linear(WIDTH, classes)).double()
+    x, y = torch.randn(rows, 8, dtype=torch.float64), torch.randint(classes, (rows,))
+
+    def of(dtype: torch.dtype, **options: Any) -> fc.Objective:
+        batch = (x.to(HERE, dtype), y.to(HERE))
+        return fc.Objective(copy.deepcopy(model).to(HERE, dtype), nn.CrossEntropyLoss(), batch, **options)
+
+    exact = operator(of(torch.float64))
+    V = torch.randn(exact.shape[0], K, dtype=torch.float64).to(HERE)
+    truth = exact @ V
+    kept = {}
+    for memory in (1 << 20, 1 << 30):
+        A = operator(of(torch.float32, memory=memory), precision=precision)
+        error = float((A @ V.float() - truth).norm() / truth.norm())
+        assert error <= 8 * (UNIT if precision == "bf16" else torch.finfo(torch.float32).eps * WIDTH)
+        kept[memory] = A.plan().state_bytes
+    assert kept[1 << 30] - kept[1 << 20] >= 4 * rows * classes  # the probabilities

@@ -65,7 +65,7 @@ def check_host() -> None:
     build = BUILD / "host"
     run("cmake", "-S", "tests/cuda", "-B", build, "-G", "Ninja")
     run("cmake", "--build", build)
-    run("ctest", "--test-dir", build, "--output-on-failure")
+    run("ctest", "--test-dir", build, "--output-on-failure", "--parallel", str(os.cpu_count() or 1))
     tests = len(list((ROOT / "tests" / "cuda").glob("*_test.cpp")))
     print(f"check-cuda: {tests} test programs pass with emulated threads, forward and backward")
 

@@ -56,7 +56,7 @@ using PyOp = std::tuple<std::string, std::vector<int>, int, py::dict, std::strin
 std::shared_ptr<Program> make_program(const std::vector<PyValue>& py_values, const std::vector<PyOp>& py_ops,
                                       const std::unordered_map<int, int64_t>& offsets, int64_t parameters,
                                       int loss, std::vector<int> cut, const std::string& device,
-                                      int64_t budget) {
+                                      int64_t room) {
     std::vector<Value> values;
     for (const auto& [kind, shape] : py_values) values.push_back({kind_named(kind), shape, 0});
     for (const auto& [id, offset] : offsets) values.at(static_cast<size_t>(id)).offset = offset;
@@ -68,7 +68,7 @@ std::shared_ptr<Program> make_program(const std::vector<PyValue>& py_values, con
         ops.push_back({kind, inputs, output, Attributes(std::move(entries)), path});
     }
     return std::make_shared<Program>(std::move(values), std::move(ops), parameters, loss, std::move(cut),
-                                     on_gpu(at::Device(device)), budget);
+                                     on_gpu(at::Device(device)), room);
 }
 
 void check_leaves(const Program& program, const std::unordered_map<int, at::Tensor>& leaves) {
@@ -237,7 +237,7 @@ void bind_engine(py::module_ m) {
     py::class_<Program, std::shared_ptr<Program>>(engine, "Program")
         .def(py::init(&make_program), py::arg("values"), py::arg("ops"), py::arg("offsets"),
              py::arg("parameters"), py::arg("loss"), py::arg("cut"), py::arg("device") = "cpu",
-             py::arg("budget") = 0)
+             py::arg("room") = 0)
         .def(
             "flops",
             [](const Program& p, const std::string& mode, int64_t K) { return p.flops(mode_named(mode), K); },

@@ -113,9 +113,10 @@ class Product {
     Product(const Operand& a, const Operand& b, const Result& c, bool accumulate)
         : a_(a), b_(b), c_(c), accumulate_(accumulate) {}
 
-    // What all directions share is rounded once, ahead; else the smaller operand is.
+    // What several directions share is rounded once, ahead; else the smaller operand is.
     void run(int64_t batch) const {
-        const bool a_ahead = a_.shared() != b_.shared() ? a_.shared() : a_.length <= b_.length;
+        const bool one_shared = batch > 1 && a_.shared() != b_.shared();
+        const bool a_ahead = one_shared ? a_.shared() : a_.length <= b_.length;
         if (a_ahead)
             run<RoundedRows>(batch, a_, b_, [this](auto... block) { multiply_columns(block...); });
         else

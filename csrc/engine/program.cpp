@@ -10,9 +10,9 @@ namespace flatcore {
 Program::~Program() = default;
 
 Program::Program(std::vector<Value> values, std::vector<Op> ops, int64_t parameters, int loss,
-                 std::vector<int> cut, bool gpu, int64_t budget)
+                 std::vector<int> cut, bool gpu, int64_t room)
     : values_(std::move(values)), ops_(std::move(ops)), parameters_(parameters), loss_(loss),
-      cut_(std::move(cut)), gpu_(gpu), budget_(budget) {
+      cut_(std::move(cut)), gpu_(gpu), room_(room) {
     mark_active();
     for (size_t i = 0; i < ops_.size(); ++i) {
         ops_[i].index = static_cast<int>(i);

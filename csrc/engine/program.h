@@ -46,10 +46,10 @@ struct Op {
 
 class Program {
  public:
-    // gpu: the tensors will be a GPU's, where other sizes of buffers pay; some of them go by the budget, the
-    // bytes meant for the buffers of a product (0: not known).
+    // gpu: the tensors will be a GPU's, where other sizes of buffers pay; some of them go by the room, the
+    // numbers that fit into the memory meant for the buffers of a product (0: not known).
     Program(std::vector<Value> values, std::vector<Op> ops, int64_t parameters, int loss,
-            std::vector<int> cut, bool gpu = false, int64_t budget = 0);
+            std::vector<int> cut, bool gpu = false, int64_t room = 0);
     ~Program();
 
     const std::vector<Value>& values() const { return values_; }
@@ -59,7 +59,7 @@ class Program {
     int loss() const { return loss_; }
     const std::vector<int>& cut() const { return cut_; }
     bool gpu() const { return gpu_; }
-    int64_t budget() const { return budget_; }
+    int64_t room() const { return room_; }
 
     // In `mode`: does op's adjoint carry its second-derivative terms / at least those behind the cut that it
     // holds / run at all; is the tangent of a value computed.
@@ -107,7 +107,7 @@ class Program {
     int loss_;
     std::vector<int> cut_;
     bool gpu_;
-    int64_t budget_;
+    int64_t room_;
     std::array<Plan, kModes> plans_;
     std::vector<bool> keeps_value_, keeps_adjoint_;
 };

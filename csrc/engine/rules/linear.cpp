@@ -112,9 +112,11 @@ double LinearRule::flops(int64_t K, bool second_order) const {
 Rounding LinearRule::rounding(int64_t K, bool second_order) const {
     if (!bf16_pays(rows_, in_, out_)) return {};
     const int64_t x = rows_ * in_, y = rows_ * out_, weight = in_ * out_;
-    if (program_.gpu())
-        return {flops(K, second_order), rounded_whole(std::max({K * x + weight, x + K * weight,
-                                                                K * y + y + K * std::max(weight, x)}))};
+    if (program_.gpu()) {
+        const bool cross = second_order && has_second_order();
+        const int64_t adjoint = K * y + (cross ? y + K * std::max(weight, x) : std::max(weight, x));
+        return {flops(K, second_order), rounded_whole(std::max({K * x + weight, x + K * weight, adjoint}))};
+    }
     return {flops(K, second_order),
             std::max({bf16_workspace(out_, in_), bf16_workspace(in_, out_), bf16_workspace(rows_, in_),
                       bf16_workspace(in_, rows_), bf16_workspace(rows_, out_), bf16_workspace(out_, rows_)})};

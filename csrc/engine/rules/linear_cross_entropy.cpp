@@ -13,6 +13,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "engine/gemm_bf16.h"
 #include "kernels/cross_entropy.h"
@@ -31,14 +32,18 @@ enum Saved { kProbability };
 // took 1.2 times as long per row as the 333 that this allows.
 constexpr int64_t kChunkElements = 1 << 24;
 
-// On a GPU a sixteenth of the budget. By counting, not measured: every chunk reads and writes the weights'
-// products whole for each direction, so long as some 800 to 1,400 rows take to compute in TF32 and bfloat16;
-// and logits computed anew, in full precision, take as long as eight products in TF32, of which a direction
-// has six. In one chunk their probabilities are kept.
-constexpr int64_t kBudgetPerElement = 64;
+// On a GPU an eighth of the room for buffers, rounded down to a power of two, so that small changes of the
+// room change nothing. By counting, not measured: every chunk reads and writes the weights' products whole
+// for each direction, so long as some 800 to 1,400 rows take to compute in TF32 and bfloat16; and logits
+// computed anew, in full precision, take as long as eight products in TF32, of which a direction has six. In
+// one chunk their probabilities are kept.
+constexpr int64_t kShareOfRoom = 8;
+constexpr int64_t kLeastOnGpu = 1 << 16, kMostOnGpu = 1 << 28;
 
 int64_t chunk_elements(const Program& program) {
-    return program.gpu() ? std::max(kChunkElements, program.budget() / kBudgetPerElement) : kChunkElements;
+    if (!program.gpu() || program.room() <= 0) return kChunkElements;
+    const auto share = static_cast<uint64_t>(program.room() / kShareOfRoom);
+    return std::clamp(static_cast<int64_t>(std::bit_floor(share)), kLeastOnGpu, kMostOnGpu);
 }
 
 Integers with_last(Integers shape, int64_t size) {
