@@ -28,8 +28,8 @@ SIMULATED int cuModuleGetFunction(void** function, void* module, const char*) {
 SIMULATED int cuLaunchKernel(void*, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                              unsigned block_y, unsigned block_z, unsigned shared, cudaStream_t stream, void**,
                              void**) {
-    return simulated::launch("a kernel compiled by torch", {grid_x, grid_y, grid_z}, {block_x, block_y, block_z},
-                             shared, simulated::kSharedBytes, stream);
+    return simulated::launch("a kernel compiled by torch", {grid_x, grid_y, grid_z},
+                             {block_x, block_y, block_z}, shared, simulated::kSharedBytes, stream);
 }
 
 // --- cuSOLVER: workspaces that nothing will be written to
