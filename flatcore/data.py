@@ -137,7 +137,14 @@ def _taken(raw: Any, device: torch.device, copy: bool) -> tuple[Batch, bool]:
     leaves, structure = flatten_batch(raw)
     if device.type != "cpu" and leaves and all(t.device.type == "cpu" for t in leaves):
         with torch.inference_mode(False):
-            return structure.rebuild([t.detach().to(device) for t in leaves]), False
+            moved = [t.detach().to(device) for t in leaves]
+            try:
+                return structure.rebuild(moved), False
+            except (TypeError, ValueError) as error:  # a packed sequence, whose lengths must stay on the CPU
+                raise ValueError(
+                    f"data: expected batches whose tensors can all be moved to {device}, where the model is, got one "
+                    f"that refuses ({error}); move it there yourself"
+                ) from error
     if copy:
         return structure.rebuild([t.detach().clone() for t in leaves]), False
     detached = any(t.requires_grad for t in leaves)

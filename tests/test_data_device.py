@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatcore as fc
@@ -93,10 +94,25 @@ def test_a_derived_objective_takes_a_loaders_batches_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [fc.hf_loss(), torch.nn.MSELoss(), fc.ModelLoss(lambda m, b: m(b[0]).sum())]
+    ("loss", "taken"),
+    [
+        (torch.nn.MSELoss(), True),
+        (torch.nn.functional.cross_entropy, True),
+        (fc.hf_loss(), True),
+        (fc.ModelLoss(lambda model, batch: model(batch[0]).sum()), False),
+    ],
+    ids=["module", "function", "hf_loss", "own"],
 )
-def test_a_batch_of_the_callers_own_function_is_left_alone(given: object) -> None:
-    assert takes_apart(given) != (isinstance(given, fc.ModelLoss) and given != fc.hf_loss())
+def test_a_batch_of_the_callers_own_function_is_left_alone(loss: object, taken: bool) -> None:
+    assert takes_apart(loss) == taken
+
+
+def test_a_packed_sequence_is_to_be_moved_by_its_owner() -> None:
+    packed = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+    with pytest.raises(ValueError, match=r"data: expected .* moved to meta.*; move it there yourself"):
+        data([(packed, Y[:2])])
+    batch = (packed.to("meta"), Y[:2])
+    assert next(iter(data([batch]))) is batch
 
 
 def test_a_list_that_grows_later_is_as_it_was() -> None:

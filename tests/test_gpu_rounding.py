@@ -24,8 +24,9 @@ pytestmark = pytest.mark.skipif(
 
 ROWS, WIDTH, CLASSES = 64, 96, 160
 K = 3
-# Values, adjoints, directions and their products are exact in float64; eight digits of each factor are left.
-UNIT = 2.0**-8
+# Of a factor rounded to eight binary digits. A term of a product passes four matrix products, two forward and two back,
+# with two rounded factors each: at most eight roundings.
+UNIT, ROUNDINGS = 2.0**-8, 8
 
 
 class Roundings(TorchDispatchMode):
@@ -79,7 +80,7 @@ def test_every_factor_of_a_layer_is_rounded_once_a_sweep(monkeypatch: pytest.Mon
         (K, ROWS, CLASSES): 1,
         (ROWS, CLASSES): 1,
     }
-    assert error <= 8 * UNIT
+    assert error <= ROUNDINGS * UNIT
 
 
 def test_every_factor_of_a_head_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_every_factor_of_a_head_is_rounded_once(monkeypatch: pytest.MonkeyPatch)
     assert found.shapes[weight] == 1 + K
     assert found.shapes[ROWS, WIDTH] == 2 + 1 + K  # x of the first layer in two sweeps; x and tx of the head
     assert found.shapes[ROWS, CLASSES] == K + 1  # tdz and dz
-    assert error <= 8 * UNIT
+    assert error <= ROUNDINGS * UNIT
 
 
 @pytest.mark.parametrize("precision", ["full", "bf16"])
@@ -116,6 +117,7 @@ def test_a_head_in_several_pieces(precision: str, operator: type, monkeypatch: p
     for memory in (1 << 20, 1 << 30):
         A = operator(of(torch.float32, memory=memory), precision=precision)
         error = float((A @ V.float() - truth).norm() / truth.norm())
-        assert error <= 8 * (UNIT if precision == "bf16" else torch.finfo(torch.float32).eps * WIDTH)
+        # In full precision a sum over WIDTH terms may lose as many units of rounding.
+        assert error <= ROUNDINGS * (UNIT if precision == "bf16" else WIDTH * torch.finfo(torch.float32).eps)
         kept[memory] = A.plan().state_bytes
     assert kept[1 << 30] - kept[1 << 20] >= 4 * rows * classes  # the probabilities

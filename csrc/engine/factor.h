@@ -10,8 +10,7 @@ namespace flatcore {
 
 class Factor {
  public:
-    Factor(at::Tensor full)
-        : full_(std::move(full)) {}  // NOLINT(google-explicit-constructor): any tensor is one
+    Factor(at::Tensor full) : full_(std::move(full)) {}  // any tensor is one
     Factor(const Factor&) = delete;
     Factor& operator=(const Factor&) = delete;
 

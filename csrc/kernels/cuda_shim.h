@@ -33,7 +33,7 @@ namespace flatcore::cuda {
 enum class Order { forward, backward };
 inline Order thread_order = Order::forward;
 
-// Told of every launch before it runs, where set: for a test of what streams are used.
+// Told of every launch before it runs, where set (tests/simulated).
 inline void (*launch_watcher)(dim3 grid, dim3 block, void* stream) = nullptr;
 
 // Runs `thread` once for every thread of the grid. Throws std::logic_error where threads wait for each other
