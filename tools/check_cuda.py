@@ -4,7 +4,8 @@
 2. The engine: the extension whose kernel calls all take the CUDA path, emulated (tests/emulated), held to the table of
    cases by the engine's own tests.
 3. Where nvcc is found: every csrc/kernels/*.cu compiles for all architectures without a warning and without
-   a spilled register; the C++ that differs in a CUDA build compiles against the installed torch's headers.
+   a spilled register; so do the programs of tests/cuda; the C++ that differs in a CUDA build compiles against the
+   installed torch's headers.
 """
 
 from __future__ import annotations
@@ -122,6 +123,13 @@ def compile_host_code(source: Path, cuda_include: Path) -> None:
     run(os.environ.get("CXX", "g++"), *flags, *defines, *(f"-isystem{path}" for path in system), source)
 
 
+def compile_program(source: Path) -> None:
+    """A test program as tools/gpu_check builds it, for one architecture."""
+    flags = ["-std=c++20", "-Icsrc", "-DFLATCORE_SYNCHRONOUS", "--Werror=all-warnings", "-arch=sm_90"]
+    host = "-Xcompiler=-Wall,-Wextra,-fopenmp"
+    run("nvcc", "-x", "cu", *flags, host, "-c", source, "-o", BUILD / f"{source.name}.o")
+
+
 def check_device(nvcc: str) -> None:
     # "#$ TOP=..." of a dry run is the toolkit's folder, also where nvcc is reached through a wrapper script.
     dry_run = run(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
@@ -132,6 +140,11 @@ def check_device(nvcc: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for line in pool.map(compile_kernels, kernels):
             print(line)
+        programs = [
+            path for path in (ROOT / "tests" / "cuda").glob("*_test.cpp") if path.name != "shim_test.cpp"
+        ]
+        list(pool.map(compile_program, programs))
+        print(f"check-cuda: {len(programs)} test programs compile for a GPU")
         include = Path(top[1].strip()) / "include"
         list(pool.map(lambda name: compile_host_code(ROOT / "csrc" / name, include), HOST_CODE))
     print(f"check-cuda: {len(HOST_CODE)} C++ files compile as in a CUDA build")

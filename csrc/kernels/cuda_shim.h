@@ -2,7 +2,7 @@
 // sanitizer, and in both orders of threads, so that a missing barrier shows. Blocks run one after another;
 // the threads of a block are fibers that run until they reach a barrier. Shared arrays lie on the heap,
 // filled with garbage before every block. Emulated: barriers, warp shuffles, ballot, atomicAdd, and in
-// tensor_core.h the matrix units. Not: memory ordering, dynamic shared memory, speed.
+// tensor_core.h the matrix units. Not: memory ordering, speed.
 #pragma once
 
 #include <ucontext.h>
@@ -18,6 +18,7 @@
 #define __host__
 #define __launch_bounds__(...)
 #define FLATCORE_SHARED(T, name, count) static T* const name = flatcore::cuda::shared_array<T>(count)
+#define FLATCORE_SHARED_BYTES(name) unsigned char* const name = flatcore::cuda::shared_of_launch()
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -34,11 +35,11 @@ enum class Order { forward, backward };
 inline Order thread_order = Order::forward;
 
 // Told of every launch before it runs, where set (tests/simulated).
-inline void (*launch_watcher)(dim3 grid, dim3 block, void* stream) = nullptr;
+inline void (*launch_watcher)(dim3 grid, dim3 block, size_t shared_bytes, void* stream) = nullptr;
 
-// Runs `thread` once for every thread of the grid. Throws std::logic_error where threads wait for each other
-// at different barriers or one has left.
-void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
+// Runs `thread` once for every thread of the grid, whose blocks have `shared` bytes each. Throws
+// std::logic_error where threads wait for each other at different barriers or one has left.
+void run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
 
 // Waits until every thread of the block, or every lane of the warp named in `mask`, has come to the same
 // place.
@@ -60,6 +61,9 @@ int lane();
 // ends.
 void* shared_bytes(size_t bytes);
 
+// The bytes that the running launch gave each block.
+unsigned char* shared_of_launch();
+
 template <class T>
 T* shared_array(size_t count) {
     return static_cast<T*>(shared_bytes(count * sizeof(T)));
@@ -76,9 +80,15 @@ T shuffle(uint32_t mask, T value, int source, std::source_location place) {
 }
 
 template <class... Parameters, class... Arguments>
+void launch_with(size_t bytes, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+                 Arguments... arguments) {
+    if (launch_watcher) launch_watcher(grid, block, bytes, stream);
+    run_grid(grid, block, bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, Arguments... arguments) {
-    if (launch_watcher) launch_watcher(grid, block, stream);
-    run_grid(grid, block, [&] { kernel(static_cast<Parameters>(arguments)...); });
+    launch_with(0, kernel, grid, block, stream, arguments...);
 }
 
 }  // namespace flatcore::cuda

@@ -11,57 +11,57 @@
 // tv = v: a product more than with rescaled sums, once a batch.
 //
 // Cost, by counting; nothing here has run on a device.
-// Products of tile x tile x width per pair of tiles and direction, where G directions (1 where the width is
-// above 64, else 2) share what does not depend on them:
+// Products of tile x other x width per pair of tiles and direction, where G directions (Product::kDirections)
+// share what does not depend on them:
 //   forward 3;  tangent 4 + 1 / G;  tdq 6 + 2 / G;  tdk and tdv 8 + 2 / G;
 //   without second-derivative terms tdq 2 + 1 / G, tdk and tdv 3 + 1 / G
 // tdq on one side and tdk, tdv on the other compute p, tz and tdp each for themselves: one pass for all three
 // would need atomics, or memory for the sums of every tile.
-// Registers, with 256 threads and tiles of 64 in float32: 32 at most for the results of G directions (64 for
-// tdk and tdv), 16 each for p, u, and tz, which becomes w and tdz. With what is on its way to
-// shared memory and addresses ptxas reports 190 to 255, so one block of 8 warps runs on a processor (of the
-// normaliser's two). Latency is hidden by fetching the next slab while one is multiplied, and by independent
-// sums, not by other blocks. Shared memory is 19 to 48 KiB, at most what a static array may have.
-// Reads: a product of two arrays takes (tile + tile) width elements for 2 tile^2 width operations, 16 a byte
-// in float32 and 4 in double, whose tiles are 32; a product of a tile in shared memory half as many. Tiles of
-// a head run side by side, so nearly all come from the L2 cache. An A100's gives 5120 bytes a cycle, 7 TB/s
-// by its documents: plain float32 at the full 19.5 Tflop/s asks for 1.2 at most, tf32 at 156 would ask for
-// 9.8.
-// Shared memory: for a product of rows in plain float32 a warp reads 12 lines of 128 bytes for 64
-// multiply-adds a thread, which take 16 cycles (sm_90; 32 on sm_80), so arithmetic is the limit. Where B lies
-// along columns it reads 36 for 128 (W = 128), about even on sm_90. In tf32 it reads 12 for 4096
-// multiply-adds of the warp, 8 cycles of sm_80's matrix units and 4 of sm_90's; in bf16 12 for twice as many,
-// at twice the rate. So the matrix units stand idle for a third of the time at least on sm_80, two thirds on
-// sm_90 and later, whose own instructions (wgmma, tcgen05) read shared memory without going through registers
-// and are not used here.
+//
+// Plain products (tiles of 64 x 64 by 256 threads in float32, 32 x 32 in double) are limited by arithmetic.
+// For a product of rows in float32 a warp reads 12 lines of 128 bytes of shared memory for 64 multiply-adds a
+// thread, which take 16 cycles (sm_90; 32 on sm_80). Both operands are read anew for each product, slab by
+// slab, 16 operations a byte: at the full 19.5 Tflop/s an A100's L2 cache is asked for 1.2 TB/s of its 7.
+// ptxas reports 160 to 255 registers, so one block of 8 warps runs on a processor; latency is hidden by
+// fetching the next slab while one is multiplied.
+//
+// The matrix units are so much faster that reading and waiting would be all the time there is: that way a
+// product of 64 x 64 x 64 in bf16 takes 128 of their instructions, some 350 others of each warp for fetching
+// and rounding both operands, and three times the latency of the L2 cache with no other block to run
+// meanwhile. So there (tensor_product.h) operands are rounded once into shared memory and stay, four of the
+// own side for the whole sweep and four of the other side for a tile, and sums are the next product's left
+// operand in registers. Two blocks or three run on a processor, so that one computes while another waits. For
+// tdk and tdv in bf16 with a width of 64, 64 keys, 32 queries and one direction, each of the four warps
+// issues 160 matrix instructions and reads 416 lines of 128 bytes of shared memory, and the block reads 32
+// KiB from the L2 cache. On an H200 these are about 960 cycles at what mma.sync reaches elsewhere, 1664
+// cycles, and 1400 cycles at 5.5 TB/s: at best the longest hides the others. With the shorter tiles of tf32 a
+// product of rows reads 4 lines an instruction, not 3. Hopper's own instructions (wgmma) read shared memory
+// without going through registers and are not used.
 #include "fused_attention_tile.h"
 #include "row_products.h"
 
 namespace flatcore::cuda {
 namespace {
 
-// Peak and sum of each row: every thread over its own columns of all key tiles, the threads that share a row
-// in their order at the end.
-template <class Product, int W>
-__global__ void __launch_bounds__(kProductThreads, 2)
+// Peak and sum of each row: every thread over its own columns of all key tiles, then over the threads that
+// share the row.
+template <class Product>
+__global__ void __launch_bounds__(Product::kThreads, 2)
     normaliser_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
                       typename Product::Element* normaliser) {
     using T = typename Product::Element;
-    using Word = typename Product::Word;
-    using Layout = TileLayout<Product, W>;
-    using Pair = AttentionPair<Product, W, false>;
-    FLATCORE_SHARED(Word, a, Layout::kA);
-    FLATCORE_SHARED(Word, b, Layout::kB);
-    FLATCORE_SHARED(T, peak, Product::kTile * Product::kSharers);
-    FLATCORE_SHARED(T, sum, Product::kTile * Product::kSharers);
+    using Pair = AttentionPair<Product, false>;
+    FLATCORE_SHARED_BYTES(shared);
     const AttentionShape& shape = sweep.shape;
     const int64_t queries = shape.queries, tiles = ceil_div(queries, Product::kTile);
+    Pair pair{sweep, typename Product::Tiles(shared), {}};
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        const auto item = body::attention_item(index, tiles, 1, 1, sweep.shape.causal);
-        Pair pair{sweep, {a, b, nullptr}, item.head, item.tile};
+        pair.take(body::attention_item(index, tiles, 1, 1, shape.causal));
         body::RunningSum<T> parts[Product::kRows];
-        const auto range = body::key_tiles_of(sweep.shape, item.tile, Product::kTile);
-        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
+        const auto range = body::key_tiles_of(shape, pair.item.tile, Product::kTile, Product::kOther);
+        FLATCORE_NO_UNROLL
+        for (int tile = range.first; tile < range.last; ++tile) {
+            pair.take_tile(tile);
             typename Pair::Logits z;
             pair.logits(z);
             FLATCORE_UNROLL
@@ -77,100 +77,80 @@ __global__ void __launch_bounds__(kProductThreads, 2)
         }
         FLATCORE_UNROLL
         for (int i = 0; i < Product::kRows; ++i) {
-            const int at = Product::row(i) * Product::kSharers + Product::sharer();
-            peak[at] = parts[i].peak;
-            sum[at] = parts[i].sum;
+            over_sharers<Product>([&](int other) {
+                parts[i].add(
+                    {__shfl_xor_sync(~0u, parts[i].peak, other), __shfl_xor_sync(~0u, parts[i].sum, other)});
+            });
+            const int64_t row = pair.own_first() + Product::row(i), at = pair.item.head * queries + row;
+            if (Product::sharer() != 0 || row >= queries) continue;
+            const bool none = parts[i].sum == 0;
+            normaliser[at] = none ? T(0) : parts[i].peak;
+            normaliser[shape.batches * shape.heads * queries + at] = none ? T(0) : 1 / parts[i].sum;
         }
-        __syncthreads();
-        const int row = static_cast<int>(threadIdx.x);
-        if (row < Product::kTile && pair.own_first() + row < queries) {
-            body::RunningSum<T> total;
-            for (int s = 0; s < Product::kSharers; ++s)
-                total.add({peak[row * Product::kSharers + s], sum[row * Product::kSharers + s]});
-            const int64_t at = item.head * queries + pair.own_first() + row;
-            const bool none = total.sum == 0;
-            normaliser[at] = none ? T(0) : total.peak;
-            normaliser[shape.batches * shape.heads * queries + at] = none ? T(0) : 1 / total.sum;
-        }
-        __syncthreads();
     }
 }
 
 // to = sum_j p (tz v + tv) - mean o, with mean = sum_j p tz.
-template <class Product, int W>
-__global__ void __launch_bounds__(kProductThreads, 1)
+template <class Product>
+__global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     tangent_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
                    const typename Product::Element* o, DirectionArray<typename Product::Element> to,
                    typename Product::Element* mean) {
     using T = typename Product::Element;
-    using Word = typename Product::Word;
-    using Layout = TileLayout<Product, W>;
-    using Pair = AttentionPair<Product, W, false>;
-    constexpr int kGroup = kDirectionsAtOnce<W>;
-    FLATCORE_SHARED(Word, a, Layout::kA);
-    FLATCORE_SHARED(Word, b, Layout::kB);
-    FLATCORE_SHARED(Word, factors, Layout::kTile);
-    FLATCORE_SHARED(T, parts, Product::kTile * Product::kSharers);
+    using Pair = AttentionPair<Product, false>;
+    FLATCORE_SHARED_BYTES(shared);
     const AttentionShape& shape = sweep.shape;
     const int64_t tiles = ceil_div(shape.queries, Product::kTile);
     const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
+    Pair pair{sweep, typename Product::Tiles(shared), {}};
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        const auto item = body::attention_item(index, tiles, sweep.K, kGroup, shape.causal);
-        Pair pair{sweep, {a, b, factors}, item.head, item.tile};
-        Sums<Product, W> results[kGroup];
-        T means[kGroup][Product::kRows];
+        pair.take(body::attention_item(index, tiles, sweep.K, Product::kDirections, shape.causal));
+        typename Pair::Result results[Product::kDirections];
+        T means[Product::kDirections][Product::kRows];
         FLATCORE_UNROLL
-        for (int n = 0; n < kGroup; ++n) {
+        for (int n = 0; n < Product::kDirections; ++n) {
             results[n].zero();
             FLATCORE_UNROLL
             for (int i = 0; i < Product::kRows; ++i) means[n][i] = 0;
         }
-        const auto range = body::key_tiles_of(shape, item.tile, Product::kTile);
-        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
+        const auto range = body::key_tiles_of(shape, pair.item.tile, Product::kTile, Product::kOther);
+        FLATCORE_NO_UNROLL
+        for (int tile = range.first; tile < range.last; ++tile) {
+            pair.take_tile(tile);
             typename Pair::Logits p;
             pair.probabilities(p);
             FLATCORE_NO_UNROLL
-            for (int n = 0; n < item.directions; ++n) {
-                const auto add = [&](const T* values) {
-                    add_tile_product<Product, W>(results, n, pair.other_images(values), pair.memory);
-                };
+            for (int n = 0; n < pair.directions(); ++n) {
                 if (p_moves) {
                     typename Pair::Logits tz;
-                    pair.logit_tangent(tz, item.direction + n);
+                    pair.logit_tangent(tz, n);
+                    Pair::Logits::each([&](int i, int j) { tz.value[i][j] *= p.value[i][j]; });
                     with_result(means, n, [&](auto& of_rows, int) {
-                        Pair::Logits::each(
-                            [&](int i, int j) { of_rows[i] += p.value[i][j] * tz.value[i][j]; });
+                        Pair::Logits::each([&](int i, int j) { of_rows[i] += tz.value[i][j]; });
                     });
-                    write_tile<Product, W>(pair.memory,
-                                           [&](int i, int j) { return p.value[i][j] * tz.value[i][j]; });
-                    add(sweep.keys.image);
+                    pair.tiles.add_sums(
+                        results, n, [&](int i, int j) { return tz.value[i][j]; }, pair.other(Operand::image));
                 }
-                if (const T* tv = direction(sweep.keys.timage, item.direction + n)) {
-                    write_tile<Product, W>(pair.memory, [&](int i, int j) { return p.value[i][j]; });
-                    add(tv);
-                }
+                if (pair.other_has(Operand::timage))
+                    pair.tiles.add_sums(
+                        results, n, [&](int i, int j) { return p.value[i][j]; },
+                        pair.other(Operand::timage, n));
             }
         }
         FLATCORE_NO_UNROLL
-        for (int n = 0; n < item.directions; ++n) {
-            const int k = item.direction + n;
+        for (int n = 0; n < pair.directions(); ++n) {
+            const int k = pair.item.direction + n;
             with_result(results, n, [&](const auto& result, int m) {
-                T total[Product::kRows] = {};
-                if (p_moves) {
-                    FLATCORE_UNROLL
-                    for (int i = 0; i < Product::kRows; ++i)
-                        parts[Product::row(i) * Product::kSharers + Product::sharer()] = means[m][i];
-                    __syncthreads();
-                    FLATCORE_UNROLL
-                    for (int i = 0; i < Product::kRows; ++i) {
-                        for (int s = 0; s < Product::kSharers; ++s)
-                            total[i] += parts[Product::row(i) * Product::kSharers + s];
-                        const int64_t row = pair.own_first() + Product::row(i);
-                        if (Product::sharer() == 0 && row < shape.queries)
-                            mean[(k * shape.batches * shape.heads + item.head) * shape.queries + row] =
-                                total[i];
-                    }
-                    __syncthreads();
+                T total[Product::kRows];
+                FLATCORE_UNROLL
+                for (int i = 0; i < Product::kRows; ++i) {
+                    total[i] = means[m][i];
+                    over_sharers<Product>(
+                        [&](int other) { total[i] += __shfl_xor_sync(~0u, total[i], other); });
+                    const int64_t row = pair.own_first() + Product::row(i);
+                    if (p_moves && Product::sharer() == 0 && row < shape.queries)
+                        mean[(k * shape.batches * shape.heads + pair.item.head) * shape.queries + row] =
+                            total[i];
                 }
                 pair.write(
                     result, to.data + k * to.stride, shape.value_width,
@@ -186,16 +166,14 @@ template <class T>
 void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision precision, T* o,
                              T* normaliser, void* stream) {
     const AttentionShape& shape = inputs.shape;
-    visit_tiles<T>(precision, shape, [&](auto product, auto width) {
+    visit_products<T>(precision, shape, [&](auto product) {
         using Product = decltype(product);
-        const int64_t items = shape.batches * shape.heads * ceil_div(shape.queries, Product::kTile);
-        if (items == 0) return;
+        const int64_t items = item_count<Product>(shape, shape.queries, 1);
         const AttentionSweep<T> sweep{.shape = shape,
                                       .mask = inputs.mask,
                                       .queries = {.point = inputs.q, .length = shape.queries},
                                       .keys = {.point = inputs.k, .length = shape.keys}};
-        launch(normaliser_kernel<Product, width.value>, grid_for(items), dim3(kProductThreads), stream, sweep,
-               items, normaliser);
+        launch_tiles<Product>(normaliser_kernel<Product>, items, stream, sweep, items, normaliser);
     });
     // The tangent along tv = v, which is o.
     fused_attention_tangent<T>(1, inputs, precision, o, normaliser, {.tv = {inputs.v, 0}}, {o, 0}, nullptr,
@@ -214,11 +192,9 @@ void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, Produc
                              const T* o, const T* normaliser, const AttentionTangents<T>& tangents,
                              DirectionArray<T> to, T* mean, const T* dout, T* dout_to, void* stream) {
     const AttentionShape& shape = inputs.shape;
-    visit_tiles<T>(precision, shape, [&](auto product, auto width) {
+    visit_products<T>(precision, shape, [&](auto product) {
         using Product = decltype(product);
-        const int64_t items = shape.batches * shape.heads * ceil_div(shape.queries, Product::kTile) *
-                              ceil_div(K, kDirectionsAtOnce<width.value>);
-        if (items == 0) return;
+        const int64_t items = item_count<Product>(shape, shape.queries, K);
         const AttentionSweep<T> sweep{
             .shape = shape,
             .mask = inputs.mask,
@@ -226,8 +202,7 @@ void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, Produc
             .keys = {inputs.k, inputs.v, tangents.tk, tangents.tv, shape.keys},
             .K = K,
             .normaliser = normaliser};
-        launch(tangent_kernel<Product, width.value>, grid_for(items), dim3(kProductThreads), stream, sweep,
-               items, o, to, mean);
+        launch_tiles<Product>(tangent_kernel<Product>, items, stream, sweep, items, o, to, mean);
     });
     if (dout)
         row_products<T>({K,

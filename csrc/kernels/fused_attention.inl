@@ -32,30 +32,59 @@ FLATCORE_HOST_DEVICE AttentionItem attention_item(int64_t index, int64_t tiles, 
             static_cast<int>(direction), left < at_once ? static_cast<int>(left) : at_once};
 }
 
-// Tiles of the other axis with which a tile of one axis has elements: [first, last).
+// Tiles of the other axis with which a tile of one axis has elements: [first, last). `own` and `other` are
+// their numbers of rows.
 struct TileRange {
     int first, last;
 };
-FLATCORE_HOST_DEVICE TileRange key_tiles_of(const AttentionShape& shape, int query_tile, int size) {
-    const int64_t end = (int64_t{query_tile} + 1) * size;  // the last query of the tile sees the keys below
-    return {0, static_cast<int>(ceil_div(shape.causal && end < shape.keys ? end : shape.keys, size))};
+FLATCORE_HOST_DEVICE TileRange key_tiles_of(const AttentionShape& shape, int query_tile, int own, int other) {
+    const int64_t end = (int64_t{query_tile} + 1) * own;  // the last query of the tile sees the keys below
+    return {0, static_cast<int>(ceil_div(shape.causal && end < shape.keys ? end : shape.keys, other))};
 }
-FLATCORE_HOST_DEVICE TileRange query_tiles_of(const AttentionShape& shape, int key_tile, int size) {
-    const int tiles = static_cast<int>(ceil_div(shape.queries, size));
-    return {shape.causal ? (key_tile < tiles ? key_tile : tiles) : 0, tiles};
+FLATCORE_HOST_DEVICE TileRange query_tiles_of(const AttentionShape& shape, int key_tile, int own, int other) {
+    const int tiles = static_cast<int>(ceil_div(shape.queries, other));
+    if (!shape.causal) return {0, tiles};
+    const int64_t first = int64_t{key_tile} * own / other;  // has the first query that sees the first key
+    return {first < tiles ? static_cast<int>(first) : tiles, tiles};
 }
 
-// What is added to the logit: 0 or the mask, -infinity where the query does not see the key.
+// What is added to the logits of a tile: 0 or the mask, -infinity where the query does not see the key.
+// Places within the tile and all that they are compared with are 32 bits, which saves registers and time.
 template <class T>
-FLATCORE_HOST_DEVICE T attention_bias(const AttentionShape& shape, const AttentionMask<T>& mask, int64_t head,
-                                      int64_t query, int64_t key) {
-    if (query >= shape.queries || key >= shape.keys || (shape.causal && key > query)) return -kInfinity<T>;
-    if (!mask.keep && !mask.added) return 0;
-    const int64_t at = head / shape.heads * mask.strides[0] + head % shape.heads * mask.strides[1] +
-                       query * mask.strides[2] + key * mask.strides[3];
-    if (mask.added) return mask.added[at];
-    return mask.keep[at] ? T(0) : -kInfinity<T>;
-}
+struct TileBias {
+    static constexpr int64_t kFar = int64_t{1} << 20;  // beyond any tile
+    const bool* keep;
+    const T* added;  // both of the tile's corner
+    int64_t query_stride, key_stride;
+    int queries, keys;  // that there are
+    int ahead;          // query i of the tile sees its keys up to i - ahead
+
+    FLATCORE_HOST_DEVICE TileBias(const AttentionShape& shape, const AttentionMask<T>& mask, int64_t head,
+                                  int64_t query, int64_t key)
+        : keep(mask.keep), added(mask.added), query_stride(mask.strides[2]), key_stride(mask.strides[3]),
+          queries(static_cast<int>(shape.queries - query < kFar ? shape.queries - query : kFar)),
+          keys(static_cast<int>(shape.keys - key < kFar ? shape.keys - key : kFar)),
+          ahead(static_cast<int>(!shape.causal || key - query < -kFar ? -kFar
+                                 : key - query < kFar                 ? key - query
+                                                                      : kFar)) {
+        if (!keep && !added) return;
+        const int64_t corner = head / shape.heads * mask.strides[0] + head % shape.heads * mask.strides[1] +
+                               query * query_stride + key * key_stride;
+        if (keep) keep += corner;
+        if (added) added += corner;
+    }
+
+    // Nothing is added to a tile of this size.
+    FLATCORE_HOST_DEVICE bool nothing(int tile_queries, int tile_keys) const {
+        return !keep && !added && tile_queries <= queries && tile_keys <= keys && tile_keys - 1 + ahead <= 0;
+    }
+    FLATCORE_HOST_DEVICE T operator()(int query, int key) const {
+        if (query >= queries || key >= keys || key + ahead > query) return -kInfinity<T>;
+        const int64_t at = query * query_stride + key * key_stride;
+        if (added) return added[at];
+        return !keep || keep[at] ? T(0) : -kInfinity<T>;
+    }
+};
 
 template <class T>
 FLATCORE_HOST_DEVICE T attention_probability(T logit, T peak, T inverse_sum) {

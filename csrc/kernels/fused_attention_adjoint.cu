@@ -6,60 +6,52 @@ namespace flatcore::cuda {
 namespace {
 
 // A block owns queries: tdq = scale sum_j (tdz k + dz tk).
-template <class Product, int W, bool SecondOrder>
-__global__ void __launch_bounds__(kProductThreads, 1)
+template <class Product, bool SecondOrder>
+__global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     query_adjoint_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
                          DirectionArray<typename Product::Element> tdq) {
     using T = typename Product::Element;
-    using Word = typename Product::Word;
-    using Layout = TileLayout<Product, W>;
-    using Pair = AttentionPair<Product, W, false>;
+    using Pair = AttentionPair<Product, false>;
     using Logits = typename Pair::Logits;
-    constexpr int kGroup = kDirectionsAtOnce<W>;
-    FLATCORE_SHARED(Word, a, Layout::kA);
-    FLATCORE_SHARED(Word, b, Layout::kB);
-    FLATCORE_SHARED(Word, factors, Layout::kTile);
+    FLATCORE_SHARED_BYTES(shared);
     const AttentionShape& shape = sweep.shape;
     const int64_t tiles = ceil_div(shape.queries, Product::kTile);
+    Pair pair{sweep, typename Product::Tiles(shared), {}};
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        const auto item = body::attention_item(index, tiles, sweep.K, kGroup, shape.causal);
-        Pair pair{sweep, {a, b, factors}, item.head, item.tile};
-        Sums<Product, W> results[kGroup];
+        pair.take(body::attention_item(index, tiles, sweep.K, Product::kDirections, shape.causal));
+        typename Pair::Result results[Product::kDirections];
         FLATCORE_UNROLL
-        for (int n = 0; n < kGroup; ++n) results[n].zero();
-        const auto range = body::key_tiles_of(shape, item.tile, Product::kTile);
-        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
+        for (int n = 0; n < Product::kDirections; ++n) results[n].zero();
+        const auto range = body::key_tiles_of(shape, pair.item.tile, Product::kTile, Product::kOther);
+        FLATCORE_NO_UNROLL
+        for (int tile = range.first; tile < range.last; ++tile) {
+            pair.take_tile(tile);
             Logits p, u;
             pair.probabilities(p);
             if constexpr (SecondOrder) pair.centred_dp(u);
             FLATCORE_NO_UNROLL
-            for (int n = 0; n < item.directions; ++n) {
-                const int k = item.direction + n;
-                const auto add = [&](const T* points) {
-                    add_tile_product<Product, W>(results, n, pair.other_points(points), pair.memory);
-                };
+            for (int n = 0; n < pair.directions(); ++n) {
                 Logits tdz;
                 if constexpr (SecondOrder) {
-                    pair.logit_tangent(tdz, k);
-                    pair.second_order(tdz, u, k);
+                    pair.logit_tangent(tdz, n);
+                    pair.second_order(tdz, u, n);
                 } else {
                     tdz.zero();
                 }
-                pair.adjoint_logits(tdz, p, k);
-                write_tile<Product, W>(pair.memory, [&](int i, int j) { return tdz.value[i][j]; });
-                add(sweep.keys.point);
+                pair.adjoint_logits(tdz, p, n);
+                pair.tiles.add_sums(
+                    results, n, [&](int i, int j) { return tdz.value[i][j]; }, pair.other(Operand::point));
                 if constexpr (SecondOrder)
-                    if (const T* tk = direction(sweep.keys.tpoint, k)) {
-                        write_tile<Product, W>(pair.memory,
-                                               [&](int i, int j) { return p.value[i][j] * u.value[i][j]; });
-                        add(tk);
-                    }
+                    if (pair.other_has(Operand::tpoint))
+                        pair.tiles.add_sums(
+                            results, n, [&](int i, int j) { return p.value[i][j] * u.value[i][j]; },
+                            pair.other(Operand::tpoint, n));
             }
         }
         FLATCORE_NO_UNROLL
-        for (int n = 0; n < item.directions; ++n)
+        for (int n = 0; n < pair.directions(); ++n)
             with_result(results, n, [&](const auto& result, int) {
-                pair.write(result, tdq.data + (item.direction + n) * tdq.stride, shape.width,
+                pair.write(result, tdq.data + (pair.item.direction + n) * tdq.stride, shape.width,
                            [&](int, T value, int64_t) { return static_cast<T>(shape.scale) * value; });
             });
     }
@@ -67,77 +59,70 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 
 // A block owns keys: tdk = scale sum_i (tdz' q + dz' tq), tdv = sum_i (p' tdo + tp' dout). Either may be
 // null.
-template <class Product, int W, bool SecondOrder>
-__global__ void __launch_bounds__(kProductThreads, 1)
+template <class Product, bool SecondOrder>
+__global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     key_adjoint_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
                        DirectionArray<typename Product::Element> tdk,
                        DirectionArray<typename Product::Element> tdv) {
     using T = typename Product::Element;
-    using Word = typename Product::Word;
-    using Layout = TileLayout<Product, W>;
-    using Pair = AttentionPair<Product, W, true>;
+    using Pair = AttentionPair<Product, true>;
     using Logits = typename Pair::Logits;
-    constexpr int kGroup = kDirectionsAtOnce<W>;
-    FLATCORE_SHARED(Word, a, Layout::kA);
-    FLATCORE_SHARED(Word, b, Layout::kB);
-    FLATCORE_SHARED(Word, factors, Layout::kTile);
+    FLATCORE_SHARED_BYTES(shared);
     const AttentionShape& shape = sweep.shape;
     const int64_t tiles = ceil_div(shape.keys, Product::kTile);
     const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
+    Pair pair{sweep, typename Product::Tiles(shared), {}};
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        const auto item = body::attention_item(index, tiles, sweep.K, kGroup, false);
-        Pair pair{sweep, {a, b, factors}, item.head, item.tile};
-        Sums<Product, W> of_points[kGroup], of_images[kGroup];
+        pair.take(body::attention_item(index, tiles, sweep.K, Product::kDirections, false));
+        typename Pair::Result of_points[Product::kDirections], of_images[Product::kDirections];
         FLATCORE_UNROLL
-        for (int n = 0; n < kGroup; ++n) {
+        for (int n = 0; n < Product::kDirections; ++n) {
             of_points[n].zero();
             of_images[n].zero();
         }
-        const auto range = body::query_tiles_of(shape, item.tile, Product::kTile);
-        for (pair.other_tile = range.first; pair.other_tile < range.last; ++pair.other_tile) {
+        const auto range = body::query_tiles_of(shape, pair.item.tile, Product::kTile, Product::kOther);
+        FLATCORE_NO_UNROLL
+        for (int tile = range.first; tile < range.last; ++tile) {
+            pair.take_tile(tile);
             Logits p, u;
             pair.probabilities(p);
             if constexpr (SecondOrder) pair.centred_dp(u);
             FLATCORE_NO_UNROLL
-            for (int n = 0; n < item.directions; ++n) {
-                const int k = item.direction + n;
-                const auto add = [&](auto& results, const MatrixRows<Product>& rows) {
-                    add_tile_product<Product, W>(results, n, rows, pair.memory);
-                };
-                const T* tdo = direction(sweep.queries.timage, k);
-                if (tdv.data && tdo) {
-                    write_tile<Product, W>(pair.memory, [&](int i, int j) { return p.value[i][j]; });
-                    add(of_images, pair.other_images(tdo));
-                }
+            for (int n = 0; n < pair.directions(); ++n) {
+                if (tdv.data && pair.other_has(Operand::timage))
+                    pair.tiles.add_sums(
+                        of_images, n, [&](int i, int j) { return p.value[i][j]; },
+                        pair.other(Operand::timage, n));
                 Logits tdz;
                 if constexpr (SecondOrder) {
-                    pair.logit_tangent(tdz, k);
+                    pair.logit_tangent(tdz, n);
                     if (tdv.data && p_moves) {
-                        const auto mean = pair.mean_tz(k);
-                        write_tile<Product, W>(pair.memory, [&](int i, int j) {
-                            return body::softmax_centred(p.value[i][j], tdz.value[i][j], mean(i, j));
-                        });
-                        add(of_images, pair.other_images(sweep.queries.image));
+                        const auto mean = pair.mean_tz(n);
+                        pair.tiles.add_sums(
+                            of_images, n,
+                            [&](int i, int j) {
+                                return body::softmax_centred(p.value[i][j], tdz.value[i][j], mean(i, j));
+                            },
+                            pair.other(Operand::image));
                     }
-                    pair.second_order(tdz, u, k);
+                    pair.second_order(tdz, u, n);
                 } else {
                     tdz.zero();
                 }
                 if (!tdk.data) continue;
-                pair.adjoint_logits(tdz, p, k);
-                write_tile<Product, W>(pair.memory, [&](int i, int j) { return tdz.value[i][j]; });
-                add(of_points, pair.other_points(sweep.queries.point));
+                pair.adjoint_logits(tdz, p, n);
+                pair.tiles.add_sums(
+                    of_points, n, [&](int i, int j) { return tdz.value[i][j]; }, pair.other(Operand::point));
                 if constexpr (SecondOrder)
-                    if (const T* tq = direction(sweep.queries.tpoint, k)) {
-                        write_tile<Product, W>(pair.memory,
-                                               [&](int i, int j) { return p.value[i][j] * u.value[i][j]; });
-                        add(of_points, pair.other_points(tq));
-                    }
+                    if (pair.other_has(Operand::tpoint))
+                        pair.tiles.add_sums(
+                            of_points, n, [&](int i, int j) { return p.value[i][j] * u.value[i][j]; },
+                            pair.other(Operand::tpoint, n));
             }
         }
         FLATCORE_NO_UNROLL
-        for (int n = 0; n < item.directions; ++n) {
-            const int k = item.direction + n;
+        for (int n = 0; n < pair.directions(); ++n) {
+            const int k = pair.item.direction + n;
             if (tdk.data)
                 with_result(of_points, n, [&](const auto& result, int) {
                     pair.write(result, tdk.data + k * tdk.stride, shape.width,
@@ -152,19 +137,19 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     }
 }
 
-template <class Product, int W, bool SecondOrder, class T>
+template <class Product, bool SecondOrder, class T>
 void launch_adjoint(const AttentionSweep<T>& sweep, const AttentionAdjoint<T>& adjoint, void* stream) {
     const AttentionShape& shape = sweep.shape;
-    const auto items = [&](int64_t length) {
-        return shape.batches * shape.heads * ceil_div(length, Product::kTile) *
-               ceil_div(sweep.K, kDirectionsAtOnce<W>);
-    };
-    if (const int64_t count = items(shape.queries); adjoint.tdq.data && count > 0)
-        launch(query_adjoint_kernel<Product, W, SecondOrder>, grid_for(count), dim3(kProductThreads), stream,
-               sweep, count, adjoint.tdq);
-    if (const int64_t count = items(shape.keys); (adjoint.tdk.data || adjoint.tdv.data) && count > 0)
-        launch(key_adjoint_kernel<Product, W, SecondOrder>, grid_for(count), dim3(kProductThreads), stream,
-               sweep, count, adjoint.tdk, adjoint.tdv);
+    if (adjoint.tdq.data) {
+        const int64_t items = item_count<Product>(shape, shape.queries, sweep.K);
+        launch_tiles<Product>(query_adjoint_kernel<Product, SecondOrder>, items, stream, sweep, items,
+                              adjoint.tdq);
+    }
+    if (adjoint.tdk.data || adjoint.tdv.data) {
+        const int64_t items = item_count<Product>(shape, shape.keys, sweep.K);
+        launch_tiles<Product>(key_adjoint_kernel<Product, SecondOrder>, items, stream, sweep, items,
+                              adjoint.tdk, adjoint.tdv);
+    }
 }
 
 }  // namespace
@@ -193,12 +178,12 @@ void fused_attention_adjoint(int64_t K, const AttentionInputs<T>& inputs, Produc
         sweep.dout_o = adjoint.dout_o;
         sweep.mean = adjoint.mean;
     }
-    visit_tiles<T>(precision, shape, [&](auto product, auto width) {
+    visit_products<T>(precision, shape, [&](auto product) {
         using Product = decltype(product);
         if (second_order)
-            launch_adjoint<Product, width.value, true>(sweep, adjoint, stream);
+            launch_adjoint<Product, true>(sweep, adjoint, stream);
         else
-            launch_adjoint<Product, width.value, false>(sweep, adjoint, stream);
+            launch_adjoint<Product, false>(sweep, adjoint, stream);
     });
 }
 

@@ -12,7 +12,8 @@
 #include <type_traits>
 
 #include "fused_attention.inl"
-#include "tile_product.h"
+#include "plain_product.h"
+#include "tensor_product.h"
 
 namespace flatcore::cuda {
 
@@ -39,34 +40,68 @@ __device__ const T* direction(const DirectionArray<const T>& array, int64_t n) {
     return array.data ? array.data + n * array.stride : nullptr;
 }
 
-template <class Product, int W, bool OwnKeys>
+// Of one side; each direction has its own of the last two.
+enum class Operand { point, image, tpoint, timage };
+
+template <class Product, bool OwnKeys>
 struct AttentionPair {
     using T = typename Product::Element;
-    using Logits = Sums<Product, Product::kTile>;
+    using Rows = MatrixRows<T>;
+    using Logits = Sums<Product, Product::kOther>;
+    using Result = Sums<Product, Product::kWidth>;
 
     const AttentionSweep<T>& sweep;
-    TileMemory<typename Product::Word> memory;
-    int64_t head;
-    int own_tile, other_tile = 0;
+    typename Product::Tiles tiles;
+    body::AttentionItem item;
+    int other_tile = 0;
 
-    __device__ int64_t own_first() const { return int64_t{own_tile} * Product::kTile; }
-    __device__ int64_t other_first() const { return int64_t{other_tile} * Product::kTile; }
+    __device__ int directions() const { return Product::kDirections == 1 ? 1 : item.directions; }
+    __device__ int64_t own_first() const { return int64_t{item.tile} * Product::kTile; }
+    __device__ int64_t other_first() const { return int64_t{other_tile} * Product::kOther; }
 
-    __device__ const AttentionSide<T>& own() const { return OwnKeys ? sweep.keys : sweep.queries; }
-    __device__ const AttentionSide<T>& other() const { return OwnKeys ? sweep.queries : sweep.keys; }
+    __device__ const AttentionSide<T>& own_side() const { return OwnKeys ? sweep.keys : sweep.queries; }
+    __device__ const AttentionSide<T>& other_side() const { return OwnKeys ? sweep.queries : sweep.keys; }
 
-    __device__ MatrixRows<Product> own_rows(const T* data, int64_t width) const {
-        return MatrixRows<Product>(data + head * own().length * width, own_first(), own().length, width);
+    // n counts the directions of the item; points and images have none.
+    __device__ const T* array(const AttentionSide<T>& side, Operand which, int n) const {
+        if (which == Operand::point) return side.point;
+        if (which == Operand::image) return side.image;
+        return direction(which == Operand::tpoint ? side.tpoint : side.timage, item.direction + n);
     }
-    __device__ MatrixRows<Product> other_rows(const T* data, int64_t width) const {
-        return MatrixRows<Product>(data + head * other().length * width, other_first(), other().length,
-                                   width);
+    __device__ bool own_has(Operand which) const { return array(own_side(), which, 0); }
+    __device__ bool other_has(Operand which) const { return array(other_side(), which, 0); }
+
+    __device__ int64_t width_of(Operand which) const {
+        return which == Operand::point || which == Operand::tpoint ? sweep.shape.width
+                                                                   : sweep.shape.value_width;
     }
-    __device__ MatrixRows<Product> other_points(const T* data) const {
-        return other_rows(data, sweep.shape.width);
+    // No rows where the array is null.
+    __device__ Rows rows(const AttentionSide<T>& side, Operand which, int n, int64_t first, int tile) const {
+        const T* from = array(side, which, n);
+        const int64_t width = width_of(which);
+        if (!from) return Rows(nullptr, 0, 0, width, 0);
+        return Rows(from + item.head * side.length * width, first, side.length, width, tile);
     }
-    __device__ MatrixRows<Product> other_images(const T* data) const {
-        return other_rows(data, sweep.shape.value_width);
+    __device__ Rows own_rows(Operand which, int n) const {
+        return rows(own_side(), which, n, own_first(), Product::kTile);
+    }
+    __device__ Rows other_rows(Operand which, int n) const {
+        return rows(other_side(), which, n, other_first(), Product::kOther);
+    }
+    // Operands of products. Before: take(item), then take_tile(t) for each tile.
+    __device__ auto own(Operand which, int n = 0) const {
+        return tiles.own(own_rows(which, n), static_cast<int>(which));
+    }
+    __device__ auto other(Operand which, int n = 0) const {
+        return tiles.other(other_rows(which, n), static_cast<int>(which));
+    }
+    __device__ void take(const body::AttentionItem& next) {
+        item = next;
+        tiles.keep_own([&](int which) { return own_rows(static_cast<Operand>(which), 0); });
+    }
+    __device__ void take_tile(int tile) {
+        other_tile = tile;
+        tiles.keep_others([&](int which) { return other_rows(static_cast<Operand>(which), 0); });
     }
 
     // In the tile, of an element of the logits.
@@ -76,45 +111,43 @@ struct AttentionPair {
     __device__ int64_t first_key() const { return OwnKeys ? own_first() : other_first(); }
 
     // A value of each query, of (rows) or of direction n of (K, rows), at an element of the logits; zero for
-    // null and for queries that do not exist. Read where it is used: the cache is nearer than spilled
-    // registers.
+    // null. A query that does not exist, whose p is zero, may get another's. Read where it is used: the cache
+    // is nearer than spilled registers.
     struct QueryValues {
         const T* of_tile;
-        int count;
+        int last;
         __device__ T operator()(int i, int j) const {
-            return query(i, j) < count ? of_tile[query(i, j)] : T(0);
+            const int at = query(i, j);
+            // Of several columns: a place that is there takes fewer registers than to know for each whether
+            // it is.
+            if constexpr (OwnKeys) return of_tile ? of_tile[at < last ? at : last] : T(0);
+            return of_tile && at <= last ? of_tile[at] : T(0);
         }
     };
     __device__ QueryValues query_values(const T* values, int64_t n) const {
-        if (!values) return {nullptr, 0};
         const int64_t heads = sweep.shape.batches * sweep.shape.heads, queries = sweep.shape.queries;
         const int64_t left = queries - first_query();
-        return {values + (n * heads + head) * queries + first_query(),
-                left < Product::kTile ? static_cast<int>(left) : Product::kTile};
+        constexpr int kQueries = OwnKeys ? Product::kOther : Product::kTile;
+        return {values ? values + (n * heads + item.head) * queries + first_query() : nullptr,
+                (left < kQueries ? static_cast<int>(left) : kQueries) - 1};
     }
-    __device__ QueryValues mean_tz(int64_t n) const { return query_values(sweep.mean, n); }
+    __device__ QueryValues mean_tz(int n) const { return query_values(sweep.mean, item.direction + n); }
 
-    // c += a x b' + a2 x b2' where neither of a pair is null.
-    __device__ void add_two(Logits& c, const T* a, const T* b, const T* a2, const T* b2,
-                            int64_t width) const {
-        FLATCORE_NO_UNROLL
-        for (int term = 0; term < 2; ++term) {
-            const T *left = term ? a2 : a, *right = term ? b2 : b;
-            if (left && right)
-                add_product_of_rows<Product, W>(c, own_rows(left, width), other_rows(right, width), memory);
-        }
+    // c += own x other' where both are there.
+    __device__ void add(Logits& c, Operand of_own, Operand of_other, int n) const {
+        if (own_has(of_own) && other_has(of_other)) tiles.add_rows(c, own(of_own, n), other(of_other, n));
     }
 
     __device__ void logits(Logits& z) const {
         z.zero();
-        add_product_of_rows<Product, W>(z, own_rows(own().point, sweep.shape.width),
-                                        other_points(other().point), memory);
+        add(z, Operand::point, Operand::point, 0);
         const T scale = static_cast<T>(sweep.shape.scale);
-        Logits::each([&](int i, int j) {
-            z.value[i][j] = scale * z.value[i][j] + body::attention_bias(sweep.shape, sweep.mask, head,
-                                                                         first_query() + query(i, j),
-                                                                         first_key() + key(i, j));
-        });
+        Logits::each([&](int i, int j) { z.value[i][j] *= scale; });
+        const body::TileBias<T> bias(sweep.shape, sweep.mask, item.head, first_query(), first_key());
+        if (bias.nothing(OwnKeys ? Product::kOther : Product::kTile,
+                         OwnKeys ? Product::kTile : Product::kOther))
+            return;
+        Logits::each([&](int i, int j) { z.value[i][j] += bias(query(i, j), key(i, j)); });
     }
     __device__ void probabilities(Logits& p) const {
         logits(p);
@@ -126,30 +159,29 @@ struct AttentionPair {
     // u = dp - <p, dp>
     __device__ void centred_dp(Logits& u) const {
         u.zero();
-        add_product_of_rows<Product, W>(u, own_rows(own().image, sweep.shape.value_width),
-                                        other_images(other().image), memory);
+        add(u, Operand::image, Operand::image, 0);
         const QueryValues mean_dp = query_values(sweep.dout_o, 0);
         Logits::each([&](int i, int j) { u.value[i][j] -= mean_dp(i, j); });
     }
-    __device__ void logit_tangent(Logits& tz, int64_t n) const {
+    __device__ void logit_tangent(Logits& tz, int n) const {
         tz.zero();
-        add_two(tz, direction(own().tpoint, n), other().point, own().point, direction(other().tpoint, n),
-                sweep.shape.width);
+        add(tz, Operand::tpoint, Operand::point, n);
+        add(tz, Operand::point, Operand::tpoint, n);
         const T scale = static_cast<T>(sweep.shape.scale);
         Logits::each([&](int i, int j) { tz.value[i][j] *= scale; });
     }
     // From w without tdp to tdz. The products add to w where it is: a sum of their own would need more
     // registers.
-    __device__ void adjoint_logits(Logits& w, const Logits& p, int64_t n) const {
-        add_two(w, direction(own().timage, n), other().image, own().image, direction(other().timage, n),
-                sweep.shape.value_width);
-        const QueryValues mean_w = query_values(sweep.mean_w, n);
+    __device__ void adjoint_logits(Logits& w, const Logits& p, int n) const {
+        add(w, Operand::timage, Operand::image, n);
+        add(w, Operand::image, Operand::timage, n);
+        const QueryValues mean_w = query_values(sweep.mean_w, item.direction + n);
         Logits::each([&](int i, int j) {
             w.value[i][j] = body::softmax_centred(p.value[i][j], w.value[i][j], mean_w(i, j));
         });
     }
     // tz becomes w without tdp.
-    __device__ void second_order(Logits& tz, const Logits& u, int64_t n) const {
+    __device__ void second_order(Logits& tz, const Logits& u, int n) const {
         const QueryValues mean = mean_tz(n);
         Logits::each([&](int i, int j) {
             tz.value[i][j] = body::attention_second_order(T(0), tz.value[i][j], mean(i, j), u.value[i][j]);
@@ -158,11 +190,10 @@ struct AttentionPair {
 
     // value(i, result, place) to the own rows of out.
     template <class F>
-    __device__ void write(const Sums<Product, W>& result, T* out, int64_t width, const F& value) const {
-        using Result = Sums<Product, W>;
-        const int64_t left = own().length - own_first();
+    __device__ void write(const Result& result, T* out, int64_t width, const F& value) const {
+        const int64_t length = own_side().length, left = length - own_first();
         const int count = left < Product::kTile ? static_cast<int>(left) : Product::kTile;
-        const int64_t first = (head * own().length + own_first()) * width;
+        const int64_t first = (item.head * length + own_first()) * width;
         Result::each([&](int i, int j) {
             const int64_t at = first + Result::row(i) * width + Result::column(j);
             if (Result::row(i) < count && Result::column(j) < width)
@@ -171,10 +202,6 @@ struct AttentionPair {
     }
 };
 
-// Directions that a block works on at once: what their results leave registers for.
-template <int W>
-inline constexpr int kDirectionsAtOnce = W == 128 ? 1 : 2;
-
 // Blocks of a launch; what is left is done by striding. Few in the emulation, so that tests get there.
 #if defined(FLATCORE_CUDA_SHIM)
 inline constexpr int64_t kMostBlocks = 7;
@@ -182,25 +209,38 @@ inline constexpr int64_t kMostBlocks = 7;
 inline constexpr int64_t kMostBlocks = int64_t{1} << 30;
 #endif
 
-inline dim3 grid_for(int64_t items) { return dim3(static_cast<unsigned>(std::min(items, kMostBlocks))); }
+// Tiles of one side of all heads, times the groups of directions that a block works on at once.
+template <class Product>
+int64_t item_count(const AttentionShape& shape, int64_t length, int64_t K) {
+    return shape.batches * shape.heads * ceil_div(length, Product::kTile) * ceil_div(K, Product::kDirections);
+}
 
-// f(product, width), both as values of types.
+template <class Product, class... Parameters, class... Arguments>
+void launch_tiles(void (*kernel)(Parameters...), int64_t items, void* stream, Arguments... arguments) {
+    if (items == 0) return;
+    launch_with(Product::Tiles::kBytes, kernel, dim3(static_cast<unsigned>(std::min(items, kMostBlocks))),
+                dim3(Product::kThreads), stream, arguments...);
+}
+
+// f(product), a value of its type.
 template <class T, class F>
-void visit_tiles(ProductPrecision precision, const AttentionShape& shape, const F& f) {
-    const auto with_width = [&](auto product) {
+void visit_products(ProductPrecision precision, const AttentionShape& shape, const F& f) {
+    const auto with_width = [&](auto of_width) {
         const int64_t width = std::max(shape.width, shape.value_width);
         if (width <= 32)
-            f(product, std::integral_constant<int, 32>{});
+            of_width(std::integral_constant<int, 32>{});
         else if (width <= 64)
-            f(product, std::integral_constant<int, 64>{});
+            of_width(std::integral_constant<int, 64>{});
         else
-            f(product, std::integral_constant<int, 128>{});
+            of_width(std::integral_constant<int, 128>{});
     };
     if constexpr (std::is_same_v<T, float>) {
-        if (precision == ProductPrecision::tf32) return with_width(TensorProduct<Tf32>{});
-        if (precision == ProductPrecision::bf16) return with_width(TensorProduct<Bf16>{});
+        if (precision == ProductPrecision::tf32)
+            return with_width([&](auto width) { f(TensorProduct<Tf32, width.value>{}); });
+        if (precision == ProductPrecision::bf16)
+            return with_width([&](auto width) { f(TensorProduct<Bf16, width.value>{}); });
     }
-    with_width(PlainProduct<T>{});
+    with_width([&](auto width) { f(PlainProduct<T, width.value>{}); });
 }
 
 }  // namespace flatcore::cuda

@@ -10,9 +10,14 @@
 // exponentials, row scalars) work in registers.
 // The emulation multiplies exactly, as the units do, and adds in float32 from k = 0 on. The units' order and
 // rounding of the sums are not documented; their products are exact.
+//
+// load_matrices brings operands there from shared memory: four matrices of 8 rows of 16 bytes. Lane l names
+// row l % 8 of matrix l / 8, and gets of matrix m in word m: word t of row g; or, transposed, the 16-bit
+// elements g of rows 2 t and 2 t + 1 (PTX ISA, "ldmatrix").
 #pragma once
 
 #include <array>
+#include <stdexcept>
 
 #include "cuda_launch.h"
 #include "rounding.h"
@@ -46,6 +51,21 @@ __device__ __forceinline__ void multiply_add(float& c0, float& c1, float& c2, fl
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint32_t* row) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    if constexpr (Transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(address)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(address)
+                     : "memory");
+}
+
 #else
 
 // What the units read of a word: its element e as float32.
@@ -75,6 +95,24 @@ void multiply_add(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a
     c1 = dot(0, 2 * t + 1, c1);
     c2 = dot(1, 2 * t, c2);
     c3 = dot(1, 2 * t + 1, c3);
+}
+
+template <bool Transposed>
+void load_matrices(uint32_t (&words)[4], const uint32_t* row, Place place = Place::current()) {
+    const auto address = reinterpret_cast<uintptr_t>(row);
+    if (address % 16 != 0) throw std::logic_error("load_matrices: a row is not aligned to 16 bytes");
+    const auto& addresses = exchange_words(
+        {static_cast<uint32_t>(address), static_cast<uint32_t>(uint64_t{address} >> 32)}, place);
+    const auto row_of = [&](int matrix, int r) {
+        const LaneWords& halves = addresses[static_cast<size_t>(8 * matrix + r)];
+        return reinterpret_cast<const uint32_t*>(uint64_t{halves[1]} << 32 | halves[0]);
+    };
+    const int g = lane() / 4, t = lane() % 4;
+    const auto element = [&](int matrix, int r) {
+        return row_of(matrix, r)[g / 2] >> (g % 2 * 16) & 0xffffU;
+    };
+    for (int m = 0; m < 4; ++m)
+        words[m] = Transposed ? element(m, 2 * t) | element(m, 2 * t + 1) << 16 : row_of(m, g)[t];
 }
 
 #endif

@@ -76,6 +76,7 @@ struct Block {
 };
 
 Block* running = nullptr;
+std::unique_ptr<unsigned char[]> memory_of_launch;
 std::vector<Fiber> all_fibers(1024);  // kept from launch to launch for their stacks
 std::vector<std::pair<void*, size_t>>& shared_arrays() {
     static std::vector<std::pair<void*, size_t>> arrays;
@@ -193,12 +194,15 @@ void run_block(Block& block) {
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block_size, const std::function<void()>& thread) {
+void run_grid(dim3 grid, dim3 block_size, size_t shared, const std::function<void()>& thread) {
     static std::mutex one_at_a_time;  // the emulated threads are all of one
     const std::lock_guard lock(one_at_a_time);
     const size_t count = size_t{block_size.x} * block_size.y * block_size.z;
-    if (count == 0 || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
+    constexpr size_t kMostShared = 99 << 10;  // of compute capability 8.6
+    if (count == 0 || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 ||
+        shared > kMostShared)
         throw std::invalid_argument("CUDA launch: invalid configuration");
+    memory_of_launch.reset(new unsigned char[shared]);  // of this size, so that the sanitizer knows its end
     Block block;
     block.fibers = std::span(all_fibers).first(count);
     block.warps = std::vector<Warp>((count + 31) / 32);
@@ -211,6 +215,7 @@ void run_grid(dim3 grid, dim3 block_size, const std::function<void()>& thread) {
             for (unsigned x = 0; x < grid.x; ++x) {
                 blockIdx = dim3(x, y, z);
                 for (const auto& [memory, bytes] : shared_arrays()) std::memset(memory, kGarbageByte, bytes);
+                std::memset(memory_of_launch.get(), kGarbageByte, shared);
                 for (size_t i = 0; i < count; ++i) prepare(block.fibers[i], static_cast<int>(i), block_size);
                 run_block(block);
             }
@@ -241,6 +246,8 @@ const std::array<LaneWords, 32>& exchange_words(const LaneWords& words, std::sou
     wait(State::at_warp_barrier, ~0u, place);
     return of_warp;
 }
+
+unsigned char* shared_of_launch() { return memory_of_launch.get(); }
 
 void* shared_bytes(size_t bytes) {
     void* memory = ::operator new(bytes);

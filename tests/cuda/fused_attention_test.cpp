@@ -247,12 +247,15 @@ void test_sizes() {
     check<double>({.shape = {1, 1, 3, 5, 4, 4, false, 0.1}, .K = 0});
 }
 
-// Tiles of 64, products of each precision, each width of tiles.
+// Products of each precision, each width of tiles: 64 rows, by matrix units of 32 or 16 (64 of 32 in tf32
+// with the widest) of the other side. Rows as wide as a tile are aligned and read in one piece.
 void test_float(ProductPrecision precision) {
     check<float>({.shape = {1, 2, 70, 65, 8, 12, true, 0.1}, .K = 3, .masking = Masking::keep}, precision);
     check<float>({.shape = {1, 1, 17, 70, 40, 6, false, 0.05}, .K = 3, .masking = Masking::added}, precision);
     check<float>({.shape = {1, 1, 65, 17, 12, 128, true, 0.075}, .K = 2}, precision);
     check<float>({.shape = {1, 1, 17, 9, 9, 5, false, 0.075}, .K = 5, .second_order = false}, precision);
+    check<float>({.shape = {1, 1, 64, 80, 64, 64, true, 0.075}}, precision);
+    check<float>({.shape = {1, 1, 33, 64, 32, 32, false, 0.1}, .K = 2, .tdv = false}, precision);
 }
 
 // A row whose keys an additive mask all hides by the lowest number attends to all of them alike. Half of it:

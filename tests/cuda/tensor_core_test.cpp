@@ -44,11 +44,13 @@ void test_rounding() {
     EXPECT(bf16_pair(1.0f, -2.0f) == 0xc0003f80U);
 }
 
+__device__ int of_warp() { return static_cast<int>(threadIdx.x % 32); }
+
 // a (16, K), b (K, 8), c (16, 8), row-major; K = 8 words.
 template <class Format>
 __global__ void product(const float* a, const float* b, float* c) {
     constexpr int E = Format::kElements, K = 8 * E;
-    const int g = lane() / 4, t = lane() % 4;
+    const int g = of_warp() / 4, t = of_warp() % 4;
     const auto left = [&](int row, int word) {
         float x[E];
         for (int e = 0; e < E; ++e) x[e] = a[row * K + word * E + e];
@@ -63,6 +65,40 @@ __global__ void product(const float* a, const float* b, float* c) {
     const uint32_t of_b[2] = {right(t, g), right(t + 4, g)};
     float *upper = c + g * 8 + 2 * t, *lower = c + (g + 8) * 8 + 2 * t;
     multiply_add<Format>(upper[0], upper[1], lower[0], lower[1], of_a, of_b);
+}
+
+// Four matrices of 8 x 8 elements of 16 bits, each row by itself in memory, `apart` words after the one
+// before.
+template <bool Transposed>
+__global__ void matrices(const uint32_t* rows, int apart, uint32_t* words) {
+    FLATCORE_SHARED(uint32_t, shared, 32 * 12);
+    for (int w = 0; w < 4; ++w) shared[of_warp() * apart + w] = rows[of_warp() * 4 + w];
+    __syncwarp();
+    uint32_t loaded[4];
+    load_matrices<Transposed>(loaded, shared + of_warp() * apart);
+    for (int m = 0; m < 4; ++m) words[m * 32 + of_warp()] = loaded[m];
+}
+
+template <bool Transposed>
+void test_matrices() {
+    std::vector<uint32_t> rows(32 * 4), words(4 * 32), expected(4 * 32);
+    const auto element = [](size_t m, size_t i, size_t j) {
+        return static_cast<uint32_t>(1000 * m + 10 * i + j);
+    };
+    for (size_t m = 0; m < 4; ++m)
+        for (size_t i = 0; i < 8; ++i)
+            for (size_t w = 0; w < 4; ++w)
+                rows[(8 * m + i) * 4 + w] = element(m, i, 2 * w) | element(m, i, 2 * w + 1) << 16;
+    for (size_t m = 0; m < 4; ++m)
+        for (size_t l = 0; l < 32; ++l) {
+            const size_t g = l / 4, t = l % 4;
+            expected[m * 32 + l] = Transposed ? element(m, 2 * t, g) | element(m, 2 * t + 1, g) << 16
+                                              : element(m, g, 2 * t) | element(m, g, 2 * t + 1) << 16;
+        }
+    for (const int apart : {4, 12}) {
+        launch(matrices<Transposed>, 1, 32, nullptr, rows.data(), apart, words.data());
+        EXPECT(words == expected);
+    }
 }
 
 // Small integers: exact in every format, and so are their sums.
@@ -88,6 +124,8 @@ int main() {
         thread_order = order;
         test_product<Tf32>();
         test_product<Bf16>();
+        test_matrices<false>();
+        test_matrices<true>();
     }
     return failures != 0;
 }

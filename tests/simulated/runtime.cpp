@@ -105,11 +105,11 @@ SIMULATED void simulated_counts(long* out) {
 }
 
 // From flatcore's own launches (launches.cpp), which then run as emulated threads.
-SIMULATED int simulated_launch(const char* kernel, const unsigned* grid, const unsigned* block,
+SIMULATED int simulated_launch(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared,
                                void* stream) {
     const std::lock_guard lock(mutex);
-    return simulated::launch(kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0,
-                             0, static_cast<cudaStream_t>(stream));
+    return simulated::launch(kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
+                             shared, kLargestSharedBytes, static_cast<cudaStream_t>(stream));
 }
 
 // --- kernels: what nvcc writes into every library, then launches
