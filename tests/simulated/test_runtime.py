@@ -25,16 +25,17 @@ def sizes(*xyz):
 
 
 @pytest.mark.parametrize(
-    ("grid", "block", "refused"),
+    ("grid", "block", "shared", "refused"),
     [
-        ((1, 65535, 1), (1024, 1, 1), False),
-        ((1, 65536, 1), (32, 1, 1), True),
-        ((1, 1, 1), (1025, 1, 1), True),
-        ((0, 1, 1), (32, 1, 1), True),
+        ((1, 65535, 1), (1024, 1, 1), 227 << 10, False),
+        ((1, 65536, 1), (32, 1, 1), 0, True),
+        ((1, 1, 1), (1025, 1, 1), 0, True),
+        ((0, 1, 1), (32, 1, 1), 0, True),
+        ((1, 1, 1), (32, 1, 1), (227 << 10) + 1, True),
     ],
 )
-def test_launch_limits(grid, block, refused, complaints):
-    status = CUDA.simulated_launch(b"some_kernel", sizes(*grid), sizes(*block), None)
+def test_launch_limits(grid, block, shared, refused, complaints):
+    status = CUDA.simulated_launch(b"some_kernel", sizes(*grid), sizes(*block), ctypes.c_size_t(shared), None)
     assert (status != 0) == refused
     assert ["some_kernel" in complaint for complaint in complaints()] == [True] * refused
     CUDA.cudaGetLastError()
@@ -46,7 +47,9 @@ def test_a_stream_of_another_device(complaints):
     with torch.cuda.device(1):
         CUDA.cudaMemsetAsync(ADDRESS(memory.data_ptr()), 0, ctypes.c_size_t(16), ADDRESS(stream.cuda_stream))
         CUDA.cudaGetLastError()
-        CUDA.simulated_launch(b"some_kernel", sizes(1, 1, 1), sizes(32, 1, 1), ADDRESS(stream.cuda_stream))
+        CUDA.simulated_launch(
+            b"some_kernel", sizes(1, 1, 1), sizes(32, 1, 1), ctypes.c_size_t(0), ADDRESS(stream.cuda_stream)
+        )
         CUDA.cudaGetLastError()
     assert complaints() == [f"stream of device 0 on device 1: {what}" for what in ("a memset", "some_kernel")]
 
