@@ -9,7 +9,10 @@ import torch
 import flatcore as fc
 from flatcore import measures
 from flatcore._C import krylov
-from tests.gpu import DEVICE, net, on_gpu
+from flatcore.example_sweeps import sweeps_for
+from tests.cases import CASES
+from tests.gpu import DEVICE, net, objective_there, on_gpu
+from tests.test_engine import objective_of
 
 pytestmark = [on_gpu, pytest.mark.filterwarnings("default")]
 CPU = torch.device("cpu")
@@ -58,6 +61,30 @@ def test_trace_and_diagonal(operator, estimate, method):
 def test_trace_example_by_example():
     here, there = (fc.trace(A, method="example", rtol=0.1, max_matvecs=200) for A in both())
     assert same(here.value, there.value) and same(here.stderr, there.stderr)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sums_by_example(case):
+    """Of every kind of use that a parameter has: probes of 8 directions, and exact sums over the outputs."""
+    objectives = objective_of(case)[0], objective_there(case)
+    sweeps = [sweeps_for(objective, objective.snapshot()) for objective in objectives]
+    if isinstance(sweeps[0], str):
+        pytest.skip(f"no sum over examples: {sweeps[0]}")
+    assert sweeps[0].probed == sweeps[1].probed
+    modes = ("hessian", "ggn", "remainder") if case.loss_kind == "output_target" else ("hessian",)
+    for mode in modes if sweeps[0].probed else ():
+        here, there = (
+            s.probe(mode, o.snapshot(), 0, 0, 8, diagonal=True)
+            for s, o in zip(sweeps, objectives, strict=True)
+        )
+        # Sums of up to some thousands of numbers as large as these, which may cancel.
+        spreads = [(8 * samples.variance).sqrt().cpu() for samples in (here, there)]
+        rounding = 5000 * torch.finfo(torch.float64).eps * (here.mean.abs() + spreads[0]).max()
+        assert ((here.mean - there.mean.cpu()).abs() <= rounding).all(), mode
+        assert ((spreads[0] - spreads[1]).abs() <= rounding).all(), mode
+    if case.loss_kind == "output_target" and sweeps[0].outputs:
+        here, there = (s.exact_ggn(o.snapshot()) for s, o in zip(sweeps, objectives, strict=True))
+        assert same(here[0], there[0])
 
 
 def test_density():

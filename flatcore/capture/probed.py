@@ -100,7 +100,8 @@ class ProbedProgram:
 
 
 def _constant(i: int | None, constants: Mapping[int, Tensor]) -> Tensor | None:
-    return None if i is None else constants[i]
+    """On the CPU, as all that says where elements are."""
+    return None if i is None else constants[i].cpu()
 
 
 @dataclass(frozen=True)
