@@ -1,17 +1,20 @@
 // Products of tiles by a block of threads: what its two ways have in common, with sums in registers. For .cu
 // files.
 //
-//   sums (tile x other) += A (tile x inner) B' (other x inner), or sums (tile x width) += S (tile x other) B
-//   (other x width)
+//   sums (tile x other) += A (tile x inner) B' (other x inner)
+//   sums (tile x width) += S (tile x other) B (other x width)
 //
 // where A and B are rows of matrices in global memory and S are sums of before. A block owns `kTile` rows of
 // one side and passes over tiles of `kOther` rows of the other. How numbers are kept, multiplied and added is
 // a type, PlainProduct<T, W> (plain_product.h) or TensorProduct<Format, W> (tensor_product.h), for rows of up
-// to W elements:
-//   Element, kTile, kOther, kThreads and, of them, kBlocks that a processor should hold; kDirections that
-//   share what does not depend on them; which elements of the sums a thread owns, so that the caller works on
-//   them where they are: kRows, kColumns<N>, row(i), column(j), the kSharers neighbouring lanes that have the
-//   same rows, sharer() Tiles: the memory of a block, kBytes of it, and the products.
+// to W elements. It has
+//
+//   Element, kTile, kOther; kThreads of a block and kBlocks that a processor should hold
+//   kDirections, how many at once share what does not depend on them
+//   kRows, kColumns<N>, row(i), column(j): which elements of the sums a thread owns, so that the caller works
+//       on them where they are; kSharers, neighbouring lanes that have the same rows, of which this is
+//       sharer()
+//   Tiles: the memory of a block, kBytes of it, and the products
 #pragma once
 
 #include <algorithm>
