@@ -25,8 +25,9 @@
 namespace flatcore::cuda {
 
 inline void check(cudaError_t status) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // or the next launch would take it for its own
+    throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(status));
 }
 
 // Each block has `bytes` of shared memory beyond the kernel's arrays of constant size.

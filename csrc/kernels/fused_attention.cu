@@ -192,6 +192,7 @@ void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, Produc
                              const T* o, const T* normaliser, const AttentionTangents<T>& tangents,
                              DirectionArray<T> to, T* mean, const T* dout, T* dout_to, void* stream) {
     const AttentionShape& shape = inputs.shape;
+    const bool p_moves = tangents.tq.data || tangents.tk.data;
     visit_products<T>(precision, shape, [&](auto product) {
         using Product = decltype(product);
         const int64_t items = item_count<Product>(shape, shape.queries, K);
@@ -199,7 +200,7 @@ void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, Produc
             .shape = shape,
             .mask = inputs.mask,
             .queries = {.point = inputs.q, .tpoint = tangents.tq, .length = shape.queries},
-            .keys = {inputs.k, inputs.v, tangents.tk, tangents.tv, shape.keys},
+            .keys = {inputs.k, p_moves ? inputs.v : nullptr, tangents.tk, tangents.tv, shape.keys},
             .K = K,
             .normaliser = normaliser};
         launch_tiles<Product>(tangent_kernel<Product>, items, stream, sweep, items, o, to, mean);

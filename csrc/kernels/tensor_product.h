@@ -78,7 +78,7 @@ class TensorProduct<Format, W>::Tiles {
     template <int Count, class F>
     static __device__ void keep(const F& rows_of, Word* tiles) {
         constexpr int kUnits = Count * kParts, kPacks = kUnits / kThreads, kAtOnce = kPacks < 4 ? kPacks : 4;
-        static_assert(kPacks % kAtOnce == 0);
+        static_assert(kUnits % kThreads == 0 && kPacks % kAtOnce == 0);
         FLATCORE_NO_UNROLL
         for (int n = 0; n < kOperands; ++n) {
             const Rows rows = rows_of(n);

@@ -91,7 +91,7 @@ __device__ void each_unit(const F& f) {
 }
 
 // f(x) for the lanes of this warp, this one's number xor x, with which those that share its rows exchange
-// what they have: sums over all of them, the same bits in each. All lanes must call it.
+// what they have, so that each ends with the whole. All lanes must call it.
 template <class Product, class F>
 __device__ void over_sharers(const F& f) {
     FLATCORE_UNROLL
