@@ -35,7 +35,7 @@ template <class... Parameters, class... Arguments>
 void launch_with(size_t bytes, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
                  Arguments... arguments) {
     constexpr size_t kWithoutAsking = 48 << 10;
-    // Of a kernel and a device, so asked for at every launch: it costs a microsecond and nothing is kept.
+    // Of a kernel and a device, so asked for at every launch: nothing has to be kept.
     if (bytes > kWithoutAsking)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(bytes)));

@@ -30,13 +30,14 @@
 // and rounding both operands, and three times the latency of the L2 cache with no other block to run
 // meanwhile. So there (tensor_product.h) operands are rounded once into shared memory and stay, four of the
 // own side for the whole sweep and four of the other side for a tile, and sums are the next product's left
-// operand in registers. Two blocks or three run on a processor, so that one computes while another waits. For
-// tdk and tdv in bf16 with a width of 64, 64 keys, 32 queries and one direction, each of the four warps
+// operand in registers. By their shared memory two blocks or more run on a processor of an H200, so that one
+// computes while another waits; where a processor has 100 KiB, one, but for bf16 up to a width of 32.
+// For tdk and tdv in bf16 with a width of 64, 64 keys, 32 queries and one direction, each of the four warps
 // issues 160 matrix instructions and reads 416 lines of 128 bytes of shared memory, and the block reads 32
-// KiB from the L2 cache. On an H200 these are about 960 cycles at what mma.sync reaches elsewhere, 1664
-// cycles, and 1400 cycles at 5.5 TB/s: at best the longest hides the others. With the shorter tiles of tf32 a
-// product of rows reads 4 lines an instruction, not 3. Hopper's own instructions (wgmma) read shared memory
-// without going through registers and are not used.
+// KiB from the L2 cache. On an H200 the lines take 1664 cycles; the others 960 and 1400 if mma.sync reaches
+// 60 % of the documented rate and the cache gives 5.5 TB/s, which are assumptions. At best the longest hides
+// the rest. With the shorter tiles of tf32 a product of rows reads 4 lines an instruction, not 3. Hopper's
+// own instructions (wgmma) read shared memory without going through registers and are not used.
 #include "fused_attention_tile.h"
 #include "row_products.h"
 

@@ -4,7 +4,7 @@
 // A warp owns 16 rows of the sums, all columns of them, so that sums of one product are the left operand of
 // the next where they are, in registers. Operands are rounded once on their way into shared memory and stay
 // there: those of the block's own rows for as long as it works on them, those of the other side for one tile.
-// So between two tiles no thread waits for another, and what the matrix units need comes from shared memory
+// So within a tile no thread waits for another, and what the matrix units need comes from shared memory
 // alone.
 //
 // A word of shared memory holds what follows each other along a row (tensor_core.h). Rows are padded by 16

@@ -164,8 +164,9 @@ struct Run {
 
     // True where `got` differs from the reference by at most the bound; the largest share of it is noted. The
     // bound takes all roundings for equally unfortunate, and where operands are rounded it is more than some
-    // results are. As they are not, a result as a whole is then within a few roundings of an operand of its
-    // norm: 3 in an emulation by numpy, 8 are allowed. A wrong operand is off by the norm itself.
+    // results are. They are independent: a result chains at most six products, whose twelve operands are each
+    // off by the rounding over sqrt(3) on average, so its norm by twice the rounding; four times that is
+    // allowed. A wrong operand is off by the norm itself.
     double worst = 0;
     bool close(const Array<T>& got, int64_t n, int64_t h, const Matrix& expected, const Matrix& bound) {
         const Matrix result = got.head(n, h, expected.rows, expected.columns);
@@ -255,8 +256,8 @@ void test_sizes() {
     check<double>({.shape = {1, 1, 3, 5, 4, 4, false, 0.1}, .K = 0});
 }
 
-// Products of each precision, each width of tiles: 64 rows, by matrix units of 32 or 16 (64 of 32 in tf32
-// with the widest) of the other side. Rows as wide as a tile are aligned and read in one piece.
+// Products of each precision, each width of tiles: 64 rows by 64, with matrix units by 32 or 16, and 32 by 16
+// in tf32 with the widest. Rows as wide as a tile are aligned and read in one piece.
 void test_float(ProductPrecision precision) {
     check<float>({.shape = {1, 2, 70, 65, 8, 12, true, 0.1}, .K = 3, .masking = Masking::keep}, precision);
     check<float>({.shape = {1, 1, 17, 70, 40, 6, false, 0.05}, .K = 3, .masking = Masking::added}, precision);
