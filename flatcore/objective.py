@@ -3,7 +3,8 @@ parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -317,28 +318,51 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), key
 
 
-# Parameters up to this many bytes are compared in one piece: copying them costs less than the launches saved.
-_ONE_PIECE = 1 << 23
+# Elements of parameters on a GPU whose differences are held at once.
+_AT_ONCE = 1 << 25
 
 
 def _all_equal(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     """Do the tensors of each pair agree? Those on a GPU are waited for once, not pair by pair."""
-    waiting = []
+    waiting: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for a, b in pairs:
         if not a.is_cuda or not b.is_cuda:
             if not torch.equal(a, b):
                 return False
         elif (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
             return False
-        else:
-            waiting.append((a, b))
-    return not waiting or bool(_compared(waiting))
+        elif a.numel():
+            waiting.setdefault((a.dtype, a.device), []).append((a, b))
+    return all(bool(_agree(alike)) for alike in waiting.values())
 
 
-def _compared(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Whether the tensors of each pair, alike in shape, dtype and device, agree: a scalar there, not waited for."""
-    alike = len({(a.dtype, a.device) for a, _ in pairs}) == 1
-    if alike and sum(a.numel() * a.element_size() for a, _ in pairs) <= _ONE_PIECE:
-        before, now = (torch.cat([t.detach().reshape(-1) for t in side]) for side in zip(*pairs, strict=True))
-        return (before == now).all()
-    return torch.stack([(a == b).all() for a, b in pairs]).all()
+@torch.no_grad()
+def _agree(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Whether the tensors of each pair agree, of one dtype and device, none empty: a scalar there, not waited for.
+
+    A few launches for all of them, where comparing pair by pair takes two for each.
+    """
+    largest: list[Tensor] = []  # of the differences, which are zero between equal numbers alone
+    for some in _bounded(pairs):
+        differences = torch._foreach_sub(*(list(side) for side in zip(*some, strict=True)))
+        largest += torch._foreach_norm(differences, math.inf)
+    return torch.stack(largest).eq(0).all()
+
+
+def _bounded(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The pairs in lists of at most `_AT_ONCE` elements each; longer ones, laid flat, in parts."""
+    some: list[tuple[Tensor, Tensor]] = []
+    room = _AT_ONCE
+    for pair in pairs:
+        flat = (
+            [pair]
+            if pair[0].numel() <= _AT_ONCE
+            else zip(*(t.reshape(-1).split(_AT_ONCE) for t in pair), strict=True)
+        )
+        for a, b in flat:
+            if a.numel() > room:
+                yield some
+                some, room = [], _AT_ONCE
+            some.append((a, b))
+            room -= a.numel()
+    yield some

@@ -71,6 +71,8 @@ class ConvolutionRule final : public Rule {
     int64_t saved() const override;
 
  private:
+    // Are the terms with an operand of each direction computed for all at once?
+    bool together(int64_t K) const;
     at::ScalarType operand_type(const Directions& d) const;
     at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
