@@ -20,7 +20,8 @@ class Pass final : public Directions {
         : state_(state), program_(state.program()), mode_(mode), K_(K), precision_(precision),
           arithmetic_(state.options().device(), precision), V_(std::move(V)), Y_(std::move(Y)),
           tangents_(program_.values().size()), cotangents_(program_.values().size()),
-          owned_(program_.values().size(), false), written_(program_.values().size(), accumulate) {}
+          owned_(program_.values().size(), false), of_parts_(program_.values().size(), false),
+          written_(program_.values().size(), accumulate) {}
 
     void tangent_sweep() {
         for (size_t i = 0; i < program_.ops().size(); ++i) {
@@ -109,7 +110,14 @@ class Pass final : public Directions {
         }
     }
 
-    Accumulator accumulator(int i) override {
+    at::Tensor so_far(int i) const override { return cotangents_[static_cast<size_t>(op_->inputs[i])]; }
+    void replace(int i, at::Tensor sum) override {
+        const auto id = static_cast<size_t>(op_->inputs[i]);
+        cotangents_[id] = std::move(sum);
+        owned_[id] = true;
+    }
+
+    Accumulator accumulator(int i, bool ordered) override {
         const auto id = static_cast<size_t>(op_->inputs[i]);
         if (program_.values()[id].kind == ValueKind::parameter) {
             const bool fresh = !written_[id];
@@ -118,12 +126,33 @@ class Pass final : public Directions {
         }
         at::Tensor& current = cotangents_[id];
         const bool fresh = !current.defined();
-        if (fresh)
-            current = new_directions(K_, program_.values()[id], state_.options());
-        else if (!owned_[id])
+        if (fresh) {
+            current = new_directions(K_, program_.values()[id], state_.options(), ordered);
+            of_parts_[id] = ordered;
+        } else if (!owned_[id])
             current = current.clone(at::MemoryFormat::Contiguous);
         owned_[id] = true;
         return {current, fresh};
+    }
+
+    at::Tensor place(int i) override {
+        const std::vector<int>& ops = program_.part_of(op_->inputs[i]);
+        if (ops.empty()) return {};
+        const auto op_of = [&](int index) -> const Op& { return program_.ops()[static_cast<size_t>(index)]; };
+        for (int index : ops)
+            if (cotangents_[static_cast<size_t>(op_of(index).output)].defined()) return {};
+        const auto whole = static_cast<size_t>(op_of(ops.back()).inputs[0]);
+        at::Tensor& sum = cotangents_[whole];
+        if (program_.values()[whole].kind == ValueKind::parameter || (sum.defined() && !of_parts_[whole]))
+            return {};
+        if (!sum.defined()) {
+            sum = new_directions(K_, program_.values()[whole], state_.options(), true).zero_();
+            owned_[whole] = of_parts_[whole] = true;
+        }
+        at::Tensor part = sum;
+        for (size_t n = ops.size(); n-- > 0 && part.defined();)
+            part = program_.rule(static_cast<size_t>(ops[n])).view(part);
+        return part;
     }
 
     std::vector<at::Tensor>& kept() const override { return kept_[op_->index]; }
@@ -166,7 +195,8 @@ class Pass final : public Directions {
     std::vector<at::Tensor> tangents_, cotangents_;
     mutable std::unordered_map<int, std::vector<at::Tensor>> kept_;  // by op
     std::vector<bool> owned_;                                        // a cotangent buffer no one else holds
-    std::vector<bool> written_;  // a parameter's slice of Y that holds something
+    std::vector<bool> of_parts_;  // a cotangent that began as zeros, to which parts of it come
+    std::vector<bool> written_;   // a parameter's slice of Y that holds something
 };
 
 }  // namespace flatcore

@@ -18,8 +18,9 @@ Program::Program(std::vector<Value> values, std::vector<Op> ops, int64_t paramet
         ops_[i].index = static_cast<int>(i);
         try {
             rules_.push_back(make_rule(*this, ops_[i]));
-            values_[static_cast<size_t>(ops_[i].output)].channels_last =
-                rules_.back()->channels_last_output();
+            Value& output = values_[static_cast<size_t>(ops_[i].output)];
+            output.channels_last = rules_.back()->channels_last_output();
+            output.order = rules_.back()->output_order();
         } catch (const std::exception& error) {
             throw std::invalid_argument("op " + std::to_string(i) + " (" + ops_[i].kind + ", " +
                                         ops_[i].path + "): " + error.what());
@@ -37,6 +38,7 @@ Program::Program(std::vector<Value> values, std::vector<Op> ops, int64_t paramet
     for (Mode mode : {Mode::hessian, Mode::ggn, Mode::covariance, Mode::gradient, Mode::remainder})
         make_plan(mode, model_side);
     mark_kept();
+    mark_parts();
 }
 
 void Program::mark_active() {
@@ -130,6 +132,51 @@ void Program::mark_kept() {
         if (rules_[i]->reads_output_adjoint()) keeps_adjoint_[output] = true;
     }
     for (int id : cut_) keeps_adjoint_[static_cast<size_t>(id)] = true;
+}
+
+void Program::mark_parts() {
+    part_of_.assign(values_.size(), {});
+    std::vector<std::vector<size_t>> readers(values_.size());
+    std::vector<int> made_by(values_.size(), -1);
+    for (size_t i = 0; i < ops_.size(); ++i) {
+        made_by[static_cast<size_t>(ops_[i].output)] = static_cast<int>(i);
+        for (int id : ops_[i].inputs)
+            if (id >= 0) readers[static_cast<size_t>(id)].push_back(i);
+    }
+    const auto by_disjoint_parts = [&](int value) {
+        std::vector<Part> parts;
+        for (size_t i : readers[static_cast<size_t>(value)]) {
+            const std::optional<Part> part = rules_[i]->part();
+            if (!part || (!parts.empty() && part->dim != parts.front().dim)) return false;
+            parts.push_back(*part);
+        }
+        std::ranges::sort(parts, {}, &Part::first);
+        for (size_t i = 1; i < parts.size(); ++i)
+            if (parts[i].first < parts[i - 1].last) return false;
+        return true;
+    };
+    const auto read_once = [&](int value) {
+        return value != loss_ && readers[static_cast<size_t>(value)].size() == 1 &&
+               std::ranges::find(cut_, value) == cut_.end();
+    };
+    for (size_t id = 0; id < values_.size(); ++id) {
+        std::vector<int> ops;
+        int value = static_cast<int>(id);
+        while (read_once(value)) {
+            const int maker = made_by[static_cast<size_t>(value)];
+            if (maker < 0) break;
+            ops.push_back(maker);
+            value = ops_[static_cast<size_t>(maker)].inputs.empty()
+                        ? -1
+                        : ops_[static_cast<size_t>(maker)].inputs[0];
+            const Rule& rule = *rules_[static_cast<size_t>(maker)];
+            if (rule.part()) {
+                if (by_disjoint_parts(value)) part_of_[id] = ops;
+                break;
+            }
+            if (!rule.is_view()) break;
+        }
+    }
 }
 
 bool Program::has_remainder() const {

@@ -33,6 +33,7 @@ struct Value {
     int64_t offset = -1;         // of a parameter in the flat vector
     bool active = false;         // depends on a parameter
     bool channels_last = false;  // an image N C H W stored as N H W C
+    Integers order = {};         // of a permuted view: axes from the one whose steps are longest; else empty
 };
 
 struct Op {
@@ -78,6 +79,10 @@ class Program {
     bool keeps_value(int value) const { return keeps_value_[value]; }
     bool keeps_adjoint(int value) const { return keeps_adjoint_[value]; }
 
+    // Where a value is, through views, a part of one that is read by disjoint parts alone: the ops between
+    // the two, from the value back to the slice. Else none.
+    const std::vector<int>& part_of(int value) const { return part_of_[static_cast<size_t>(value)]; }
+
     // Is there a second derivative on the model's side at all?
     bool has_remainder() const;
 
@@ -99,6 +104,7 @@ class Program {
     void mark_active();
     void make_plan(Mode mode, const std::vector<bool>& model_side);
     void mark_kept();
+    void mark_parts();
 
     std::vector<Value> values_;
     std::vector<Op> ops_;
@@ -110,6 +116,7 @@ class Program {
     int64_t room_;
     std::array<Plan, kModes> plans_;
     std::vector<bool> keeps_value_, keeps_adjoint_;
+    std::vector<std::vector<int>> part_of_;
 };
 
 }  // namespace flatcore

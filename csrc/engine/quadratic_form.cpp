@@ -42,11 +42,15 @@ class OneOp final : public Directions {
     void add(int i, at::Tensor contribution, bool owned) override {
         terms_.push_back({i, std::move(contribution), owned});
     }
-    Accumulator accumulator(int i) override {
+    at::Tensor so_far(int) const override { return {}; }
+    void replace(int i, at::Tensor sum) override { add(i, std::move(sum), true); }
+    Accumulator accumulator(int i, bool ordered) override {
         const Value& value = program_.values()[static_cast<size_t>(op_.inputs[static_cast<size_t>(i)])];
-        terms_.push_back({i, new_directions(K(), value, state().options()), true});
+        terms_.push_back({i, new_directions(K(), value, state().options(), ordered), true});
         return {terms_.back().value, true};
     }
+
+    at::Tensor place(int) override { return {}; }
 
     // (K) doubles
     at::Tensor sum() {

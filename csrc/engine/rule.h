@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "program.h"
@@ -46,8 +47,17 @@ class Directions {
     virtual bool wants(int i) const = 0;
     // Adds a contribution to the adjoint-tangent of input i. `owned`: no one else holds this memory.
     virtual void add(int i, at::Tensor contribution, bool owned) = 0;
-    // The buffer itself, for rules that write or add in place. Once taken it counts as written.
-    virtual Accumulator accumulator(int i) = 0;
+    // What has come to input i, for rules that write its sum with their contribution and hand that to
+    // `replace`. Undefined: nothing, or a parameter's.
+    virtual at::Tensor so_far(int i) const = 0;
+    virtual void replace(int i, at::Tensor sum) = 0;
+    // The buffer itself, for rules that write or add in place. Once taken it counts as written. Its strides
+    // are the value's: with `ordered` those of a permuted view, so that what it is a view of gets a dense
+    // sum; else a fresh buffer is dense.
+    virtual Accumulator accumulator(int i, bool ordered = false) = 0;
+    // Where input i is a part of a value that is read by parts alone: memory in that value's sum, for a
+    // contribution that is written whole before it is added. Undefined where there is none.
+    virtual at::Tensor place(int i) = 0;
     // What the op's tangent leaves for its adjoint in the same pass.
     virtual std::vector<at::Tensor>& kept() const = 0;
     // Of a pass over probes of each example's own; null in any other.
@@ -59,6 +69,11 @@ class Directions {
 struct Rounding {
     double flops = 0;
     int64_t workspace = 0;
+};
+
+// Of an axis, from `first` up to `last`.
+struct Part {
+    int64_t dim, first, last;
 };
 
 class Rule {
@@ -85,9 +100,17 @@ class Rule {
     virtual bool reads_tangent_in_adjoint(int /*input*/) const { return false; }
     // The output's tangent is the first input's, seen through other strides: no memory of its own.
     virtual bool aliases() const { return false; }
+    // Is it the first input, element by element, in the same memory where its strides allow that? Then view()
+    // gives directions of the output in those of the input, or an undefined tensor where they do not.
+    virtual bool is_view() const { return false; }
+    virtual at::Tensor view(const at::Tensor& /*directions*/) const { return {}; }
+    // Is it this part of the first input? Then view() gives it too.
+    virtual std::optional<Part> part() const { return std::nullopt; }
     // Is the output an image stored with channels last? The convolutions' layout (a third to a half faster in
     // oneDNN than N C H W where channels are few), passed on by what works element by element.
     virtual bool channels_last_output() const { return false; }
+    // The order of its output (Value::order).
+    virtual Integers output_order() const { return {}; }
     // Has a second derivative at all. Linear rules do not and are skipped where the cotangent is zero.
     virtual bool has_second_order() const { return false; }
     // Is that of f(a, b) alone, linear in each of its first two inputs, both active?

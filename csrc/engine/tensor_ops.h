@@ -37,8 +37,18 @@ inline at::Tensor each_contiguous(const at::Tensor& t) {
     return !t.defined() || t.size(0) == 0 || t.select(0, 0).is_contiguous() ? t : t.contiguous();
 }
 
-// Uninitialised directions (K, *shape) in the value's layout.
-inline at::Tensor new_directions(int64_t K, const Value& value, const at::TensorOptions& options) {
+// Uninitialised directions (K, *shape) in the value's layout; of a permuted view dense, or `ordered` as it
+// is.
+inline at::Tensor new_directions(int64_t K, const Value& value, const at::TensorOptions& options,
+                                 bool ordered = false) {
+    if (ordered && !value.order.empty()) {
+        Integers sizes{K}, place(value.order.size() + 1, 0);
+        for (int64_t axis : value.order) {
+            place[static_cast<size_t>(axis) + 1] = static_cast<int64_t>(sizes.size());
+            sizes.push_back(value.shape[static_cast<size_t>(axis)]);
+        }
+        return at::empty(sizes, options).permute(place);
+    }
     if (!value.channels_last) return at::empty(with_directions(K, value.shape), options);
     const Integers& s = value.shape;
     return at::empty({K * s[0], s[1], s[2], s[3]}, options, at::MemoryFormat::ChannelsLast)

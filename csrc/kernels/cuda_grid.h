@@ -110,6 +110,16 @@ bool fits_packs(std::initializer_list<const void*> pointers, std::initializer_li
            std::ranges::all_of(lengths, [](int64_t n) { return n % int64_t{16 / sizeof(T)} == 0; });
 }
 
+struct Division {
+    int64_t quotient, remainder;
+};
+// Of numbers that are not negative. That of 64 bits is slow, and not done where 32 hold them.
+FLATCORE_HOST_DEVICE Division divide(int64_t a, int64_t b) {
+    const bool narrow = (a | b) >> 32 == 0;
+    const int64_t quotient = narrow ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+    return {quotient, a - quotient * b};
+}
+
 // body(std::integral_constant<int, N>) with N elements in a pack: 16 bytes where they fit, else one.
 template <class T, class Body>
 void with_packs(bool fit, const Body& body) {

@@ -151,9 +151,7 @@ struct DirectionRow {
 
 FLATCORE_HOST_DEVICE DirectionRow direction_row(int64_t task, int64_t K, int64_t rows) {
     if (K == 1) return {0, task, task};
-    const bool narrow = (task | K) >> 32 == 0;  // 64-bit division is slow
-    const int64_t row = narrow ? static_cast<uint32_t>(task) / static_cast<uint32_t>(K) : task / K;
-    const int64_t k = task - row * K;
+    const auto [row, k] = divide(task, K);
     return {k, row, k * rows + row};
 }
 

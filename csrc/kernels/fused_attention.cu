@@ -47,7 +47,7 @@ namespace {
 // Peak and sum of each row: every thread over its own columns of all key tiles, then over the threads that
 // share the row.
 template <class Product>
-__global__ void __launch_bounds__(Product::kThreads, 2)
+__global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     normaliser_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
                       typename Product::Element* normaliser) {
     using T = typename Product::Element;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Product::kThreads, 2)
     const int64_t queries = shape.queries, tiles = ceil_div(queries, Product::kTile);
     Pair pair{sweep, typename Product::Tiles(shared), {}};
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        pair.take(body::attention_item(index, tiles, 1, 1, shape.causal));
+        pair.take(body::attention_item(shape, index, tiles, 1, 1, shape.causal));
         body::RunningSum<T> parts[Product::kRows];
         const auto range = body::key_tiles_of(shape, pair.item.tile, Product::kTile, Product::kOther);
         FLATCORE_NO_UNROLL
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Product::kThreads, 2)
                 parts[i].add(
                     {__shfl_xor_sync(~0u, parts[i].peak, other), __shfl_xor_sync(~0u, parts[i].sum, other)});
             });
-            const int64_t row = pair.own_first() + Product::row(i), at = pair.item.head * queries + row;
+            const int64_t row = pair.own_first() + Product::row(i), at = pair.head() * queries + row;
             if (Product::sharer() != 0 || row >= queries) continue;
             const bool none = parts[i].sum == 0;
             normaliser[at] = none ? T(0) : parts[i].peak;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Product::kThreads, 2)
 template <class Product>
 __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     tangent_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
-                   const typename Product::Element* o, DirectionArray<typename Product::Element> to,
+                   const typename Product::Element* o, HeadArray<typename Product::Element> to,
                    typename Product::Element* mean) {
     using T = typename Product::Element;
     using Pair = AttentionPair<Product, false>;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
     Pair pair{sweep, typename Product::Tiles(shared), {}};
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        pair.take(body::attention_item(index, tiles, sweep.K, Product::kDirections, shape.causal));
+        pair.take(body::attention_item(shape, index, tiles, sweep.K, Product::kDirections, shape.causal));
         typename Pair::Result results[Product::kDirections];
         T means[Product::kDirections][Product::kRows];
         FLATCORE_UNROLL
@@ -150,12 +150,15 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
                         [&](int other) { total[i] += __shfl_xor_sync(~0u, total[i], other); });
                     const int64_t row = pair.own_first() + Product::row(i);
                     if (p_moves && Product::sharer() == 0 && row < shape.queries)
-                        mean[(k * shape.batches * shape.heads + pair.item.head) * shape.queries + row] =
+                        mean[(k * shape.batches * shape.heads + pair.head()) * shape.queries + row] =
                             total[i];
                 }
-                pair.write(
-                    result, to.data + k * to.stride, shape.value_width,
-                    [&](int i, T value, int64_t at) { return p_moves ? value - total[i] * o[at] : value; });
+                const int width = static_cast<int>(shape.value_width);
+                const T* of_rows = o + (pair.head() * shape.queries + pair.own_first()) * width;
+                pair.write(result, to, n, width, [&](int i, int j, T value) {
+                    const int at = Pair::Result::row(i) * width + Pair::Result::column(j);
+                    return p_moves ? value - total[i] * of_rows[at] : value;
+                });
             });
         }
     }
@@ -172,26 +175,25 @@ void fused_attention_forward(const AttentionInputs<T>& inputs, ProductPrecision 
         const int64_t items = item_count<Product>(shape, shape.queries, 1);
         const AttentionSweep<T> sweep{.shape = shape,
                                       .mask = inputs.mask,
-                                      .queries = {.point = inputs.q, .length = shape.queries},
-                                      .keys = {.point = inputs.k, .length = shape.keys}};
+                                      .queries = {.point = query_points(inputs), .length = shape.queries},
+                                      .keys = {.point = key_points(inputs), .length = shape.keys}};
         launch_tiles<Product>(normaliser_kernel<Product>, items, stream, sweep, items, normaliser);
     });
     // The tangent along tv = v, which is o.
-    fused_attention_tangent<T>(1, inputs, precision, o, normaliser, {.tv = {inputs.v, 0}}, {o, 0}, nullptr,
-                               nullptr, nullptr, stream);
+    fused_attention_tangent<T>(1, inputs, precision, o, normaliser, {.tv = key_images(inputs)},
+                               query_images(o, shape), nullptr, nullptr, nullptr, stream);
 }
 
 template <class T>
 void fused_attention_backward(const AttentionShape& shape, const T* dout, const T* o, T* dout_o,
                               void* stream) {
-    const int64_t rows = shape.batches * shape.heads * shape.queries;
-    row_products<T>({1, rows, shape.value_width, {dout, 0}, o, nullptr, dout_o}, stream);
+    row_products<T>({1, shape, query_images(dout, shape), o, nullptr, dout_o}, stream);
 }
 
 template <class T>
 void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, ProductPrecision precision,
                              const T* o, const T* normaliser, const AttentionTangents<T>& tangents,
-                             DirectionArray<T> to, T* mean, const T* dout, T* dout_to, void* stream) {
+                             HeadArray<T> to, T* mean, const T* dout, T* dout_to, void* stream) {
     const AttentionShape& shape = inputs.shape;
     const bool p_moves = tangents.tq.data || tangents.tk.data;
     visit_products<T>(precision, shape, [&](auto product) {
@@ -200,29 +202,24 @@ void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, Produc
         const AttentionSweep<T> sweep{
             .shape = shape,
             .mask = inputs.mask,
-            .queries = {.point = inputs.q, .tpoint = tangents.tq, .length = shape.queries},
-            .keys = {inputs.k, p_moves ? inputs.v : nullptr, tangents.tk, tangents.tv, shape.keys},
+            .queries = {.point = query_points(inputs), .tpoint = tangents.tq, .length = shape.queries},
+            .keys = {key_points(inputs), p_moves ? key_images(inputs) : HeadArray<const T>{}, tangents.tk,
+                     tangents.tv, shape.keys},
             .K = K,
             .normaliser = normaliser};
         launch_tiles<Product>(tangent_kernel<Product>, items, stream, sweep, items, o, to, mean);
     });
     if (dout)
-        row_products<T>({K,
-                         shape.batches * shape.heads * shape.queries,
-                         shape.value_width,
-                         {to.data, to.stride},
-                         dout,
-                         nullptr,
-                         dout_to},
-                        stream);
+        row_products<T>(
+            {K, shape, {to.data, to.direction, to.batch, to.head, to.row}, dout, nullptr, dout_to}, stream);
 }
 
-#define INSTANTIATE(T)                                                                                    \
-    template void fused_attention_forward(const AttentionInputs<T>&, ProductPrecision, T*, T*, void*);    \
-    template void fused_attention_backward(const AttentionShape&, const T*, const T*, T*, void*);         \
-    template void fused_attention_tangent(int64_t, const AttentionInputs<T>&, ProductPrecision, const T*, \
-                                          const T*, const AttentionTangents<T>&, DirectionArray<T>, T*,   \
-                                          const T*, T*, void*);
+#define INSTANTIATE(T)                                                                                       \
+    template void fused_attention_forward(const AttentionInputs<T>&, ProductPrecision, T*, T*, void*);       \
+    template void fused_attention_backward(const AttentionShape&, const T*, const T*, T*, void*);            \
+    template void fused_attention_tangent(int64_t, const AttentionInputs<T>&, ProductPrecision, const T*,    \
+                                          const T*, const AttentionTangents<T>&, HeadArray<T>, T*, const T*, \
+                                          T*, void*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

@@ -1,9 +1,10 @@
 // Attention through the four sweeps on a device, tile by tile, with memory linear in the lengths.
 // Mathematics: engine/rules/attention.cpp; closed forms and cost: fused_attention.cu.
 //
-// Per head, h = batch * heads + head of batches * heads: q (queries, width), k (keys, width),
-// v (keys, value_width), o (queries, value_width); heads follow each other, all contiguous. A row is a query
-// of a head; `rows` = batches * heads * queries. K directions are arrays of the same form, each contiguous.
+// Per head of each batch: q (queries, width), k (keys, width), v (keys, value_width), o (queries,
+// value_width). These arrays and dout are contiguous, heads in front of rows. K directions of them have any
+// strides but along a row (HeadArray), so that they are read and written as models lay them, heads side by
+// side or as parts of one matrix. A row is a query of a head; `rows` = batches * heads * queries.
 //
 // To keep between the sweeps:
 //   after forward       o, normaliser (2, rows)             for all later sweeps of the batch
@@ -54,29 +55,33 @@ struct AttentionInputs {
     const T *q = nullptr, *k = nullptr, *v = nullptr;
 };
 
-// Direction n starts at data + n * stride. Null: zero, or not asked for.
+// Strides in elements between directions, batches, heads and rows; elements of a row follow each other. Null:
+// zero, or not asked for.
 template <class T>
-struct DirectionArray {
+struct HeadArray {
     T* data = nullptr;
-    int64_t stride = 0;
+    int64_t direction = 0, batch = 0, head = 0, row = 0;
 };
+
+// Rows of a HeadArray are nearer to each other: places within a tile are 32 bits.
+inline constexpr int64_t kFarthestRow = int64_t{1} << 24;
 
 template <class T>
 struct AttentionTangents {
-    DirectionArray<const T> tq = {}, tk = {}, tv = {};
+    HeadArray<const T> tq = {}, tk = {}, tv = {};
 };
 
 template <class T>
 struct AttentionAdjoint {
     AttentionTangents<T> tangents = {};  // used with dout only
-    DirectionArray<const T> tdo = {};    // may be null
+    HeadArray<const T> tdo = {};         // may be null
     const T *o = nullptr, *normaliser = nullptr;
     const T* dout = nullptr;     // null: no second-derivative terms
     const T* dout_o = nullptr;   // the next three are used with dout only
     const T* mean = nullptr;     // null where tq and tk are
     const T* dout_to = nullptr;  // null where the tangents are
     T* workspace = nullptr;      // (K, rows)
-    DirectionArray<T> tdq = {}, tdk = {}, tdv = {};
+    HeadArray<T> tdq = {}, tdk = {}, tdv = {};
 };
 
 #if defined(FLATCORE_WITH_CUDA) || defined(__CUDACC__) || defined(FLATCORE_CUDA_SHIM)
@@ -97,7 +102,7 @@ void fused_attention_backward(const AttentionShape& shape, const T* dout, const 
 template <class T>
 void fused_attention_tangent(int64_t K, const AttentionInputs<T>& inputs, ProductPrecision precision,
                              const T* o, const T* normaliser, const AttentionTangents<T>& tangents,
-                             DirectionArray<T> to, T* mean, const T* dout, T* dout_to, void* stream);
+                             HeadArray<T> to, T* mean, const T* dout, T* dout_to, void* stream);
 
 // tdq, tdk, tdv, each where it is not null.
 template <class T>

@@ -21,15 +21,29 @@ using cuda::ceil_div;
 // Tiles of a head follow each other, so that blocks that run at once read the same keys and values. Numbers
 // of tiles and directions are 32 bits, which saves registers.
 struct AttentionItem {
-    int64_t head;
-    int tile, direction, directions;
+    int batch, head, tile, direction, directions;
 };
-FLATCORE_HOST_DEVICE AttentionItem attention_item(int64_t index, int64_t tiles, int64_t K, int at_once,
-                                                  bool last_tile_first) {
+FLATCORE_HOST_DEVICE AttentionItem attention_item(const AttentionShape& shape, int64_t index, int64_t tiles,
+                                                  int64_t K, int at_once, bool last_tile_first) {
     const int64_t tile = index % tiles, rest = index / tiles, groups = ceil_div(K, at_once);
-    const int64_t direction = rest % groups * at_once, left = K - direction;
-    return {rest / groups, static_cast<int>(last_tile_first ? tiles - 1 - tile : tile),
-            static_cast<int>(direction), left < at_once ? static_cast<int>(left) : at_once};
+    const int64_t direction = rest % groups * at_once, left = K - direction, head = rest / groups;
+    return {static_cast<int>(head / shape.heads), static_cast<int>(head % shape.heads),
+            static_cast<int>(last_tile_first ? tiles - 1 - tile : tile), static_cast<int>(direction),
+            left < at_once ? static_cast<int>(left) : at_once};
+}
+
+// Where rows of an item's n-th direction begin, those of its head.
+template <class T>
+FLATCORE_HOST_DEVICE T* rows_of(const HeadArray<T>& array, const AttentionItem& item, int n) {
+    return array.data + (item.direction + n) * array.direction + item.batch * array.batch +
+           item.head * array.head;
+}
+
+// A contiguous array, heads in front of rows, which all directions share.
+template <class T>
+FLATCORE_HOST_DEVICE HeadArray<T> contiguous_heads(T* data, const AttentionShape& shape, int64_t length,
+                                                   int64_t width) {
+    return {data, 0, shape.heads * length * width, length * width, width};
 }
 
 // Tiles of the other axis with which a tile of one axis has elements: [first, last). `own` and `other` are
@@ -59,8 +73,8 @@ struct TileBias {
     int queries, keys;  // that there are
     int ahead;          // query i of the tile sees its keys up to i - ahead
 
-    FLATCORE_HOST_DEVICE TileBias(const AttentionShape& shape, const AttentionMask<T>& mask, int64_t head,
-                                  int64_t query, int64_t key)
+    FLATCORE_HOST_DEVICE TileBias(const AttentionShape& shape, const AttentionMask<T>& mask, int batch,
+                                  int head, int64_t query, int64_t key)
         : keep(mask.keep), added(mask.added), query_stride(mask.strides[2]), key_stride(mask.strides[3]),
           queries(static_cast<int>(shape.queries - query < kFar ? shape.queries - query : kFar)),
           keys(static_cast<int>(shape.keys - key < kFar ? shape.keys - key : kFar)),
@@ -68,8 +82,8 @@ struct TileBias {
                                  : key - query < kFar                 ? key - query
                                                                       : kFar)) {
         if (!keep && !added) return;
-        const int64_t corner = head / shape.heads * mask.strides[0] + head % shape.heads * mask.strides[1] +
-                               query * query_stride + key * key_stride;
+        const int64_t corner =
+            batch * mask.strides[0] + head * mask.strides[1] + query * query_stride + key * key_stride;
         if (keep) keep += corner;
         if (added) added += corner;
     }

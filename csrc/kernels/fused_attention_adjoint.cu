@@ -9,7 +9,7 @@ namespace {
 template <class Product, bool SecondOrder>
 __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     query_adjoint_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
-                         DirectionArray<typename Product::Element> tdq) {
+                         HeadArray<typename Product::Element> tdq) {
     using T = typename Product::Element;
     using Pair = AttentionPair<Product, false>;
     using Logits = typename Pair::Logits;
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     const int64_t tiles = ceil_div(shape.queries, Product::kTile);
     Pair pair{sweep, typename Product::Tiles(shared), {}};
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        pair.take(body::attention_item(index, tiles, sweep.K, Product::kDirections, shape.causal));
+        pair.take(body::attention_item(shape, index, tiles, sweep.K, Product::kDirections, shape.causal));
         typename Pair::Result results[Product::kDirections];
         FLATCORE_UNROLL
         for (int n = 0; n < Product::kDirections; ++n) results[n].zero();
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
         FLATCORE_NO_UNROLL
         for (int n = 0; n < pair.directions(); ++n)
             with_result(results, n, [&](const auto& result, int) {
-                pair.write(result, tdq.data + (pair.item.direction + n) * tdq.stride, shape.width,
-                           [&](int, T value, int64_t) { return static_cast<T>(shape.scale) * value; });
+                pair.write(result, tdq, n, shape.width,
+                           [&](int, int, T value) { return static_cast<T>(shape.scale) * value; });
             });
     }
 }
@@ -62,8 +62,7 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
 template <class Product, bool SecondOrder>
 __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     key_adjoint_kernel(AttentionSweep<typename Product::Element> sweep, int64_t items,
-                       DirectionArray<typename Product::Element> tdk,
-                       DirectionArray<typename Product::Element> tdv) {
+                       HeadArray<typename Product::Element> tdk, HeadArray<typename Product::Element> tdv) {
     using T = typename Product::Element;
     using Pair = AttentionPair<Product, true>;
     using Logits = typename Pair::Logits;
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
     const bool p_moves = sweep.queries.tpoint.data || sweep.keys.tpoint.data;
     Pair pair{sweep, typename Product::Tiles(shared), {}};
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-        pair.take(body::attention_item(index, tiles, sweep.K, Product::kDirections, false));
+        pair.take(body::attention_item(shape, index, tiles, sweep.K, Product::kDirections, false));
         typename Pair::Result of_points[Product::kDirections], of_images[Product::kDirections];
         FLATCORE_UNROLL
         for (int n = 0; n < Product::kDirections; ++n) {
@@ -122,16 +121,14 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks)
         }
         FLATCORE_NO_UNROLL
         for (int n = 0; n < pair.directions(); ++n) {
-            const int k = pair.item.direction + n;
             if (tdk.data)
                 with_result(of_points, n, [&](const auto& result, int) {
-                    pair.write(result, tdk.data + k * tdk.stride, shape.width,
-                               [&](int, T value, int64_t) { return static_cast<T>(shape.scale) * value; });
+                    pair.write(result, tdk, n, shape.width,
+                               [&](int, int, T value) { return static_cast<T>(shape.scale) * value; });
                 });
             if (tdv.data)
                 with_result(of_images, n, [&](const auto& result, int) {
-                    pair.write(result, tdv.data + k * tdv.stride, shape.value_width,
-                               [](int, T value, int64_t) { return value; });
+                    pair.write(result, tdv, n, shape.value_width, [](int, int, T value) { return value; });
                 });
         }
     }
@@ -160,18 +157,19 @@ void fused_attention_adjoint(int64_t K, const AttentionInputs<T>& inputs, Produc
     const AttentionShape& shape = inputs.shape;
     const bool second_order = adjoint.dout;
     // <p, w> = <tdo, o> + <dout, to>
-    row_products<T>({K, shape.batches * shape.heads * shape.queries, shape.value_width, adjoint.tdo,
-                     adjoint.o, second_order ? adjoint.dout_to : nullptr, adjoint.workspace},
-                    stream);
-    AttentionSweep<T> sweep{.shape = shape,
-                            .mask = inputs.mask,
-                            .queries = {.point = inputs.q, .timage = adjoint.tdo, .length = shape.queries},
-                            .keys = {.point = inputs.k, .image = inputs.v, .length = shape.keys},
-                            .K = K,
-                            .normaliser = adjoint.normaliser,
-                            .mean_w = adjoint.workspace};
+    row_products<T>(
+        {K, shape, adjoint.tdo, adjoint.o, second_order ? adjoint.dout_to : nullptr, adjoint.workspace},
+        stream);
+    AttentionSweep<T> sweep{
+        .shape = shape,
+        .mask = inputs.mask,
+        .queries = {.point = query_points(inputs), .timage = adjoint.tdo, .length = shape.queries},
+        .keys = {.point = key_points(inputs), .image = key_images(inputs), .length = shape.keys},
+        .K = K,
+        .normaliser = adjoint.normaliser,
+        .mean_w = adjoint.workspace};
     if (second_order) {
-        sweep.queries.image = adjoint.dout;
+        sweep.queries.image = query_images(adjoint.dout, shape);
         sweep.queries.tpoint = adjoint.tangents.tq;
         sweep.keys.tpoint = adjoint.tangents.tk;
         sweep.keys.timage = adjoint.tangents.tv;

@@ -17,12 +17,29 @@
 
 namespace flatcore::cuda {
 
+// All directions share points and images, which are contiguous.
 template <class T>
 struct AttentionSide {
-    const T *point = nullptr, *image = nullptr;
-    DirectionArray<const T> tpoint = {}, timage = {};
+    HeadArray<const T> point = {}, image = {}, tpoint = {}, timage = {};
     int64_t length = 0;
 };
+
+template <class T>
+HeadArray<const T> query_points(const AttentionInputs<T>& inputs) {
+    return body::contiguous_heads(inputs.q, inputs.shape, inputs.shape.queries, inputs.shape.width);
+}
+template <class T>
+HeadArray<const T> key_points(const AttentionInputs<T>& inputs) {
+    return body::contiguous_heads(inputs.k, inputs.shape, inputs.shape.keys, inputs.shape.width);
+}
+template <class T>
+HeadArray<const T> key_images(const AttentionInputs<T>& inputs) {
+    return body::contiguous_heads(inputs.v, inputs.shape, inputs.shape.keys, inputs.shape.value_width);
+}
+template <class T>
+HeadArray<T> query_images(T* data, const AttentionShape& shape) {
+    return body::contiguous_heads(data, shape, shape.queries, shape.value_width);
+}
 
 // Arguments of a kernel.
 template <class T>
@@ -34,11 +51,6 @@ struct AttentionSweep {
     const T *normaliser = nullptr, *dout_o = nullptr, *mean = nullptr;  // as in fused_attention.h
     const T* mean_w = nullptr;                                          // (K, rows)
 };
-
-template <class T>
-__device__ const T* direction(const DirectionArray<const T>& array, int64_t n) {
-    return array.data ? array.data + n * array.stride : nullptr;
-}
 
 // Of one side; each direction has its own of the last two.
 enum class Operand { point, image, tpoint, timage };
@@ -55,6 +67,7 @@ struct AttentionPair {
     body::AttentionItem item;
     int other_tile = 0;
 
+    __device__ int64_t head() const { return item.batch * sweep.shape.heads + item.head; }  // of all
     __device__ int directions() const { return Product::kDirections == 1 ? 1 : item.directions; }
     __device__ int64_t own_first() const { return int64_t{item.tile} * Product::kTile; }
     __device__ int64_t other_first() const { return int64_t{other_tile} * Product::kOther; }
@@ -62,25 +75,27 @@ struct AttentionPair {
     __device__ const AttentionSide<T>& own_side() const { return OwnKeys ? sweep.keys : sweep.queries; }
     __device__ const AttentionSide<T>& other_side() const { return OwnKeys ? sweep.queries : sweep.keys; }
 
-    // n counts the directions of the item; points and images have none.
-    __device__ const T* array(const AttentionSide<T>& side, Operand which, int n) const {
+    static __device__ const HeadArray<const T>& array(const AttentionSide<T>& side, Operand which) {
         if (which == Operand::point) return side.point;
         if (which == Operand::image) return side.image;
-        return direction(which == Operand::tpoint ? side.tpoint : side.timage, item.direction + n);
+        return which == Operand::tpoint ? side.tpoint : side.timage;
     }
-    __device__ bool own_has(Operand which) const { return array(own_side(), which, 0); }
-    __device__ bool other_has(Operand which) const { return array(other_side(), which, 0); }
+    __device__ bool own_has(Operand which) const { return array(own_side(), which).data; }
+    __device__ bool other_has(Operand which) const { return array(other_side(), which).data; }
 
     __device__ int64_t width_of(Operand which) const {
         return which == Operand::point || which == Operand::tpoint ? sweep.shape.width
                                                                    : sweep.shape.value_width;
     }
-    // No rows where the array is null.
+    // Of the item's n-th direction. No rows where the array is null.
     __device__ Rows rows(const AttentionSide<T>& side, Operand which, int n, int64_t first, int tile) const {
-        const T* from = array(side, which, n);
+        const HeadArray<const T>& from = array(side, which);
         const int64_t width = width_of(which);
-        if (!from) return Rows(nullptr, 0, 0, width, 0);
-        return Rows(from + item.head * side.length * width, first, side.length, width, tile);
+        if (!from.data) return Rows(nullptr, 0, 0, width, 0, 0);
+        // Points and images are contiguous, which saves registers.
+        const bool shared = which == Operand::point || which == Operand::image;
+        const T* begin = shared ? from.data + head() * from.head : body::rows_of(from, item, n);
+        return Rows(begin, first, side.length, width, from.row, tile);
     }
     __device__ Rows own_rows(Operand which, int n) const {
         return rows(own_side(), which, n, own_first(), Product::kTile);
@@ -128,7 +143,7 @@ struct AttentionPair {
         const int64_t heads = sweep.shape.batches * sweep.shape.heads, queries = sweep.shape.queries;
         const int64_t left = queries - first_query();
         constexpr int kQueries = OwnKeys ? Product::kOther : Product::kTile;
-        return {values ? values + (n * heads + item.head) * queries + first_query() : nullptr,
+        return {values ? values + (n * heads + head()) * queries + first_query() : nullptr,
                 (left < kQueries ? static_cast<int>(left) : kQueries) - 1};
     }
     __device__ QueryValues mean_tz(int n) const { return query_values(sweep.mean, item.direction + n); }
@@ -143,7 +158,8 @@ struct AttentionPair {
         add(z, Operand::point, Operand::point, 0);
         const T scale = static_cast<T>(sweep.shape.scale);
         Logits::each([&](int i, int j) { z.value[i][j] *= scale; });
-        const body::TileBias<T> bias(sweep.shape, sweep.mask, item.head, first_query(), first_key());
+        const body::TileBias<T> bias(sweep.shape, sweep.mask, item.batch, item.head, first_query(),
+                                     first_key());
         if (bias.nothing(OwnKeys ? Product::kOther : Product::kTile,
                          OwnKeys ? Product::kTile : Product::kOther))
             return;
@@ -188,16 +204,17 @@ struct AttentionPair {
         });
     }
 
-    // value(i, result, place) to the own rows of out.
+    // value(i, j, result) to the own rows of the item's n-th direction of out.
     template <class F>
-    __device__ void write(const Result& result, T* out, int64_t width, const F& value) const {
-        const int64_t length = own_side().length, left = length - own_first();
+    __device__ void write(const Result& result, const HeadArray<T>& out, int n, int64_t width,
+                          const F& value) const {
+        const int64_t left = own_side().length - own_first();
         const int count = left < Product::kTile ? static_cast<int>(left) : Product::kTile;
-        const int64_t first = (item.head * length + own_first()) * width;
+        const int stride = static_cast<int>(out.row);
+        T* first = body::rows_of(out, item, n) + own_first() * out.row;
         Result::each([&](int i, int j) {
-            const int64_t at = first + Result::row(i) * width + Result::column(j);
             if (Result::row(i) < count && Result::column(j) < width)
-                out[at] = value(i, result.value[i][j], at);
+                first[Result::row(i) * stride + Result::column(j)] = value(i, j, result.value[i][j]);
         });
     }
 };

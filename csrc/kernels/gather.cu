@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t C = shape.channels, in_size = shape.in * C, out_size = shape.out * C;
     const int64_t n = shape.images * out_size;
     for (int64_t i = first_element(); i < n; i += element_stride()) {
-        const int64_t from = i / out_size * in_size + index[i] * C + i % C;
+        const int64_t from = divide(i, out_size).quotient * in_size + index[i] * C + divide(i, C).remainder;
         for (int64_t k = blockIdx.y; k < K; k += gridDim.y)
             result[k * n + i] = t[k * shape.images * in_size + from];
     }

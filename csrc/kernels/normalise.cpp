@@ -101,6 +101,12 @@ FLATCORE_CLONES void adjoint_row(Has has, int64_t C, bool centred, const T* xhat
     for (int64_t c = 0; c < C; ++c) tdx[c] = body::normalise_adjoint(row, c, means);
 }
 
+template <class T>
+FLATCORE_CLONES void add_row(int64_t C, const T* from, T* to) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) to[c] += from[c];
+}
+
 template <class Has, class T>
 FLATCORE_CLONES void sums_row(Has has, int64_t C, bool centred, const T* xhat, T r, const T* tdy, const T* dy,
                               const T* tx, double* weight_sums, double* bias_sums) {
@@ -157,6 +163,7 @@ void normalise_adjoint(const NormShape& shape, int64_t K, const NormaliseAdjoint
                             has.tdy ? d.tdy + i * C : nullptr, d.dy ? d.dy + row * C : nullptr,
                             has.tx ? d.tx + i * C : nullptr, has.tw ? d.tw + k * d.tw_stride : nullptr,
                             tdx + i * C);
+                if (d.so_far) add_row(C, d.so_far + i * C, tdx + i * C);
             }
         });
     };

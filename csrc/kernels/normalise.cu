@@ -165,7 +165,8 @@ struct Adjoint {
         for_packs<N, Team>(C, [&](int64_t c) {
             const auto row = row_at(c);
             Pack<T, N> out;
-            for (int n = 0; n < N; ++n) out.lane[n] = body::normalise_adjoint(row, n, means);
+            const Pack<T, N> before = load_or<N>(row_of(d.so_far, i.at, C), c, T(0));
+            for (int n = 0; n < N; ++n) out.lane[n] = body::normalise_adjoint(row, n, means) + before.lane[n];
             store(tdx + i.at * C + c, out);
         });
     }
@@ -267,9 +268,10 @@ void normalise_tangent(const NormShape& shape, int64_t K, const T* xhat, const T
 template <class T>
 void normalise_adjoint(const NormShape& shape, int64_t K, const NormaliseAdjoint<T>& d, T* tdx,
                        void* stream) {
-    launch_rows<T>(K * shape.rows, shape.C,
-                   fits_packs<T>({d.xhat, d.w, d.tdy, d.dy, d.tx, d.tw, tdx}, {shape.C, d.tw_stride}), stream,
-                   Adjoint<T>{shape, K, d, tdx});
+    launch_rows<T>(
+        K * shape.rows, shape.C,
+        fits_packs<T>({d.xhat, d.w, d.tdy, d.dy, d.tx, d.tw, d.so_far, tdx}, {shape.C, d.tw_stride}), stream,
+        Adjoint<T>{shape, K, d, tdx});
 }
 
 template <class T>

@@ -38,6 +38,7 @@ struct NormaliseAdjoint {
     const T* tx;   // with dy: the tangents, null where x is not active
     const T* tw;   // with dy: null where w is not active
     int64_t tw_stride;
+    const T* so_far = nullptr;  // (K, rows, C), added to tdx; may be null
 };
 
 // tdx is written.

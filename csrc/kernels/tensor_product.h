@@ -83,18 +83,19 @@ class TensorProduct<Format, W>::Tiles {
         for (int n = 0; n < kOperands; ++n) {
             const Rows rows = rows_of(n);
             if (!rows.rows) continue;
-            const bool one_piece = rows.aligned && rows.width == W;
+            const bool full = rows.aligned && rows.width == W;
             FLATCORE_NO_UNROLL
             for (int first = static_cast<int>(threadIdx.x); first < kUnits; first += kAtOnce * kThreads) {
                 Rows::Elements packs[kAtOnce];
                 FLATCORE_UNROLL
                 for (int u = 0; u < kAtOnce; ++u) {
                     const int unit = first + u * kThreads;
-                    if (one_piece)
-                        packs[u] = unit < rows.rows * kParts ? load<kPack>(rows.data + unit * kPack)
-                                                             : typename Rows::Elements{};
+                    const int row = unit / kParts, column = unit % kParts * kPack;
+                    if (full)
+                        packs[u] = row < rows.rows ? load<kPack>(rows.data + (row * rows.stride + column))
+                                                   : typename Rows::Elements{};
                     else
-                        packs[u] = rows.pack(unit / kParts, unit % kParts * kPack);
+                        packs[u] = rows.pack(row, column);
                 }
                 FLATCORE_UNROLL
                 for (int u = 0; u < kAtOnce; ++u)

@@ -52,26 +52,27 @@ struct Sums {
     }
 };
 
-// Up to `tile` rows of a (count, width) matrix in global memory, contiguous, from row `first` on. What lies
-// outside is zero. Places within a tile are 32 bits, which saves registers.
+// Up to `tile` rows of a (count, width) matrix in global memory, `stride` apart, from row `first` on. What
+// lies outside is zero. Places within a tile are 32 bits, which saves registers.
 template <class T>
 struct MatrixRows {
     static constexpr int kPack = 16 / sizeof(T);
     using Elements = Pack<T, kPack>;
     const T* data;  // of row `first`
-    int rows, width;
+    int rows, width, stride;
     bool aligned;  // rows are whole packs of 16 bytes
 
-    __device__ MatrixRows(const T* matrix, int64_t first, int64_t count, int64_t row_width, int tile)
-        : data(matrix + first * row_width),
+    __device__ MatrixRows(const T* matrix, int64_t first, int64_t count, int64_t row_width,
+                          int64_t row_stride, int tile)
+        : data(matrix + first * row_stride),
           rows(count - first < tile ? static_cast<int>(count - first) : tile),
-          width(static_cast<int>(row_width)),
-          aligned(reinterpret_cast<uintptr_t>(data) % 16 == 0 && width % kPack == 0) {}
+          width(static_cast<int>(row_width)), stride(static_cast<int>(row_stride)),
+          aligned(reinterpret_cast<uintptr_t>(data) % 16 == 0 && width % kPack == 0 && stride % kPack == 0) {}
 
     __device__ Elements pack(int row, int column) const {
         Elements result{};
         if (row >= rows || column >= width) return result;
-        const T* from = data + (row * width + column);
+        const T* from = data + (row * stride + column);
         if (aligned) return load<kPack>(from);
         FLATCORE_UNROLL
         for (int l = 0; l < kPack; ++l)

@@ -17,6 +17,7 @@ using reference::Matrix;
 namespace {
 
 enum class Masking { none, keep, added };
+enum class Layout { in_front, side_by_side };  // of heads and the rows of one
 
 struct Case {
     AttentionShape shape;
@@ -24,46 +25,76 @@ struct Case {
     Masking masking = Masking::none;
     bool tq = true, tk = true, tv = true, tdo = true, second_order = true;
     bool tdq = true, tdk = true, tdv = true;  // asked for
+    Layout layout = Layout::in_front;         // of the directions
 };
 
-constexpr int64_t kGap = 3;  // elements between directions, so that not all are aligned
+constexpr int64_t kGap = 3;      // elements between directions, so that not all are aligned
+constexpr int64_t kBesides = 4;  // elements of a row that belong to no head
 constexpr double kUntouched = -77;
 
-// K arrays of `size` elements.
+// K directions of (batches, heads, rows, width).
 template <class T>
 struct Array {
-    int64_t K, size;
+    int64_t K, batches, heads, rows, width;
+    int64_t row, head, batch, direction;  // strides
     std::vector<T> data;
 
-    int64_t stride() const { return size + kGap; }
-    static int64_t length(int64_t K, int64_t size) { return K == 0 ? 0 : K * (size + kGap) - kGap; }
-    Array(int64_t K_, int64_t size_, unsigned seed)
-        : K(K_), size(size_), data(numbers<T>(length(K_, size_), seed)) {}
-    Array(int64_t K_, int64_t size_)
-        : K(K_), size(size_), data(static_cast<size_t>(length(K_, size_)), static_cast<T>(kUntouched)) {}
+    Array(int64_t K_, const AttentionShape& s, int64_t rows_, int64_t width_, Layout layout)
+        : K(K_), batches(s.batches), heads(s.heads), rows(rows_), width(width_) {
+        if (layout == Layout::in_front) {
+            row = width;
+            head = rows * row;
+            batch = heads * head;
+            direction = batches * batch + kGap;
+        } else {
+            head = width;
+            row = heads * head + kBesides;
+            batch = rows * row;
+            direction = batches * batch;
+        }
+        data.assign(static_cast<size_t>(length()), static_cast<T>(kUntouched));
+    }
+    Array(int64_t K_, const AttentionShape& s, int64_t rows_, int64_t width_, Layout layout, unsigned seed)
+        : Array(K_, s, rows_, width_, layout) {
+        data = numbers<T>(length(), seed);
+    }
 
-    // Head h of direction n.
-    Matrix head(int64_t n, int64_t h, int64_t rows, int64_t columns) const {
-        Matrix result(rows, columns);
-        const auto from = data.begin() + n * stride() + h * rows * columns;
-        std::copy(from, from + rows * columns, result.data.begin());
+    // Nothing behind the last element, so that to read there is an error.
+    int64_t length() const {
+        if (K * batches * heads * rows == 0) return 0;
+        return (K - 1) * direction + (batches - 1) * batch + (heads - 1) * head + (rows - 1) * row + width;
+    }
+    size_t place(int64_t n, int64_t h, int64_t i) const {
+        return static_cast<size_t>(n * direction + h / heads * batch + h % heads * head + i * row);
+    }
+    // Head h of all, of direction n.
+    Matrix matrix(int64_t n, int64_t h) const {
+        Matrix result(rows, width);
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t c = 0; c < width; ++c) result(i, c) = data[place(n, h, i) + static_cast<size_t>(c)];
         return result;
     }
     bool gaps_untouched() const {
-        for (int64_t i = 0; i < static_cast<int64_t>(data.size()); ++i)
-            if (i % stride() >= size && data[static_cast<size_t>(i)] != static_cast<T>(kUntouched))
-                return false;
+        std::vector<bool> of_a_row(data.size());
+        for (int64_t n = 0; n < K; ++n)
+            for (int64_t h = 0; h < batches * heads; ++h)
+                for (int64_t i = 0; i < rows; ++i)
+                    for (int64_t c = 0; c < width; ++c)
+                        of_a_row[place(n, h, i) + static_cast<size_t>(c)] = true;
+        for (size_t i = 0; i < data.size(); ++i)
+            if (!of_a_row[i] && data[i] != static_cast<T>(kUntouched)) return false;
         return true;
     }
 };
 
 template <class T>
-DirectionArray<const T> read(const Array<T>& array, bool present) {
-    return present ? DirectionArray<const T>{array.data.data(), array.stride()} : DirectionArray<const T>{};
+HeadArray<const T> read(const Array<T>& a, bool present) {
+    return present ? HeadArray<const T>{a.data.data(), a.direction, a.batch, a.head, a.row}
+                   : HeadArray<const T>{};
 }
 template <class T>
-DirectionArray<T> written(Array<T>& array, bool present) {
-    return present ? DirectionArray<T>{array.data.data(), array.stride()} : DirectionArray<T>{};
+HeadArray<T> written(Array<T>& a, bool present) {
+    return present ? HeadArray<T>{a.data.data(), a.direction, a.batch, a.head, a.row} : HeadArray<T>{};
 }
 
 // Broadcast over the heads (keep) or the batches (added). Row 2 sees no key.
@@ -109,33 +140,41 @@ struct Run {
     ProductPrecision precision;
     AttentionShape s = c.shape;
     int64_t heads = s.batches * s.heads, rows = heads * s.queries;
-    int64_t of_q = rows * s.width, of_o = rows * s.value_width, of_k = heads * s.keys * s.width,
-            of_v = heads * s.keys * s.value_width;
-    Array<T> q{1, of_q, 1}, k{1, of_k, 2}, v{1, of_v, 3}, dout{1, of_o, 4};
-    Array<T> tq{c.K, of_q, 5}, tk{c.K, of_k, 6}, tv{c.K, of_v, 7}, tdo{c.K, of_o, 8};
+    Array<T> q = like_q(1, Layout::in_front, 1U), k = like_k(1, Layout::in_front, 2U),
+             v = like_v(1, Layout::in_front, 3U), dout = like_o(1, Layout::in_front, 4U),
+             o = like_o(1, Layout::in_front);
+    Array<T> tq = like_q(c.K, c.layout, 5U), tk = like_k(c.K, c.layout, 6U), tv = like_v(c.K, c.layout, 7U),
+             tdo = like_o(c.K, c.layout, 8U);
+    Array<T> to = like_o(c.K, c.layout), tdq = like_q(c.K, c.layout), tdk = like_k(c.K, c.layout),
+             tdv = like_v(c.K, c.layout);
     Mask<T> mask{s, c.masking};
-    Array<T> o{1, of_o}, normaliser{1, 2 * rows}, dout_o{1, rows}, to{c.K, of_o}, tdq{c.K, of_q},
-        tdk{c.K, of_k}, tdv{c.K, of_v};
+    std::vector<T> normaliser = std::vector<T>(static_cast<size_t>(2 * rows)),
+                   dout_o = std::vector<T>(static_cast<size_t>(rows));
     std::vector<T> mean = std::vector<T>(static_cast<size_t>(c.K * rows)), dout_to = mean, workspace = mean;
+
+    Array<T> like_q(int64_t K, auto... rest) const { return {K, s, s.queries, s.width, rest...}; }
+    Array<T> like_k(int64_t K, auto... rest) const { return {K, s, s.keys, s.width, rest...}; }
+    Array<T> like_v(int64_t K, auto... rest) const { return {K, s, s.keys, s.value_width, rest...}; }
+    Array<T> like_o(int64_t K, auto... rest) const { return {K, s, s.queries, s.value_width, rest...}; }
 
     void kernels() {
         const AttentionInputs<T> inputs{s, mask.mask, q.data.data(), k.data.data(), v.data.data()};
         const bool p_moves = c.tq || c.tk;
         const T* second = c.second_order ? dout.data.data() : nullptr;
-        cuda::fused_attention_forward(inputs, precision, o.data.data(), normaliser.data.data(), nullptr);
-        cuda::fused_attention_backward(s, dout.data.data(), o.data.data(), dout_o.data.data(), nullptr);
+        cuda::fused_attention_forward(inputs, precision, o.data.data(), normaliser.data(), nullptr);
+        cuda::fused_attention_backward(s, dout.data.data(), o.data.data(), dout_o.data(), nullptr);
         const AttentionTangents<T> tangents{read(tq, c.tq), read(tk, c.tk), read(tv, c.tv)};
         const bool moves = p_moves || c.tv;
-        cuda::fused_attention_tangent(c.K, inputs, precision, o.data.data(), normaliser.data.data(), tangents,
+        cuda::fused_attention_tangent(c.K, inputs, precision, o.data.data(), normaliser.data(), tangents,
                                       written(to, true), p_moves ? mean.data() : nullptr, second,
                                       dout_to.data(), nullptr);
         cuda::fused_attention_adjoint(c.K, inputs, precision,
                                       {.tangents = tangents,
                                        .tdo = read(tdo, c.tdo),
                                        .o = o.data.data(),
-                                       .normaliser = normaliser.data.data(),
+                                       .normaliser = normaliser.data(),
                                        .dout = second,
-                                       .dout_o = dout_o.data.data(),
+                                       .dout_o = dout_o.data(),
                                        .mean = p_moves ? mean.data() : nullptr,
                                        .dout_to = moves ? dout_to.data() : nullptr,
                                        .workspace = workspace.data(),
@@ -146,15 +185,14 @@ struct Run {
     }
 
     reference::Directions directions(int64_t n, int64_t h) const {
-        const auto of = [&](const Array<T>& array, bool present, int64_t direction, int64_t length,
-                            int64_t width) {
-            return present ? array.head(direction, h, length, width) : Matrix();
+        const auto of = [&](const Array<T>& array, bool present, int64_t direction) {
+            return present ? array.matrix(direction, h) : Matrix();
         };
-        return {.dout = of(dout, c.second_order, 0, s.queries, s.value_width),
-                .tq = of(tq, c.tq, n, s.queries, s.width),
-                .tk = of(tk, c.tk, n, s.keys, s.width),
-                .tv = of(tv, c.tv, n, s.keys, s.value_width),
-                .tdo = of(tdo, c.tdo, n, s.queries, s.value_width)};
+        return {.dout = of(dout, c.second_order, 0),
+                .tq = of(tq, c.tq, n),
+                .tk = of(tk, c.tk, n),
+                .tv = of(tv, c.tv, n),
+                .tdo = of(tdo, c.tdo, n)};
     }
 
     // Of the operands of products, half of the last digit: 8 digits and 11.
@@ -169,7 +207,7 @@ struct Run {
     // allowed. A wrong operand is off by the norm itself.
     double worst = 0;
     bool close(const Array<T>& got, int64_t n, int64_t h, const Matrix& expected, const Matrix& bound) {
-        const Matrix result = got.head(n, h, expected.rows, expected.columns);
+        const Matrix result = got.matrix(n, h);
         double square_error = 0, square = 0;
         for (size_t i = 0; i < result.data.size(); ++i) {
             const double error = std::abs(result.data[i] - expected.data[i]);
@@ -189,8 +227,8 @@ struct Run {
             std::numeric_limits<T>::epsilon() / 2 + std::numeric_limits<double>::epsilon() / 2;
         const reference::Bounds bounds(unit, operand);
         for (int64_t h = 0; h < heads; ++h) {
-            reference::Inputs in{q.head(0, h, s.queries, s.width), k.head(0, h, s.keys, s.width),
-                                 v.head(0, h, s.keys, s.value_width), Matrix(s.queries, s.keys), s.scale};
+            reference::Inputs in{q.matrix(0, h), k.matrix(0, h), v.matrix(0, h), Matrix(s.queries, s.keys),
+                                 s.scale};
             for (int64_t i = 0; i < s.queries; ++i)
                 for (int64_t j = 0; j < s.keys; ++j) in.bias(i, j) = mask.bias(s, h, i, j);
             for (int64_t n = 0; n < c.K; ++n) {
@@ -215,9 +253,10 @@ double check(const Case& c, ProductPrecision precision = ProductPrecision::full)
     if (failures > before) {
         const AttentionShape& s = c.shape;
         std::printf("  in: %zu bytes, precision %d, batches %d heads %d queries %d keys %d widths %d %d "
-                    "causal %d K %d\n",
+                    "causal %d K %d side by side %d\n",
                     sizeof(T), static_cast<int>(precision), int(s.batches), int(s.heads), int(s.queries),
-                    int(s.keys), int(s.width), int(s.value_width), s.causal, int(c.K));
+                    int(s.keys), int(s.width), int(s.value_width), s.causal, int(c.K),
+                    c.layout == Layout::side_by_side);
     }
     return run.worst;
 }
@@ -233,7 +272,8 @@ void test_absent() {
                            .tk = (bits & 2) != 0,
                            .tv = (bits & 4) != 0,
                            .tdo = (bits & 8) != 0,
-                           .second_order = second_order});
+                           .second_order = second_order,
+                           .layout = second_order ? Layout::side_by_side : Layout::in_front});
     for (int bits = 0; bits < 8; ++bits)
         check<double>(
             {.shape = shape, .tdq = (bits & 1) != 0, .tdk = (bits & 2) != 0, .tdv = (bits & 4) != 0});
@@ -250,6 +290,8 @@ void test_sizes() {
         check<double>({.shape = {2, 2, 40, 33, 4, 66, causal, 0.125}, .K = 2, .masking = Masking::keep});
     }
     check<double>({.shape = {1, 1, 130, 130, 8, 8, true, 0.1}});
+    check<double>({.shape = {2, 3, 35, 20, 6, 10, false, 0.1}, .K = 2, .layout = Layout::side_by_side});
+    check<double>({.shape = {2, 3, 35, 40, 7, 3, true, 0.1}, .K = 3, .layout = Layout::side_by_side});
     check<double>({.shape = {1, 1, 3, 0, 4, 4, false, 0.1}});
     check<double>({.shape = {1, 1, 0, 3, 4, 4, false, 0.1}});
     check<double>({.shape = {1, 0, 3, 3, 4, 4, false, 0.1}});
@@ -267,6 +309,13 @@ void test_float(ProductPrecision precision) {
     check<float>({.shape = {1, 1, 33, 64, 32, 32, false, 0.1}, .K = 2, .tdv = false}, precision);
     check<float>({.shape = {1, 1, 33, 35, 128, 128, true, 0.05}}, precision);
     check<float>({.shape = {2, 2, 17, 33, 77, 9, false, 0.05}, .K = 2, .masking = Masking::keep}, precision);
+    check<float>({.shape = {2, 2, 33, 70, 64, 64, false, 0.075}, .K = 2, .layout = Layout::side_by_side},
+                 precision);
+    check<float>({.shape = {2, 2, 40, 40, 9, 20, true, 0.1},
+                  .K = 2,
+                  .masking = Masking::added,
+                  .layout = Layout::side_by_side},
+                 precision);
     if (precision == ProductPrecision::full) return;
     for (int bits = 0; bits < 16; ++bits)
         check<float>({.shape = {1, 1, 17, 13, 8, 4, false, 0.1},
@@ -311,7 +360,7 @@ void test_directions() {
     alone.kernels();
     among.kernels();
     const auto same = [](const Array<float>& a, const Array<float>& b) {
-        return std::equal(a.data.begin(), a.data.begin() + a.size, b.data.begin());
+        return std::equal(a.data.begin(), a.data.end(), b.data.begin());
     };
     EXPECT(same(alone.to, among.to) && same(alone.tdq, among.tdq));
     EXPECT(same(alone.tdk, among.tdk) && same(alone.tdv, among.tdv));

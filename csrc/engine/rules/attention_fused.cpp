@@ -27,15 +27,27 @@ ProductPrecision operands(Precision precision) {
     return precision == Precision::tf32 ? ProductPrecision::tf32 : ProductPrecision::full;
 }
 
-// Directions as the kernels read and write them.
+// Directions (K, batch, heads, length, width) as the kernels read and write them.
 template <class T>
-DirectionArray<const T> readable(const at::Tensor& t) {
-    return t.defined() ? DirectionArray<const T>{t.const_data_ptr<T>(), t.stride(0)}
-                       : DirectionArray<const T>{};
+HeadArray<const T> readable(const at::Tensor& t) {
+    if (!t.defined()) return {};
+    return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 template <class T>
-DirectionArray<T> writable(const at::Tensor& t) {
-    return t.defined() ? DirectionArray<T>{t.mutable_data_ptr<T>(), t.stride(0)} : DirectionArray<T>{};
+HeadArray<T> writable(const at::Tensor& t) {
+    if (!t.defined()) return {};
+    return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+// Have they strides that the kernels read and write?
+bool has_dense_rows(const at::Tensor& t) {
+    return (t.stride(4) == 1 || t.size(4) == 1) && (t.stride(3) < kFarthestRow || t.size(3) == 1);
+}
+at::Tensor with_dense_rows(const at::Tensor& t) {
+    return !t.defined() || has_dense_rows(t) ? t : t.contiguous();
+}
+// Heads side by side, as the linear layers that follow have them.
+at::Tensor new_heads(int64_t K, const Integers& shape, const at::TensorOptions& options) {
+    return at::empty({K, shape[0], shape[2], shape[1], shape[3]}, options).transpose(2, 3);
 }
 template <class T>
 T* writable_or_null(const at::Tensor& t) {
@@ -122,11 +134,11 @@ int64_t AttentionRule::saved() const {
 at::Tensor AttentionRule::fused_tangent(const Directions& d) const {
     const int64_t K = d.K();
     const auto& saved = d.state().saved(op_);
-    const auto directions = [&](Input i) { return active(i) ? each_contiguous(d.tangent(i)) : at::Tensor(); };
+    const auto directions = [&](Input i) { return active(i) ? with_dense_rows(d.tangent(i)) : at::Tensor(); };
     const at::Tensor tq = directions(kQuery), tk = directions(kKey), tv = directions(kValue);
     const bool cross = d.second_order() && has_second_order();
     const at::TensorOptions options = d.state().options();
-    const at::Tensor to = at::empty(with_directions(K, output().shape), options);
+    const at::Tensor to = new_heads(K, output().shape, options);
     const int64_t rows = saved[kNormaliser].size(1);
     const bool p_moves = tq.defined() || tk.defined();
     const at::Tensor mean = p_moves ? at::empty({K, rows}, options) : at::Tensor();
@@ -151,12 +163,15 @@ void AttentionRule::fused_adjoint(Directions& d, bool cross) const {
     const auto& saved = state.saved(op_);
     if (cross && d.kept().empty()) fused_tangent(d);  // where no one asked for this op's tangent
     const auto directions = [&](Input i) {
-        return cross && active(i) ? each_contiguous(d.tangent(i)) : at::Tensor();
+        return cross && active(i) ? with_dense_rows(d.tangent(i)) : at::Tensor();
     };
     const at::Tensor tq = directions(kQuery), tk = directions(kKey), tv = directions(kValue);
-    const at::Tensor tdo = d.cotangent().defined() ? each_contiguous(d.cotangent()) : at::Tensor();
+    const at::Tensor tdo = with_dense_rows(d.cotangent());
     const auto result = [&](Input i) {
-        return d.wants(i) ? at::empty(with_directions(K, input(i).shape), state.options()) : at::Tensor();
+        if (!d.wants(i)) return at::Tensor();
+        const at::Tensor place = d.place(i);
+        return place.defined() && has_dense_rows(place) ? place
+                                                        : new_heads(K, input(i).shape, state.options());
     };
     const at::Tensor tdq = result(kQuery), tdk = result(kKey), tdv = result(kValue);
     const at::Tensor workspace = at::empty({K, saved[kNormaliser].size(1)}, state.options());

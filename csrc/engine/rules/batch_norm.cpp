@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include "kernels/channel_affine.h"
+#include "row_sums.h"
 #include "rules.h"
 
 namespace flatcore {
@@ -116,8 +117,7 @@ void BatchNormRule::adjoint(Directions& d) const {
                          writable_or_null<double>(bias_sums));
     });
     if (tdx.defined()) d.add(kX, value_of(tdx, K), true);
-    if (weight_sums.defined()) add_sum_of_pieces(d.accumulator(kWeight), weight_sums);
-    if (bias_sums.defined() && tdy.defined()) add_sum_of_pieces(d.accumulator(kBias), bias_sums);
+    add_row_sums(d, {kWeight, weight_sums}, {kBias, tdy.defined() ? bias_sums : at::Tensor()});
 }
 
 }  // namespace flatcore

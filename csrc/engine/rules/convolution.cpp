@@ -237,7 +237,8 @@ int64_t ConvolutionRule::workspace(int64_t K) const {
     // A term before it is added, of one direction or of all, then beside an operand or a result in its other
     // order; tangents brought to channels last; the weights' products.
     const int64_t reordered = active(0) && !input(0).channels_last ? K * input(0).numel : 0;
-    const int64_t image = std::max(output().numel, input(0).numel), weights = active(1) ? K * input(1).numel : 0;
+    const int64_t image = std::max(output().numel, input(0).numel),
+                  weights = active(1) ? K * input(1).numel : 0;
     return together(K) ? K * image + reordered + 2 * weights : image + reordered + weights;
 }
 

@@ -1,6 +1,7 @@
 // Row normalisation over the last axes (layer norm; RMS norm where not centred). See kernels/normalise.h.
 #include "kernels/normalise.h"
 
+#include "row_sums.h"
 #include "rules.h"
 
 namespace flatcore {
@@ -83,9 +84,12 @@ void NormaliseRule::adjoint(Directions& d) const {
                           : at::Tensor();
     };
     const at::Tensor weight_sums = sums(kWeight), bias_sums = sums(kBias);
-    // Contiguous, as the kernel writes, whatever layout x is kept in.
+    // Contiguous, as the kernel writes, whatever layout x is kept in. What a residual connection brought is
+    // added on the way.
     const at::Tensor tdx =
         d.wants(kX) ? at::empty(with_directions(K, input(kX).shape), state.options()) : at::Tensor();
+    at::Tensor so_far = tdx.defined() ? d.so_far(kX) : at::Tensor();
+    if (so_far.defined() && !so_far.is_contiguous()) so_far = at::Tensor();
     FLATCORE_DISPATCH(saved[kNormalised], "normalise", [&] {
         const NormaliseAdjoint<scalar_t> terms{saved[kNormalised].const_data_ptr<scalar_t>(),
                                                saved[kInverse].const_data_ptr<scalar_t>(),
@@ -94,7 +98,8 @@ void NormaliseRule::adjoint(Directions& d) const {
                                                pointer_or_null<scalar_t>(dy),
                                                pointer_or_null<scalar_t>(tx),
                                                pointer_or_null<scalar_t>(tweight),
-                                               stride_or_zero(tweight)};
+                                               stride_or_zero(tweight),
+                                               pointer_or_null<scalar_t>(so_far)};
         const NormShape shape{rows_, columns_, centred_};
         if (tdx.defined())
             FLATCORE_RUN(tdx, normalise_adjoint<scalar_t>, shape, K, terms, tdx.mutable_data_ptr<scalar_t>());
@@ -102,9 +107,11 @@ void NormaliseRule::adjoint(Directions& d) const {
             FLATCORE_RUN(saved[kNormalised], normalise_sums<scalar_t>, shape, K, terms,
                          writable_or_null<double>(weight_sums), writable_or_null<double>(bias_sums));
     });
-    if (tdx.defined()) d.add(kX, tdx, true);
-    if (weight_sums.defined()) add_sum_of_pieces(d.accumulator(kWeight), weight_sums);
-    if (bias_sums.defined() && tdy.defined()) add_sum_of_pieces(d.accumulator(kBias), bias_sums);
+    if (so_far.defined())
+        d.replace(kX, tdx);
+    else if (tdx.defined())
+        d.add(kX, tdx, true);
+    add_row_sums(d, {kWeight, weight_sums}, {kBias, tdy.defined() ? bias_sums : at::Tensor()});
 }
 
 }  // namespace flatcore

@@ -9,12 +9,6 @@
 
 namespace flatcore {
 
-// Adds sums over pieces of rows, (K, pieces, ...) in double.
-inline void add_sum_of_pieces(const Accumulator& target, const at::Tensor& pieces) {
-    const at::Tensor sum = pieces.sum(1).view(target.buffer.sizes());
-    target.fresh ? target.buffer.copy_(sum) : target.buffer.add_(sum);
-}
-
 #define FLATCORE_RULE_METHODS                               \
     at::Tensor forward(State& state) const override;        \
     at::Tensor tangent(const Directions& d) const override; \
@@ -207,6 +201,8 @@ class ViewRule final : public Rule {
     using Rule::Rule;
     FLATCORE_RULE_METHODS
     bool aliases() const override { return true; }
+    bool is_view() const override { return true; }
+    at::Tensor view(const at::Tensor& directions) const override;
 };
 
 class PermuteRule final : public Rule {
@@ -214,6 +210,9 @@ class PermuteRule final : public Rule {
     PermuteRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool aliases() const override { return true; }
+    bool is_view() const override { return true; }
+    at::Tensor view(const at::Tensor& directions) const override;
+    Integers output_order() const override;
 
  private:
     Integers dims_, inverse_;
@@ -322,6 +321,9 @@ class SliceRule final : public Rule {
     SliceRule(const Program& program, const Op& op);
     FLATCORE_RULE_METHODS
     bool aliases() const override { return true; }
+    at::Tensor view(const at::Tensor& directions) const override;
+    std::optional<Part> part() const override;
+    Integers output_order() const override { return input(0).order; }
 
  private:
     int64_t dim_, start_, step_, stop_;

@@ -1,10 +1,19 @@
 // Views: the same numbers under other strides, in every sweep.
+#include <ATen/TensorUtils.h>
+
 #include "rules.h"
 
 namespace flatcore {
 
 at::Tensor ViewRule::forward(State& state) const {
     return state.value(op_.inputs[0]).reshape(output().shape);
+}
+
+at::Tensor ViewRule::view(const at::Tensor& directions) const {
+    const Integers shape = with_directions(directions.size(0), output().shape);
+    const bool same_memory =
+        at::detail::computeStride(directions.sizes(), directions.strides(), shape).has_value();
+    return same_memory ? directions.view(shape) : at::Tensor();
 }
 
 at::Tensor ViewRule::tangent(const Directions& d) const {
@@ -39,11 +48,21 @@ Integers behind_directions(const Integers& dims) {
 
 }  // namespace
 
+Integers PermuteRule::output_order() const {
+    if (input(0).channels_last) return {};
+    Integers order = input(0).order;
+    if (order.empty()) return inverse_;
+    for (int64_t& axis : order) axis = inverse_[static_cast<size_t>(axis)];
+    return order;
+}
+
 at::Tensor PermuteRule::forward(State& state) const { return state.value(op_.inputs[0]).permute(dims_); }
 
-at::Tensor PermuteRule::tangent(const Directions& d) const {
-    return d.tangent(0).permute(behind_directions(dims_));
+at::Tensor PermuteRule::view(const at::Tensor& directions) const {
+    return directions.permute(behind_directions(dims_));
 }
+
+at::Tensor PermuteRule::tangent(const Directions& d) const { return view(d.tangent(0)); }
 
 void PermuteRule::adjoint(Directions& d) const {
     if (d.wants(0) && d.cotangent().defined())

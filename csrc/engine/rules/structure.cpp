@@ -37,15 +37,23 @@ at::Tensor SliceRule::forward(State& state) const {
     return state.value(op_.inputs[0]).slice(dim_, start_, stop_, step_);
 }
 
-at::Tensor SliceRule::tangent(const Directions& d) const {
-    return d.tangent(0).slice(dim_ + 1, start_, stop_, step_);
+at::Tensor SliceRule::view(const at::Tensor& directions) const {
+    return directions.slice(dim_ + 1, start_, stop_, step_);
+}
+
+at::Tensor SliceRule::tangent(const Directions& d) const { return view(d.tangent(0)); }
+
+std::optional<Part> SliceRule::part() const {
+    return step_ == 1 ? std::optional<Part>({dim_, start_, stop_}) : std::nullopt;
 }
 
 void SliceRule::adjoint(Directions& d) const {
     if (!d.wants(0) || !d.cotangent().defined()) return;
-    auto [buffer, fresh] = d.accumulator(0);
+    auto [buffer, fresh] = d.accumulator(0, true);
     if (fresh) buffer.zero_();
-    buffer.slice(dim_ + 1, start_, stop_, step_).add_(d.cotangent());
+    const at::Tensor part = view(buffer), tdy = d.cotangent();
+    if (part.is_alias_of(tdy) && part.data_ptr() == tdy.data_ptr()) return;  // written in its place
+    fresh ? part.copy_(tdy) : part.add_(tdy);
 }
 
 CatRule::CatRule(const Program& program, const Op& op) : Rule(program, op), dim_(axis_of(op, output())) {}
