@@ -332,7 +332,8 @@ def _all_equal(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
         elif (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
             return False
         elif a.numel():
-            waiting.setdefault((a.dtype, a.device), []).append((a, b))
+            # Where one pair does not lie alike, torch takes all of its list one by one.
+            waiting.setdefault((a.dtype, a.device, a.stride() == b.stride()), []).append((a, b))
     return all(bool(_agree(alike)) for alike in waiting.values())
 
 
@@ -344,23 +345,19 @@ def _agree(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """
     largest: list[Tensor] = []  # of the differences, which are zero between equal numbers alone
     for some in _bounded(pairs):
-        differences = torch._foreach_sub(*(list(side) for side in zip(*some, strict=True)))
-        largest += torch._foreach_norm(differences, math.inf)
+        now, before = (list(side) for side in zip(*some, strict=True))
+        largest += torch._foreach_norm(torch._foreach_sub(now, before), math.inf)
     return torch.stack(largest).eq(0).all()
 
 
 def _bounded(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The pairs in lists of at most `_AT_ONCE` elements each; longer ones, laid flat, in parts."""
+    """The pairs in lists of at most `_AT_ONCE` elements each; longer ones that lie dense in parts, others alone."""
     some: list[tuple[Tensor, Tensor]] = []
     room = _AT_ONCE
     for pair in pairs:
-        flat = (
-            [pair]
-            if pair[0].numel() <= _AT_ONCE
-            else zip(*(t.reshape(-1).split(_AT_ONCE) for t in pair), strict=True)
-        )
-        for a, b in flat:
-            if a.numel() > room:
+        dense = all(t.is_contiguous() for t in pair)
+        for a, b in zip(*(t.view(-1).split(_AT_ONCE) for t in pair), strict=True) if dense else [pair]:
+            if some and a.numel() > room:
                 yield some
                 some, room = [], _AT_ONCE
             some.append((a, b))

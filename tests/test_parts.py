@@ -94,7 +94,7 @@ FORMS: tuple[Callable[[Tensor], Heads], ...] = (
 
 
 class Attending(nn.Module):
-    """whole: what the output has besides: "nothing", the parts' "sum", or the "first" of them."""
+    """whole: what the output has besides: "nothing", the parts' "sum", the "first" of them, or of one "token"."""
 
     def __init__(self, form: Callable[[Tensor], Heads], whole: str) -> None:
         super().__init__()
@@ -109,6 +109,8 @@ class Attending(nn.Module):
             y = y + parts.view(*x.shape, 3).sum(-1)
         elif self.whole == "first":
             y = y + parts[..., :D].tanh()
+        elif self.whole == "token":
+            y = y + parts[:, 1:2].sum(-1, keepdim=True)
         return y
 
 
@@ -133,11 +135,11 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
     engine.set_attention_policy("choose")
 
 
-def check(model: nn.Module, by_example: bool = True) -> None:
+def check(model: nn.Module, loss: Callable[..., Tensor], by_example: bool = True) -> None:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(2, EXAMPLES, TOKENS, D, generator=generator, dtype=torch.float64)
-    objective = fc.Objective(model, nn.MSELoss(), (x, y))
-    reference = Reference(model, nn.MSELoss(), (x, y), "output_target")
+    objective = fc.Objective(model, loss, (x, y))
+    reference = Reference(model, loss, (x, y), "output_target")
     operators = [(fc.Hessian(objective), reference.hessian()), (fc.GGN(objective), reference.ggn())]
     if by_example:
         operators.append((fc.GradientCovariance(objective, centered=False), reference.covariance(EXAMPLES)))
@@ -148,19 +150,25 @@ def check(model: nn.Module, by_example: bool = True) -> None:
             assert relative(A @ V, dense @ V) <= EXACT, type(A).__name__
 
 
-@pytest.mark.parametrize("whole", ["nothing", "sum", "first"])
+@pytest.mark.parametrize("whole", ["nothing", "sum", "first", "token"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_parts(form: Callable[[Tensor], Heads], whole: str) -> None:
     torch.manual_seed(0)
-    check(Attending(form, whole).double())
+    check(Attending(form, whole).double(), F.mse_loss)
 
 
 def test_parts_of_a_parameter() -> None:
     torch.manual_seed(0)
-    check(OfParameters().double(), by_example=False)
+    check(OfParameters().double(), F.mse_loss, by_example=False)
 
 
-def test_parts_are_the_output() -> None:
+def loss_of_both(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    parts, y = output
+    return ((parts[..., :D] - target) ** 2).mean() + (parts**4).mean() + (y**2).mean()
+
+
+@pytest.mark.parametrize("form", [permuted, chunks], ids=lambda form: form.__name__)
+def test_parts_are_the_output(form: Callable[[Tensor], Heads]) -> None:
     """What the loss sends to the whole is there before attention writes."""
 
     class Both(nn.Module):
@@ -170,18 +178,27 @@ def test_parts_are_the_output() -> None:
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             parts = self.into(x)
-            return parts, F.scaled_dot_product_attention(*permuted(parts))
-
-    def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        parts, y = output
-        return ((parts[..., :D] - target) ** 2).mean() + (parts**4).mean() + (y**2).sum()
+            return parts, F.scaled_dot_product_attention(*form(parts))
 
     torch.manual_seed(0)
-    model = Both().double()
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(2, EXAMPLES, TOKENS, D, generator=generator, dtype=torch.float64)
-    reference = Reference(model, loss, (x, y), "output_target")
-    objective = fc.Objective(model, loss, (x, y))
-    for A, dense in ((fc.Hessian(objective), reference.hessian()), (fc.GGN(objective), reference.ggn())):
-        V = directions(A.shape[0], 2)
-        assert relative(A @ V, dense @ V) <= EXACT, type(A).__name__
+    check(Both().double(), loss_of_both)
+
+
+def test_parts_are_an_output_of_four() -> None:
+    """The loss reads a part of its own, so that the whole is read by parts alone, and is an output."""
+
+    class Four(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into = nn.Linear(D, 4 * D)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            parts = self.into(x)
+            q, k, v = (heads(part) for part in parts.split([D, D, D, D], -1)[:3])
+            return parts, F.scaled_dot_product_attention(q, k, v)
+
+    def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return ((output[0][..., 3 * D :] - target) ** 2).mean() + (output[1] ** 2).mean()
+
+    torch.manual_seed(0)
+    check(Four().double(), loss)

@@ -139,8 +139,6 @@ class Pass final : public Directions {
         const std::vector<int>& ops = program_.part_of(op_->inputs[i]);
         if (ops.empty()) return {};
         const auto op_of = [&](int index) -> const Op& { return program_.ops()[static_cast<size_t>(index)]; };
-        for (int index : ops)
-            if (cotangents_[static_cast<size_t>(op_of(index).output)].defined()) return {};
         const auto whole = static_cast<size_t>(op_of(ops.back()).inputs[0]);
         at::Tensor& sum = cotangents_[whole];
         if (program_.values()[whole].kind == ValueKind::parameter || (sum.defined() && !of_parts_[whole]))

@@ -143,7 +143,7 @@ void Program::mark_parts() {
         for (int id : ops_[i].inputs)
             if (id >= 0) readers[static_cast<size_t>(id)].push_back(i);
     }
-    const auto by_disjoint_parts = [&](int value) {
+    const auto read_by_disjoint_parts = [&](int value) {
         std::vector<Part> parts;
         for (size_t i : readers[static_cast<size_t>(value)]) {
             const std::optional<Part> part = rules_[i]->part();
@@ -154,6 +154,12 @@ void Program::mark_parts() {
         for (size_t i = 1; i < parts.size(); ++i)
             if (parts[i].first < parts[i - 1].last) return false;
         return true;
+    };
+    std::vector<std::optional<bool>> known(values_.size());
+    const auto by_disjoint_parts = [&](int value) {
+        std::optional<bool>& answer = known[static_cast<size_t>(value)];
+        if (!answer) answer = read_by_disjoint_parts(value);
+        return *answer;
     };
     const auto read_once = [&](int value) {
         return value != loss_ && readers[static_cast<size_t>(value)].size() == 1 &&

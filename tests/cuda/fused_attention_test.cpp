@@ -17,7 +17,8 @@ using reference::Matrix;
 namespace {
 
 enum class Masking { none, keep, added };
-enum class Layout { in_front, side_by_side };  // of heads and the rows of one
+// Of heads and the rows of one; uneven: rows are not all aligned.
+enum class Layout { in_front, side_by_side, uneven };
 
 struct Case {
     AttentionShape shape;
@@ -28,8 +29,8 @@ struct Case {
     Layout layout = Layout::in_front;         // of the directions
 };
 
-constexpr int64_t kGap = 3;      // elements between directions, so that not all are aligned
-constexpr int64_t kBesides = 4;  // elements of a row that belong to no head
+constexpr int64_t kGap = 3;                   // elements between directions, so that not all are aligned
+constexpr int64_t kBesides = 4, kUneven = 1;  // elements of a row that belong to no head
 constexpr double kUntouched = -77;
 
 // K directions of (batches, heads, rows, width).
@@ -48,7 +49,7 @@ struct Array {
             direction = batches * batch + kGap;
         } else {
             head = width;
-            row = heads * head + kBesides;
+            row = heads * head + (layout == Layout::uneven ? kUneven : kBesides);
             batch = rows * row;
             direction = batches * batch;
         }
@@ -253,10 +254,10 @@ double check(const Case& c, ProductPrecision precision = ProductPrecision::full)
     if (failures > before) {
         const AttentionShape& s = c.shape;
         std::printf("  in: %zu bytes, precision %d, batches %d heads %d queries %d keys %d widths %d %d "
-                    "causal %d K %d side by side %d\n",
+                    "causal %d K %d layout %d\n",
                     sizeof(T), static_cast<int>(precision), int(s.batches), int(s.heads), int(s.queries),
                     int(s.keys), int(s.width), int(s.value_width), s.causal, int(c.K),
-                    c.layout == Layout::side_by_side);
+                    static_cast<int>(c.layout));
     }
     return run.worst;
 }
@@ -292,6 +293,7 @@ void test_sizes() {
     check<double>({.shape = {1, 1, 130, 130, 8, 8, true, 0.1}});
     check<double>({.shape = {2, 3, 35, 20, 6, 10, false, 0.1}, .K = 2, .layout = Layout::side_by_side});
     check<double>({.shape = {2, 3, 35, 40, 7, 3, true, 0.1}, .K = 3, .layout = Layout::side_by_side});
+    check<double>({.shape = {2, 1, 35, 20, 8, 8, true, 0.1}, .K = 2, .layout = Layout::uneven});
     check<double>({.shape = {1, 1, 3, 0, 4, 4, false, 0.1}});
     check<double>({.shape = {1, 1, 0, 3, 4, 4, false, 0.1}});
     check<double>({.shape = {1, 0, 3, 3, 4, 4, false, 0.1}});
@@ -310,6 +312,8 @@ void test_float(ProductPrecision precision) {
     check<float>({.shape = {1, 1, 33, 35, 128, 128, true, 0.05}}, precision);
     check<float>({.shape = {2, 2, 17, 33, 77, 9, false, 0.05}, .K = 2, .masking = Masking::keep}, precision);
     check<float>({.shape = {2, 2, 33, 70, 64, 64, false, 0.075}, .K = 2, .layout = Layout::side_by_side},
+                 precision);
+    check<float>({.shape = {1, 2, 33, 40, 64, 64, false, 0.075}, .K = 2, .layout = Layout::uneven},
                  precision);
     check<float>({.shape = {2, 2, 40, 40, 9, 20, true, 0.1},
                   .K = 2,

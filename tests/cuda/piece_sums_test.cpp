@@ -41,6 +41,30 @@ void test_sums(int64_t K, int64_t C, bool has_first, bool has_second, bool add) 
     EXPECT(two == by_hand(has_second, others, before_others, !add));
 }
 
+// Both into the same place: one after the other.
+template <class T>
+void test_tied() {
+    const int64_t K = 2, C = 5;
+    const auto sums = numbers<double>(K * kRowPieces * C, 1), others = numbers<double>(K * kRowPieces * C, 2);
+    std::vector<T> result(static_cast<size_t>(K * C), T(9)), there = result;
+    const auto run = [&](std::vector<T>& to, const auto& kernel) {
+        kernel(PieceSums<T>{sums.data(), to.data(), C, false},
+               PieceSums<T>{others.data(), to.data(), C, true});
+    };
+    run(result, [&](const auto&... both) { add_pieces<T>(K, C, both...); });
+    run(there, [&](const auto&... both) { cuda::add_pieces<T>(K, C, both..., nullptr); });
+    EXPECT(equal(result, there));
+    for (int64_t i = 0; i < K * C; ++i) {
+        double one = 0, two = 0;
+        for (int64_t p = 0; p < kRowPieces; ++p) {
+            const auto at = static_cast<size_t>((i / C * kRowPieces + p) * C + i % C);
+            one += sums[at];
+            two += others[at];
+        }
+        EXPECT(result[static_cast<size_t>(i)] == static_cast<T>(one) + static_cast<T>(two));
+    }
+}
+
 template <class T>
 void test_all() {
     for (const int64_t K : {0, 1, 3})
@@ -56,6 +80,8 @@ int main() {
         cuda::thread_order = order;
         test_all<float>();
         test_all<double>();
+        test_tied<float>();
+        test_tied<double>();
     }
     return failures != 0;
 }

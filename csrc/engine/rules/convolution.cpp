@@ -15,6 +15,7 @@
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "rules.h"
 
@@ -38,7 +39,7 @@ bool pays_in_bf16(bool gpu, const Integers& weight, int64_t results, int64_t gro
            (gpu || at::globalContext().userEnabledMkldnn());
 }
 
-// On a GPU, up to this many multiply-adds a direction, directions are convolved together: in float32 some 20
+// On a GPU, up to this many multiply-adds a direction, directions are convolved together: in float32 some 30
 // microseconds of an H200 at half its documented rate. By counting, not measured.
 constexpr int64_t kMostTogether = int64_t{1} << 29;
 
@@ -209,8 +210,10 @@ void ConvolutionRule::adjoint(Directions& d) const {
 
 bool ConvolutionRule::together(int64_t K) const {
     const Integers& weight = input(1).shape;
+    const int64_t largest = std::max({input(0).numel, output().numel, input(1).numel});
     return program_.gpu() && K > 1 && groups_ == 1 &&
-           output().numel * weight[1] * weight[2] * weight[3] <= kMostTogether;
+           output().numel * weight[1] * weight[2] * weight[3] <= kMostTogether &&
+           K * largest <= std::numeric_limits<int32_t>::max();  // as cuDNN counts
 }
 
 double ConvolutionRule::flops(int64_t K, bool second_order) const {
@@ -229,17 +232,18 @@ Rounding ConvolutionRule::rounding(int64_t K, bool second_order) const {
     if (!pays_in_bf16(program_.gpu(), input(1).shape, output().numel, groups_)) return {};
     // In half the bytes: K directions of an operand and of the result at once, the operands that they share,
     // weights.
-    const int64_t rounded = (K + 1) * (input(0).numel + output().numel) + 2 * input(1).numel;
+    const int64_t weights = together(K) ? 3 * K : 2;
+    const int64_t rounded = (K + 1) * (input(0).numel + output().numel) + weights * input(1).numel;
     return {flops(K, second_order), (rounded + 1) / 2};
 }
 
 int64_t ConvolutionRule::workspace(int64_t K) const {
-    // A term before it is added, of one direction or of all, then beside an operand or a result in its other
-    // order; tangents brought to channels last; the weights' products.
+    // Tangents brought to channels last, and the weights' products, each direction's term before it is added.
     const int64_t reordered = active(0) && !input(0).channels_last ? K * input(0).numel : 0;
-    const int64_t image = std::max(output().numel, input(0).numel),
-                  weights = active(1) ? K * input(1).numel : 0;
-    return together(K) ? K * image + reordered + 2 * weights : image + reordered + weights;
+    const int64_t weights = active(1) ? K * input(1).numel : 0;
+    if (!together(K)) return std::max(output().numel, input(0).numel) + reordered + weights;
+    // Of all directions: an operand in its other order, the term, and what stands for the term's shape.
+    return K * std::max(output().numel, 2 * input(0).numel) + reordered + 3 * weights;
 }
 
 int64_t ConvolutionRule::saved() const {
