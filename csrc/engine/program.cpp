@@ -284,7 +284,9 @@ int64_t Program::peak_bytes(Mode mode, int64_t K, int64_t itemsize, Precision pr
         const auto output = static_cast<size_t>(ops_[i].output);
         for (int id : ops_[i].inputs) {
             if (!is_buffer(id) || ledger.holds(m + static_cast<size_t>(id))) continue;
-            if (rules_[i]->aliases() && ledger.holds(m + output))
+            // What comes back to a part, or to what is expanded, is summed elsewhere.
+            const bool same = elements(static_cast<size_t>(id)) == elements(output);
+            if (rules_[i]->aliases() && same && ledger.holds(m + output))
                 ledger.alias(m + static_cast<size_t>(id), m + output);
             else
                 ledger.allocate(m + static_cast<size_t>(id), elements(static_cast<size_t>(id)));

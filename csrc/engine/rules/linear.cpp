@@ -2,6 +2,7 @@
 //   ty_k = tx_k W^T + x V_k^T + tb_k
 //   tdx_k = tdy_k W + dy V_k ;  tdW_k = tdy_k^T x + dy^T tx_k ;  tdb_k = sum over rows of tdy_k
 // The terms in W alone fold K into the rows of one GEMM; V_k stays where the caller put it.
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -34,23 +35,44 @@ at::Tensor LinearRule::forward(State& state) const {
     return at::linear(x, transposed_ ? weight.t() : weight, bias);
 }
 
+// On a GPU cuBLAS adds one direction's bias in the product, without a pass of its own.
+bool LinearRule::bias_joins(const Directions& d) const {
+    return program_.gpu() && d.K() == 1 && active(2) && (active(0) || active(1)) &&
+           input(2).shape == Integers{out_} &&
+           !(d.precision() == Precision::bf16 && bf16_pays(rows_, out_, in_));
+}
+
 at::Tensor LinearRule::tangent(const Directions& d) const {
     const int64_t K = d.K();
     at::Tensor ty = new_directions(K, output(), d.state().options());
     const at::Tensor matrix = ty.view({K, rows_, out_});
     bool started = false;
-    if (active(2)) {
+    const bool joins = bias_joins(d);
+    const auto with_bias = [&](const at::Tensor& a, const at::Tensor& b) {
+        at::Tensor sum = matrix.select(0, 0);
+        at::addmm_out(sum, d.tangent(2).reshape({out_}), a, b);
+    };
+    if (active(2) && !joins) {
         ty.copy_(align_directions(d.tangent(2), static_cast<int64_t>(output().shape.size())));
         started = true;
     }
     if (active(0)) {
-        gemm_shared(matrix, d.tangent(0).reshape({K, rows_, in_}),
-                    weight_as_matrix(d.state().value(op_.inputs[1])), started, d.precision());
+        const at::Tensor tx = d.tangent(0).reshape({K, rows_, in_}),
+                         weight = weight_as_matrix(d.state().value(op_.inputs[1]));
+        if (joins)
+            with_bias(tx.select(0, 0), weight);
+        else
+            gemm_shared(matrix, tx, weight, started, d.precision());
         started = true;
     }
-    if (active(1))
-        gemm_each(matrix, d.state().value(op_.inputs[0]).reshape({rows_, in_}),
-                  weight_as_matrix(d.tangent(1)), started, d.precision());
+    if (active(1)) {
+        const at::Tensor x = d.state().value(op_.inputs[0]).reshape({rows_, in_}),
+                         tweight = weight_as_matrix(d.tangent(1));
+        if (joins && !started)
+            with_bias(x, tweight.select(0, 0));
+        else
+            gemm_each(matrix, x, tweight, started, d.precision());
+    }
     return ty;
 }
 

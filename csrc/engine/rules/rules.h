@@ -29,6 +29,7 @@ class LinearRule final : public Rule {
     int64_t workspace(int64_t K) const override;
 
  private:
+    bool bias_joins(const Directions& d) const;
     at::Tensor weight_as_matrix(const at::Tensor& weight) const;  // (in, out), a view
     int64_t rows_, in_, out_;
     bool transposed_;
