@@ -49,7 +49,8 @@ std::optional<Part> SliceRule::part() const {
 
 void SliceRule::adjoint(Directions& d) const {
     if (!d.wants(0) || !d.cotangent().defined()) return;
-    auto [buffer, fresh] = d.accumulator(0, true);
+    // On the CPU parts are added faster to what is dense itself, by more than the copy that follows costs.
+    auto [buffer, fresh] = d.accumulator(0, program_.gpu());
     if (fresh) buffer.zero_();
     const at::Tensor part = view(buffer), tdy = d.cotangent();
     if (part.is_alias_of(tdy) && part.data_ptr() == tdy.data_ptr()) return;  // written in its place
