@@ -51,9 +51,8 @@ class Directions {
     // `replace`. Undefined: nothing, or a parameter's.
     virtual at::Tensor so_far(int i) const = 0;
     virtual void replace(int i, at::Tensor sum) = 0;
-    // The buffer itself, for rules that write or add in place. Once taken it counts as written. Its strides
-    // are the value's: with `ordered` those of a permuted view, so that what it is a view of gets a dense
-    // sum; else a fresh buffer is dense.
+    // The buffer itself, for rules that write or add in place. Once taken it counts as written. A fresh one
+    // is dense; `ordered`: where the value is a permuted view, once it is seen as what it is a view of.
     virtual Accumulator accumulator(int i, bool ordered = false) = 0;
     // Where input i is a part of a value that is read by parts alone: memory in that value's sum, for a
     // contribution that is written whole before it is added. Undefined where there is none.
