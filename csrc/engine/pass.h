@@ -21,7 +21,7 @@ class Pass final : public Directions {
           arithmetic_(state.options().device(), precision), V_(std::move(V)), Y_(std::move(Y)),
           tangents_(program_.values().size()), cotangents_(program_.values().size()),
           owned_(program_.values().size(), false), of_parts_(program_.values().size(), false),
-          written_(program_.values().size(), accumulate) {}
+          placed_(program_.ops().size(), false), written_(program_.values().size(), accumulate) {}
 
     void tangent_sweep() {
         for (size_t i = 0; i < program_.ops().size(); ++i) {
@@ -150,8 +150,10 @@ class Pass final : public Directions {
         at::Tensor part = sum;
         for (size_t n = ops.size(); n-- > 0 && part.defined();)
             part = program_.rule(static_cast<size_t>(ops[n])).view(part);
+        placed_[static_cast<size_t>(ops.back())] = true;
         return part;
     }
+    bool placed() const override { return placed_[static_cast<size_t>(op_->index)]; }
 
     std::vector<at::Tensor>& kept() const override { return kept_[op_->index]; }
     ExampleProbes* probes() const override { return probes_; }
@@ -194,6 +196,7 @@ class Pass final : public Directions {
     mutable std::unordered_map<int, std::vector<at::Tensor>> kept_;  // by op
     std::vector<bool> owned_;                                        // a cotangent buffer no one else holds
     std::vector<bool> of_parts_;  // a cotangent that began as zeros, to which parts of it come
+    std::vector<bool> placed_;    // by op, a slice
     std::vector<bool> written_;   // a parameter's slice of Y that holds something
 };
 

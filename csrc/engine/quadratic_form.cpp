@@ -51,6 +51,7 @@ class OneOp final : public Directions {
     }
 
     at::Tensor place(int) override { return {}; }
+    bool placed() const override { return false; }
 
     // (K) doubles
     at::Tensor sum() {

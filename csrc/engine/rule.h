@@ -57,6 +57,8 @@ class Directions {
     // Where input i is a part of a value that is read by parts alone: memory in that value's sum, for a
     // contribution that is written whole before it is added. Undefined where there is none.
     virtual at::Tensor place(int i) = 0;
+    // Was such a place given for this op's output, so that nothing else comes there?
+    virtual bool placed() const = 0;
     // What the op's tangent leaves for its adjoint in the same pass.
     virtual std::vector<at::Tensor>& kept() const = 0;
     // Of a pass over probes of each example's own; null in any other.

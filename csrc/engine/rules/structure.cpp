@@ -53,8 +53,8 @@ void SliceRule::adjoint(Directions& d) const {
     auto [buffer, fresh] = d.accumulator(0, program_.gpu());
     if (fresh) buffer.zero_();
     const at::Tensor part = view(buffer), tdy = d.cotangent();
-    if (part.is_alias_of(tdy) && part.data_ptr() == tdy.data_ptr()) return;  // written in its place
-    fresh ? part.copy_(tdy) : part.add_(tdy);
+    if (d.placed() && part.is_alias_of(tdy)) return;  // it is there
+    fresh || d.placed() ? part.copy_(tdy) : part.add_(tdy);
 }
 
 CatRule::CatRule(const Program& program, const Op& op) : Rule(program, op), dim_(axis_of(op, output())) {}
