@@ -323,7 +323,7 @@ _AT_ONCE = 1 << 25
 
 
 def _all_equal(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    """Do the tensors of each pair agree? Those on a GPU are waited for once, not pair by pair."""
+    """Do the tensors of each pair agree? Those on a GPU are waited for once a kind, not pair by pair."""
     waiting: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for a, b in pairs:
         if not a.is_cuda or not b.is_cuda:
@@ -345,8 +345,8 @@ def _agree(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """
     largest: list[Tensor] = []  # of the differences, which are zero between equal numbers alone
     for some in _bounded(pairs):
-        now, before = (list(side) for side in zip(*some, strict=True))
-        largest += torch._foreach_norm(torch._foreach_sub(now, before), math.inf)
+        before, now = (list(side) for side in zip(*some, strict=True))
+        largest += torch._foreach_norm(torch._foreach_sub(before, now), math.inf)
     return torch.stack(largest).eq(0).all()
 
 

@@ -56,8 +56,8 @@ def test_small(name: str, frozen: tuple[int, ...]) -> None:
 
 
 def test_rounded() -> None:
-    """The operands and results of six convolutions are rounded, each by at most 2^-9: of their norm, and two layers of
-    them chain. What convolving together changes is the order of sums."""
+    """A product goes up and down two layers: of four convolutions in a chain the two operands and the result are each
+    rounded, by at most 2^-8. An error of a sixteenth of one rounding would be that of none."""
     model = net(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
     data = batch(model, 4, 16, 16, 16)
     objective = fc.Objective(model, F.mse_loss, data)
@@ -66,8 +66,6 @@ def test_rounded() -> None:
     assert rounded.plan().bf16_fraction > 0.9
     exact = full @ V
     assert 2.0**-12 <= relative(rounded @ V, exact.double()) <= 12 * 2.0**-8
-    one_by_one = torch.stack([rounded @ v for v in V.T], 1)
-    assert relative(rounded @ V, one_by_one.double()) <= 12 * 2.0**-8
 
 
 def test_large() -> None:
@@ -86,5 +84,5 @@ def test_large() -> None:
 
     for k in range(2):
         _, expected = torch.autograd.functional.vjp(gradient, weight, V[:, k].view_as(weight))
-        # Sums of 2^14 products a weight, in float32 on either side.
-        assert relative((A @ V)[:, k], expected.reshape(-1).double()) <= 1e-5
+        # Sums of 2^14 products a weight, whose roundings of 2^-24 are independent, on either side.
+        assert relative((A @ V)[:, k], expected.reshape(-1).double()) <= 2 * 2.0**-17

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda_rows.h"
-#include "fused_attention.h"
+#include "fused_attention.inl"
 
 namespace flatcore::cuda {
 
@@ -20,7 +20,9 @@ struct RowProducts {
     __device__ const T* of_a(int64_t direction, int64_t row) const {
         const auto [of_all, query] = divide(row, shape.queries);
         const auto [batch, head] = divide(of_all, shape.heads);
-        return a.data + direction * a.direction + batch * a.batch + head * a.head + query * a.row;
+        const body::AttentionItem item{static_cast<int>(batch), static_cast<int>(head), 0,
+                                       static_cast<int>(direction), 1};
+        return body::rows_of(a, item, 0) + query * a.row;
     }
     template <int N, class Team>
     __device__ void run(int64_t task) const {
