@@ -1,9 +1,9 @@
 """Types of the compiled extension. Tensors of directions are (K, P) with unit stride along P."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 class engine:
     Mode = Literal["hessian", "ggn", "covariance"]
@@ -204,3 +204,13 @@ class solvers:
         seed: int,
         on_step: Callable[[int, int], None],
     ) -> list[dict[str, Any]]: ...
+
+class changes:
+    @staticmethod
+    def versions(tensors: Iterable[Tensor]) -> bytes: ...
+    @staticmethod
+    def of_modules(model: nn.Module, loss: nn.Module | None) -> tuple[bytes, bytes, bytes]: ...
+
+    class Comparison:
+        def __init__(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None: ...
+        def equal(self) -> bool: ...

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatcore import changes
 from flatcore.capture.batch import batch_leaves, flatten_batch
 from flatcore.environment import ONE_AT_A_TIME
 
@@ -37,7 +38,7 @@ class Data:
         self._count = count
         self._device = device
         self._given: tuple[Batch, ...]
-        self._versions: list[tuple[Any, ...]]
+        self._versions: list[bytes]
         self._held: list[Batch] | None = None
         self._moved = False
         if isinstance(data, Data) and data._given:
@@ -47,7 +48,7 @@ class Data:
             return
         self._source = _source(data)
         self._given = tuple(self._source) if isinstance(self._source, list) else ()
-        self._versions = list(self._versions_given())
+        self._versions = self._versions_given()
         self._random_state = _random_state(self._source)
         held: list[Batch] = []
         counts: list[int] = []
@@ -122,14 +123,14 @@ class Data:
         """What another objective takes for the same batches, without a second copy of those held in memory."""
         return self if self._given or self._held is None else list(self._held)
 
-    def versions(self) -> tuple[Any, ...]:
+    def versions(self) -> bytes:
         """Changes when a batch of a list, or one held in memory, is changed in place."""
-        if self._given:
-            return self._versions_given()
-        return tuple(version(leaf) for batch in self._held or () for leaf in batch_leaves(batch))
+        return changes.versions(
+            leaf for batch in self._given or self._held or () for leaf in batch_leaves(batch)
+        )
 
-    def _versions_given(self) -> tuple[tuple[Any, ...], ...]:
-        return tuple(tuple(map(version, batch_leaves(batch))) for batch in self._given)
+    def _versions_given(self) -> list[bytes]:
+        return [changes.versions(batch_leaves(batch)) for batch in self._given]
 
 
 def _taken(raw: Any, device: torch.device, copy: bool) -> tuple[Batch, bool]:
@@ -164,11 +165,6 @@ def count_examples(batch: Batch, index: int) -> int:
         "data: expected batches of tensors whose leading axis counts the examples, got "
         f"{type(batch).__name__} without such a tensor in batch {index}"
     )
-
-
-def version(tensor: Tensor) -> tuple[int, int]:
-    """Changes when a tensor is changed in place or given new storage."""
-    return (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
 
 
 def _source(data: Any) -> Iterable[Any]:

@@ -47,6 +47,8 @@ class Directions:
 
     def pieces(self, K: int) -> list[slice]:
         """K directions in as few, nearly equal pieces as fit; of ``least`` at least, and then perhaps one too many."""
+        if self.most >= K:
+            return [slice(0, K)]
         count = min(-(-K // self.most), max(K // self.least, 1))
         bounds = [K * i // count for i in range(count + 1)]
         return [slice(a, b) for a, b in pairwise(bounds)]

@@ -39,15 +39,20 @@ def exclusive(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
     return locked
 
 
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
+_NOTHING = contextlib.nullcontext()
+
+
+def full_precision() -> contextlib.AbstractContextManager[None]:
     """Autocast off: products in half precision are neither symmetric nor what was asked for."""
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        yield
-        return
+    on = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return _without_autocast() if on else _NOTHING
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
     with (
         torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
+        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else _NOTHING,
     ):
         yield
 

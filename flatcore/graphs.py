@@ -11,7 +11,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -67,6 +67,7 @@ class _Recorded:
     Y: Tensor
     replay: Callable[[], None]
     bytes: int
+    streams: set[int] = field(default_factory=set)  # that it was replayed on
 
 
 class Graphs:
@@ -80,7 +81,8 @@ class Graphs:
         self._recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()
         self._refused: set[Hashable] = set()
         self._lock = threading.RLock()
-        self._last: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None  # of the last replay
+        self._ended: torch.cuda.Event | None = None  # with the last replay
         self.bytes = 0
 
     def run(
@@ -121,21 +123,29 @@ class Graphs:
         return self._recorded[key] or (self._record(key, launch, V, size) if size <= room else None)
 
     def _replay(self, recorded: _Recorded, V: Tensor, Y: Tensor, accumulate: bool) -> None:
-        stream = torch.cuda.current_stream(V.device) if V.is_cuda else None
-        if stream is not None:
-            # All replays use the same memory, which the allocator must not give away before this one has ended.
-            if self._last is not None:
-                stream.wait_event(self._last)
-            recorded.V.record_stream(stream)
-            recorded.Y.record_stream(stream)
+        if V.is_cuda:
+            self._go_to(torch.cuda.current_stream(V.device), recorded)
         recorded.V.copy_(V)
         recorded.replay()
         if accumulate:
             Y.add_(recorded.Y)
         else:
             Y.copy_(recorded.Y)
-        if stream is not None:
-            self._last = stream.record_event()
+        if self._ended and self._stream:
+            self._ended.record(self._stream)
+
+    def _go_to(self, stream: torch.cuda.Stream, recorded: _Recorded) -> None:
+        """All replays use the same memory: each waits for the one before, and the allocator, which gives away what
+        is dropped, for the last on every stream."""
+        if not self._ended:
+            self._ended = torch.cuda.Event()
+        elif stream != self._stream:
+            stream.wait_event(self._ended)
+        self._stream = stream
+        if stream.cuda_stream not in recorded.streams:
+            recorded.streams.add(stream.cuda_stream)
+            recorded.V.record_stream(stream)
+            recorded.Y.record_stream(stream)
 
     def _record(self, key: Hashable, launch: Launch, V: Tensor, size: int) -> _Recorded | None:
         into = torch.empty(V.shape, dtype=V.dtype, device=V.device)

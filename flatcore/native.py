@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from flatcore import checks
+from flatcore import changes, checks
 from flatcore._C import engine
 from flatcore.capture import (
     Program,
@@ -24,7 +25,7 @@ from flatcore.capture import (
     named_tensors,
 )
 from flatcore.compiled import Compiled, engine_program, plan_rows
-from flatcore.data import Batch, version
+from flatcore.data import Batch
 from flatcore.directions import Directions
 from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
@@ -99,7 +100,7 @@ class NativeBackend:
                 return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
         return self.mixing() if mode == "covariance" else ""
 
-    @property
+    @functools.cached_property
     def external(self) -> list[str]:
         """The operations that run through autograd, with the modules they stand in."""
         ops = [op for compiled in self._compiled.values() for op in compiled.program.ops]
@@ -135,10 +136,11 @@ class NativeBackend:
         examples = self.objective.examples
 
         def all_batches(pieces: list[slice]) -> None:
+            parts = [(V, Y)] if len(pieces) == 1 else [(V[piece], Y[piece]) for piece in pieces]
             accumulate = False
             for batch, state in self._linearizations(at):
-                for piece in pieces:
-                    self._product(state, batch, V[piece], Y[piece], mode, accumulate, examples, precision)
+                for rows, into in parts:
+                    self._product(state, batch, rows, into, mode, accumulate, examples, precision)
                 accumulate = True
 
         self._run(mode, precision, V.shape[0], all_batches)
@@ -311,7 +313,7 @@ class NativeBackend:
     def _linearizations(self, snapshot: Snapshot) -> Iterator[tuple[WeightedBatch, engine.Linearization]]:
         """The states of all batches at these parameters, kept as far as the budget goes."""
         with ONE_AT_A_TIME:
-            point = (snapshot, *map(version, self._code_tensors()))
+            point = (snapshot, changes.versions(self._code_tensors))
             if point != self._point:
                 self._states, self._graphs, self._held, self._point = {}, {}, 0, point
             states = self._states  # another thread may go on to other parameters meanwhile
@@ -327,6 +329,7 @@ class NativeBackend:
                         states[batch.index] = state
             yield batch, state
 
+    @functools.cached_property
     def _code_tensors(self) -> list[Tensor]:
         """Tensors that the model or the loss hold outside their modules, in a closure say."""
         sources = [s for c in self._compiled.values() for s in c.program.prelude.sources]

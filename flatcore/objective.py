@@ -3,24 +3,25 @@ parameters."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from flatcore import checks
+from flatcore import changes, checks
 from flatcore.capture.batch import split_batch
-from flatcore.data import Batch, Data, count_examples, version
-from flatcore.environment import exclusive
+from flatcore.data import Batch, Data, count_examples
+from flatcore.environment import ONE_AT_A_TIME, exclusive
 from flatcore.evaluate import Evaluation, Evaluator, ModelLoss, hf_loss, plain_torch, takes_apart
 from flatcore.memory import Budget
 from flatcore.parameters import Selection, select
 from flatcore.vectors import Layout
 
 __all__ = ["ModelLoss", "Objective", "Snapshot", "WeightedBatch", "hf_loss"]
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,13 @@ class Snapshot:
     """
 
     values: dict[str, Tensor]
-    versions: tuple[Any, ...]
-    surroundings: tuple[Any, ...]
-    modules: tuple[tuple[int, bool], ...]
+    versions: bytes
+    surroundings: bytes
+    modules: bytes
+
+    @property
+    def traces(self) -> tuple[bytes, bytes, bytes]:
+        return self.versions, self.surroundings, self.modules
 
 
 class Objective:
@@ -198,12 +203,10 @@ class Objective:
         by the mode of every module, and by comparing the selected parameters themselves (a write through
         `.data` leaves no other trace).
         """
-        versions, surroundings, modules = self._traces()
+        versions, surroundings, modules = traces = self._traces()
         old = self._snapshot
-        if old:
-            same = (old.versions, old.surroundings, old.modules) == (versions, surroundings, modules)
-            if same and _all_equal(self._pairs(old)):
-                return old
+        if old and old.traces == traces and self._comparison(old).equal():
+            return old
         current = self.parameters
         self._places = [_place(self.model, name) for name in current]
         if old:
@@ -219,26 +222,35 @@ class Objective:
         self._snapshot = new
         return new
 
-    def _traces(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[tuple[int, bool], ...]]:
-        """Versions of all parameters; versions of the surroundings; identities and modes of the modules."""
-        parameters: list[Any] = []
-        surroundings: list[Any] = []
-        modules: list[tuple[int, bool]] = []
-        loss = self.loss_function
-        roots = [self.model, loss] if isinstance(loss, nn.Module) else [self.model]
-        for root in roots:
-            ours = parameters if root is self.model else surroundings
-            for module in root.modules():  # one walk: this runs before every product
-                modules.append((id(module), module.training))
-                ours.extend(version(p) for p in module._parameters.values() if p is not None)
-                surroundings.extend(version(b) for b in module._buffers.values() if b is not None)
-        return tuple(parameters), (*surroundings, self.data.versions()), tuple(modules)
+    def at_present(self, work: Callable[[Snapshot], _Result]) -> _Result:
+        """work(snapshot()), for work that may be done twice. On a GPU, which takes its time to compare the parameters,
+        it is begun at the last snapshot meanwhile, and done again where that turns out to be an old one."""
+        if not _goes_on_meanwhile(self.layout.device):
+            return work(self.snapshot())
+        with ONE_AT_A_TIME:
+            old = self._snapshot
+            comparison = self._comparison(old) if old and old.traces == self._traces() else None
+        if old and comparison:
+            result = work(old)
+            if comparison.equal():
+                return result
+        return work(self.snapshot())
 
-    def _pairs(self, snapshot: Snapshot) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each copied value beside the parameter that now stands in its place."""
-        for value, (module, key) in zip(snapshot.values.values(), self._places, strict=True):
-            now = module._parameters.get(key)
-            yield value, value.new_empty(0) if now is None else now
+    def _traces(self) -> tuple[bytes, bytes, bytes]:
+        """Versions of all parameters; versions of the surroundings; identities and modes of the modules."""
+        loss = self.loss_function
+        parameters, surroundings, modules = changes.of_modules(
+            self.model, loss if isinstance(loss, nn.Module) else None
+        )
+        return parameters, surroundings + self.data.versions(), modules
+
+    def _comparison(self, snapshot: Snapshot) -> changes.Comparison:
+        """Of each copied value with the parameter that now stands in its place."""
+        values = list(snapshot.values.values())
+        now = [module._parameters.get(key) for module, key in self._places]
+        return changes.Comparison(
+            values, [values[i].new_empty(0) if p is None else p for i, p in enumerate(now)]
+        )
 
     def _device_of_batches(self) -> torch.device:
         """Where a batch goes that is on the CPU: to the model, if that is in one place and the batch is not the matter
@@ -318,48 +330,6 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), key
 
 
-# Elements of parameters on a GPU whose differences are held at once.
-_AT_ONCE = 1 << 25
-
-
-def _all_equal(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    """Do the tensors of each pair agree? Those on a GPU are waited for once a kind, not pair by pair."""
-    waiting: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-    for a, b in pairs:
-        if not a.is_cuda or not b.is_cuda:
-            if not torch.equal(a, b):
-                return False
-        elif (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-            return False
-        elif a.numel():
-            # Where one pair does not lie alike, torch takes all of its list one by one.
-            waiting.setdefault((a.dtype, a.device, a.stride() == b.stride()), []).append((a, b))
-    return all(bool(_agree(alike)) for alike in waiting.values())
-
-
-@torch.no_grad()
-def _agree(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Whether the tensors of each pair agree, of one dtype and device, none empty: a scalar there, not waited for.
-
-    A few launches for all of them, where comparing pair by pair takes two for each.
-    """
-    largest: list[Tensor] = []  # of the differences, which are zero between equal numbers alone
-    for some in _bounded(pairs):
-        before, now = (list(side) for side in zip(*some, strict=True))
-        largest += torch._foreach_norm(torch._foreach_sub(before, now), math.inf)
-    return torch.stack(largest).eq(0).all()
-
-
-def _bounded(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The pairs in lists of at most `_AT_ONCE` elements each; longer ones that lie dense in parts, others alone."""
-    some: list[tuple[Tensor, Tensor]] = []
-    room = _AT_ONCE
-    for pair in pairs:
-        dense = all(t.is_contiguous() for t in pair)
-        for a, b in zip(*(t.view(-1).split(_AT_ONCE) for t in pair), strict=True) if dense else [pair]:
-            if some and a.numel() > room:
-                yield some
-                some, room = [], _AT_ONCE
-            some.append((a, b))
-            room -= a.numel()
-    yield some
+def _goes_on_meanwhile(device: torch.device) -> bool:
+    """Does it work while the process does something else?"""
+    return device.type == "cuda"

@@ -78,14 +78,18 @@ class Operator:
         return self.objective.parameter_slices
 
     def __matmul__(self, V: Directions) -> Any:
-        snapshot = self.objective.snapshot()
-        rows, restore = to_rows(V, self.objective.layout)
-        return restore(self._product(rows, snapshot))
+        def product(at: Snapshot) -> Any:
+            rows, restore = to_rows(V, self.objective.layout)
+            return restore(self._product(rows, at))
+
+        return self.objective.at_present(product)
 
     def _product(self, V: Tensor, at: Snapshot) -> Tensor:
-        with torch.inference_mode(False):
-            Y = torch.empty_like(V, memory_format=torch.contiguous_format)
-            engine.use_large_pages(Y)
+        Y = torch.empty_like(V, memory_format=torch.contiguous_format)
+        if Y.is_inference():  # which no program could be trained through
+            with torch.inference_mode(False):
+                Y = torch.empty_like(V, memory_format=torch.contiguous_format)
+        engine.use_large_pages(Y)
         if V.shape[0]:
             with full_precision():
                 backend_for(self.objective, self.mode).product(self.mode, V, Y, at, self.precision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from untouched import one_thread, untouched
 
 import flatcore as fc
 from flatcore.errors import FlatcoreWarning
-from flatcore.objective import _agree, _bounded
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -300,24 +298,3 @@ def test_the_state_is_kept_between_products(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_compiled_module_counts_as_the_module_inside() -> None:
     model, loss, batches = build("mlp-ce")
     assert fc.Objective(torch.compile(model), loss, batches).model is model
-
-
-@pytest.mark.parametrize("at_once", [1 << 25, 4, 1])
-def test_parameters_compared_without_waiting(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: any entry of any tensor counts, of a transposed one too, and NaN agrees with nothing."""
-    monkeypatch.setattr("flatcore.objective._AT_ONCE", at_once)
-    before = [torch.arange(6.0).reshape(2, 3), torch.arange(4.0), torch.tensor(1.0), torch.tensor([1e-45])]
-    now = [before[0].T.contiguous().T, *(t.clone() for t in before[1:])]
-    pairs = list(zip(before, now, strict=True))
-    groups = list(_bounded(pairs))
-    assert all(0 < sum(a.numel() for a, _ in group) <= max(at_once, 6) for group in groups)
-    assert at_once > 12 or max(len(group) for group in groups) <= at_once
-    assert sum(a.numel() for group in groups for a, _ in group) == 12
-    assert bool(_agree(pairs))
-    for t in now:
-        for i in np.ndindex(*t.shape):
-            old = t[i].clone()
-            for other in (torch.nextafter(old, torch.tensor(math.inf)), math.nan):
-                t[i] = other
-                assert not bool(_agree(pairs))
-            t[i] = old

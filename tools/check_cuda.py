@@ -34,6 +34,7 @@ ENGINE_TESTS = (
     "tests/test_engine.py::test_gradient_covariance",
     "tests/test_parts.py",
     "tests/test_gpu_convolution.py",
+    "tests/test_changes.py",
     "tests/test_gpu_attention.py",
     "tests/test_gpu_rounding.py",
     "--tb=short",

@@ -34,7 +34,8 @@ CPP_FORBIDDEN = {
 PYTHON_LAYERS = {
     "extension": "_C _build",
     "start": "_load",
-    "foundation": "errors results progress memory environment parameters vectors plan linear quadrature means spectral",
+    "foundation": "errors results progress memory environment changes parameters vectors plan linear quadrature "
+    "means spectral",
     "capture": "capture",
     "objective": "data evaluate checks objective",
     "operators": "tuning precision directions graphs compiled autograd native backend example_outputs example_sweeps "

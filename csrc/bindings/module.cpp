@@ -9,6 +9,7 @@ void bind_krylov(py::module_ m);
 void bind_estimators(py::module_ m);
 void bind_solvers(py::module_ m);
 void bind_eigensolver(py::module_ m);
+void bind_changes(py::module_ m);
 
 }  // namespace flatcore
 
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_C, m) {
     flatcore::bind_estimators(m);
     flatcore::bind_solvers(m);
     flatcore::bind_eigensolver(m);
+    flatcore::bind_changes(m);
 }

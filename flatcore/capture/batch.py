@@ -63,8 +63,8 @@ class Structure:
 
 def flatten_batch(batch: Any) -> tuple[list[Tensor], Structure]:
     """The tensors of a batch and the rest of it."""
-    foreign = isinstance(batch, Mapping) and not pytree.SUPPORTED_NODES.get(type(batch))
-    leaves, spec = pytree.tree_flatten(dict(batch) if foreign else batch)
+    known = _known(batch)
+    leaves, spec = pytree.tree_flatten(known)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
     key = (
@@ -72,11 +72,17 @@ def flatten_batch(batch: Any) -> tuple[list[Tensor], Structure]:
         tuple((tuple(t.shape), t.dtype, t.device) for t in tensors),
         tuple((i, repr(leaf)) for i, leaf in others),
     )
-    return tensors, Structure(spec, others, batch if foreign else None, key)
+    return tensors, Structure(spec, others, None if known is batch else batch, key)
 
 
 def batch_leaves(batch: Any) -> list[Tensor]:
     """The tensors of a batch, in the order in which a prelude takes them."""
     if type(batch) is tuple and all(isinstance(part, Tensor) for part in batch):
         return list(batch)  # the common form, needed before every product
-    return flatten_batch(batch)[0]
+    return [leaf for leaf in pytree.tree_leaves(_known(batch)) if isinstance(leaf, Tensor)]
+
+
+def _known(batch: Any) -> Any:
+    """The batch, as a dict where it is a mapping of a type that torch does not take apart."""
+    foreign = isinstance(batch, Mapping) and not pytree.SUPPORTED_NODES.get(type(batch))
+    return dict(batch) if foreign else batch

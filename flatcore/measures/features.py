@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatcore import checks
-from flatcore.data import version
+from flatcore.changes import versions
 from flatcore.environment import exclusive
 from flatcore.evaluate import Evaluation, plain_torch
 from flatcore.measures.layers import Layer
@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
     given: Tensor
     output: Any
-    versions: tuple[Any, ...]
+    versions: bytes
 
     @property
     def changed(self) -> bool:
@@ -43,8 +43,8 @@ class Call(NamedTuple):
         return _versions(self.given, self.output) != self.versions
 
 
-def _versions(*values: Any) -> tuple[Any, ...]:
-    return tuple(version(value) for value in values if isinstance(value, Tensor))
+def _versions(*values: Any) -> bytes:
+    return versions(value for value in values if isinstance(value, Tensor))
 
 
 @exclusive
