@@ -70,6 +70,26 @@ def test_the_current_stream_is_obeyed(name, graphs, monkeypatch):
 
 
 @on_cuda
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_write_that_leaves_no_trace(graphs, monkeypatch):
+    """Through `.data`, and still to come when the product is asked for: only the values tell."""
+    if not graphs:
+        monkeypatch.setattr("flatcore.native.pays", lambda V: False)
+    objective = objective_there(NAMED["bench-mlp"])
+    H = fc.Hessian(objective)
+    V = directions(H.shape[0], 3).to(DEVICE)
+    before = [H @ V for _ in range(3)][-1]
+    parameters = list(objective.model.parameters())
+    torch.cuda._sleep(20_000_000)
+    parameters[-1].data[-1] += 0.5
+    now = H @ V
+    assert relative(now, before) > 1e-3
+    with torch.no_grad():
+        parameters[-1].add_(0)  # counted: taken again
+    assert torch.equal(H @ V, now)
+
+
+@on_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds no second CUDA device")
 @pytest.mark.parametrize("name", SOME)
 def test_another_device_is_current(name):
