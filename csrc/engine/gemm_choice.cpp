@@ -5,8 +5,10 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <atomic>
@@ -52,6 +54,21 @@ void by_blas(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool
 
 void by_onednn(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
     at::native::mkldnn_matmul(a, b, c, accumulate ? 1.0F : 0.0F, 1.0F);
+}
+
+// torch refuses float32 too where a processor has no instructions for bfloat16 (AVX2 alone, say). Tried once.
+bool onednn_multiplies() {
+    static const bool found = [] {
+        if (!at::globalContext().hasMKLDNN()) return false;
+        const at::Tensor a = at::ones({kNarrowest, kNarrowest}, at::kFloat), c = at::zeros_like(a);
+        try {
+            by_onednn(c, a, a, false);
+        } catch (const c10::Error&) {
+            return false;
+        }
+        return at::equal(c, at::mm(a, a));
+    }();
+    return found;
 }
 
 template <class Run>
@@ -104,10 +121,11 @@ GemmClass class_of(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b
 
 bool onednn_chosen(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b) {
     if (policy == Policy::blas || c.scalar_type() != at::kFloat || !c.is_cpu() ||
-        !at::globalContext().userEnabledMkldnn() || !at::globalContext().hasMKLDNN())
+        !at::globalContext().userEnabledMkldnn())
         return false;
     if (std::min({c.size(-2), c.size(-1), a.size(-1)}) < kNarrowest) return false;
     if (c.numel() * a.size(-1) < kSmallest || !plain(a) || !plain(b) || c.stride(-1) != 1) return false;
+    if (!onednn_multiplies()) return false;
     if (policy != Policy::measure) return policy == Policy::onednn;
     const GemmClass g = class_of(c, a, b);
     const std::lock_guard lock(choices_mutex);
