@@ -210,12 +210,12 @@ class AutogradBackend:
             total += count / divisor * float(result.loss.detach())
             g = _flat_gradient(result.loss, theta) * (objective.examples * batch.weight * count / divisor)
             Y.addr_(V @ g, g, alpha=1 / objective.examples)
-        if abs(total - float(whole.loss.detach())) > _agreement(objective.layout.dtype) * max(
-            abs(total), abs(float(whole.loss.detach()))
-        ):
+        of_all = float(whole.loss.detach())
+        # An example alone may have no loss at all: one with a standard deviation over the batch is then not a number.
+        if not abs(total - of_all) <= _agreement(objective.layout.dtype) * max(abs(total), abs(of_all)):
             raise ValueError(
                 "loss: the gradient covariance needs a loss that is the mean over the examples, got "
-                f"{float(whole.loss.detach()):.6g} for batch {batch.index} and {total:.6g} as the mean "
+                f"{of_all:.6g} for batch {batch.index} and {total:.6g} as the mean "
                 "over its examples one by one"
             )
 

@@ -40,6 +40,8 @@ def block_spectra(
     ``which`` and ``tol`` as in ``eigsh``, the tolerance relative to each block's own largest |eigenvalue|.
     Further copies of an eigenvalue within a block are found where its recurrence ends, as in blocks of low
     rank; copies in a block of many different eigenvalues may be missed: for one such block use ``eigsh``.
+    A block that is rounding alone, such as that of the keys' bias in attention, counts as zero, and so converged: no
+    larger than 8 eps |A x| for its whole rows A x, or for the largest of all blocks and not symmetric.
 
     Costs one product a step and block that has not converged, and k a block for the true residuals. Memory:
     steps + 3 block_size vectors, whatever the number of blocks. ``max_steps``: by default max(100, 10 k).
@@ -102,7 +104,7 @@ def _eigenpairs(found: dict[str, Any], which: str, tol: float, seconds: float, s
     values = torch.tensor(found["values"], dtype=torch.float64, device="cpu")
     residuals = torch.tensor(found["residuals"], dtype=torch.float64, device="cpu")
     order = torch.argsort(values) if which == "BE" else torch.arange(len(values), device="cpu")
-    converged = residuals <= tol * found["scale"]
+    converged = residuals <= max(tol * found["scale"], found["rounding"])
     missing = int((~converged).sum())
     return Eigenpairs(
         values=values[order],

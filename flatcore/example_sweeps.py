@@ -155,11 +155,15 @@ class ExampleSweeps:
             entries = list(self._zeros(2, self._objective.layout.size)) if diagonal else []
             for batch, first_example, state, compiled in self._states(at):
                 sums = self._zeros(K, len(compiled.program.probed), batch.examples)
-                outputs = Outputs(compiled.program, state, batch.examples, self._objective.layout)
+                outputs = (
+                    Outputs(compiled.program, state, batch.examples, self._objective.layout)
+                    if by_outputs
+                    else None
+                )
                 for piece in pieces:
                     number, count = first + piece.start, piece.stop - piece.start
-                    drawn = outputs.sampled(seed, number, count, first_example) if by_outputs else None
-                    if drawn is not None:
+                    drawn = outputs.sampled(seed, number, count, first_example) if outputs else None
+                    if outputs and drawn is not None:
                         state.output_pass(outputs.value, drawn, sums[piece])
                         continue
                     whole = len(pieces) == 1

@@ -117,7 +117,7 @@ def soft_rank(
     below -damping raises ValueError. Quadrature bounds as in ``logdet``.
     """
     options = Options.checked("soft_rank", method, _PROBES, rtol, max_matvecs, seed, progress)
-    return _soft_rank(A, check_positive("damping", damping, 1e-3), options, steps)
+    return _soft_rank(A, check_positive("damping", damping, 1e-3), options, steps, "damping")
 
 
 def effective_dimension(
@@ -138,7 +138,7 @@ def effective_dimension(
     belong to the mean loss: for these z is the prior's precision / N. The same sum as ``soft_rank`` with damping = z.
     """
     options = Options.checked("effective_dimension", method, _PROBES, rtol, max_matvecs, seed, progress)
-    return _soft_rank(A, check_positive("z", z, 1e-3), options, steps)
+    return _soft_rank(A, check_positive("z", z, 1e-3), options, steps, "z")
 
 
 def schatten(
@@ -203,9 +203,14 @@ def participation_ratio(
     return _from_products(A, _TraceAndSquareSource, quotient(), lambda t, q: t**2 / q if q else 0.0, options)
 
 
-def _soft_rank(A: Any, damping: float, options: Options, steps: int | None) -> Estimate:
+def _soft_rank(A: Any, shift: float, options: Options, steps: int | None, argument: str) -> Estimate:
     function = Function(
-        lambda x: x / (x + damping), "x / (x + damping)", pole=-damping, bernstein=True, nonnegative=True
+        lambda x: x / (x + shift),
+        f"x / (x + {argument})",
+        pole=-shift,
+        bernstein=True,
+        nonnegative=True,
+        argument=argument,
     )
     return _sum(A, function, total(), options, steps)
 

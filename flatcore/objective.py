@@ -103,6 +103,11 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model: expected a torch.nn.Module, got one of torch.jit, whose code is compiled already; pass the "
+                "module that it was made from"
+            )
         if not (callable(loss) or isinstance(loss, ModelLoss)):
             raise TypeError(
                 f"loss: expected a callable(output, target) or ModelLoss(fn), got {type(loss).__name__}"

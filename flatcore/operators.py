@@ -122,6 +122,7 @@ class Operator:
         if self.precision != "full":
             return f'precision="{self.precision}" is for products'
         at = self.objective.snapshot()
+        backend_for(self.objective, self.mode)  # says so where there is no such matrix
         found = sweeps_for(self.objective, at)
         if isinstance(found, str):
             return found

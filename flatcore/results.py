@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,12 @@ class BlockSpectra:
 
     def __getitem__(self, name: str) -> Eigenpairs:
         return self.by_parameter[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_parameter)
+
+    def __len__(self) -> int:
+        return len(self.by_parameter)
 
 
 @dataclass(frozen=True)

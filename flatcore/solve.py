@@ -67,7 +67,7 @@ def solve(
     iterations, curvature, reason = 0, math.inf, ""
     with full_precision(), progress_bar("solve", total=limit, enabled=progress) as bar:
         if bool((sizes > 0).any()):
-            check_symmetric(products)
+            check_symmetric(products, damping)
         for _ in range(_ROUNDS):
             open_rows = (errors > tol).nonzero().flatten()
             left = limit - products.used - len(open_rows)
@@ -134,12 +134,13 @@ def _correct(
     return (step if scale is None else step * scale), found
 
 
-def check_symmetric(products: Products) -> None:
-    """Two products with random signs u and v: <u, A v> = <A u, v>, to half of the digits of |A v|."""
+def check_symmetric(products: Products, damping: float = 0.0) -> None:
+    """Two products with random signs u and v: <u, A v> = <A u, v>, to half of the digits of |A v + damping v|."""
     probes = products.probes(0, 0, 2)
     images = products(probes).double()
     one, other = float(probes[0].double() @ images[1]), float(probes[1].double() @ images[0])
-    if abs(one - other) > torch.finfo(products.dtype).eps ** 0.5 * float(images.norm(dim=1).max()):
+    size = float((images + damping * probes.double()).norm(dim=1).max())
+    if abs(one - other) > torch.finfo(products.dtype).eps ** 0.5 * size:
         raise ValueError(
             f"A: expected a symmetric operator, got <u, A v> = {one:.6g} but <A u, v> = {other:.6g} for two "
             "vectors of random signs; give e.g. (A + A.T) / 2"

@@ -25,6 +25,7 @@ class Function:
     bernstein: its derivative is completely monotone above the pole (log(x + d), x / (x + d)), so that all derivatives
         have alternating signs: Gauss rules give upper bounds, Gauss-Radau rules with the left end lower ones.
     nonnegative: meant for spectra without negative eigenvalues; ``lowest_negative`` is the lowest one met, or 0.
+    argument: what the caller knows -pole as.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class Function:
         pole: float = -np.inf,
         bernstein: bool = False,
         nonnegative: bool = False,
+        argument: str = "damping",
     ) -> None:
         if not callable(f):
             raise TypeError(f"{text}: expected a function of an array of eigenvalues, got {type(f).__name__}")
         self._f, self._text, self._nonnegative = f, text, nonnegative
-        self.pole, self.bernstein = pole, bernstein
+        self.pole, self.bernstein, self._argument = pole, bernstein, argument
         self.lowest_negative = 0.0
 
     def __call__(self, eigenvalues: np.ndarray) -> np.ndarray:
@@ -60,10 +62,11 @@ class Function:
     def check(self, eigenvalues: np.ndarray, zero: float) -> None:
         """Refuses eigenvalues at the pole or below it, up to the rounding ``zero``."""
         least = float(eigenvalues.min())
+        name = self._argument
         if least <= self.pole + zero:
             raise ValueError(
-                f"damping: expected A + damping to be positive definite beyond the rounding {zero:.2g} of A's "
-                f"products, got damping {-self.pole:g} with an eigenvalue of A at or below {least:.6g}; raise damping"
+                f"{name}: expected A + {name} I to be positive definite beyond the rounding {zero:.2g} of A's "
+                f"products, got {name} {-self.pole:g} with an eigenvalue of A at or below {least:.6g}; raise {name}"
                 + (
                     ", or take fc.GGN, which has no negative eigenvalues for a convex loss"
                     if least < -zero

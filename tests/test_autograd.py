@@ -109,3 +109,17 @@ def test_covariance_example_by_example_where_the_output_is_not_known(monkeypatch
     scaled = fc.ModelLoss(lambda model, batch: 2 * loss(model(batch[0]), batch[1]) / 2)
     A = without_engine(monkeypatch, fc.GradientCovariance, fc.Objective(model, scaled, batches))
     assert_close(A.to_dense(), reference(fc.GradientCovariance, model, loss, joined(batches)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_covariance_where_an_example_alone_has_no_loss() -> None:
+    """The standard deviation of one is not a number, and neither may the product be."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        z = model(batch[0])
+        z = (z - z.mean(0)) / z.std(0)
+        return z[:, 0].pow(4).mean() + (z.T @ z / len(z)).square().sum()
+
+    objective = fc.Objective(nn.Linear(4, 3), fc.ModelLoss(loss), (torch.randn(5, 4),))
+    with pytest.raises(ValueError, match=r"^loss: the gradient covariance needs .* nan as the mean"):
+        fc.GradientCovariance(objective) @ torch.ones(15)

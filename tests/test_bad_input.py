@@ -51,6 +51,15 @@ def test_model_is_not_a_module() -> None:
     refused(lambda x: x, CE, (X, Y), "model:", "torch.nn.Module", "function")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(1, 3))]
+)
+def test_model_of_jit(compiled: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got one of torch\.jit"):
+        fc.Objective(compiled(nn.Linear(3, 2)), nn.MSELoss(), (torch.ones(1, 3), torch.ones(1, 2)))
+
+
 def test_no_trainable_parameter() -> None:
     refused(mlp().requires_grad_(False), CE, (X, Y), "model:", "requires_grad", "none of 4", "params=")
 

@@ -176,3 +176,50 @@ def test_refused(arguments: dict, message: str) -> None:
 def test_needs_slices() -> None:
     with pytest.raises(ValueError, match=r"parameter_slices .* got Tensor without"):
         block_spectra(torch.eye(4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_of_nothing_but_rounding(dtype: torch.dtype) -> None:
+    """As of the keys' bias in attention: its own block is zero, its products with the rest are not."""
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((30, 30))
+    A = torch.tensor(A + A.T).to(dtype)
+    noise = torch.tensor(rng.standard_normal((12, 12))).to(dtype) * torch.finfo(dtype).eps
+    A[:12, :12] = noise  # not symmetric
+    slices = {"rounding": slice(0, 12), "other": slice(12, 30)}
+    found = block_spectra(WithSlices(A, slices), k=2)
+    assert found.status == "converged"
+    assert found["rounding"].values.abs().max() <= 8 * noise.norm()
+    expected = wanted(np.linalg.eigvalsh(A[12:, 12:].double().numpy()), 2, "LM")
+    assert np.allclose(found["other"].values.numpy(), expected, atol=1e-2 * abs(expected[0]))
+    assert list(found) == ["rounding", "other"] and len(found) == 2 and "bias" not in found
+
+
+def test_a_block_that_is_not_symmetric_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    A = torch.tensor(rng.standard_normal((30, 30)))
+    A = A + A.T
+    A[0, 5] += 1.0
+    with pytest.raises(ValueError, match=r"^A.*symmetric"):
+        block_spectra(WithSlices(A, {"one": slice(0, 12), "two": slice(12, 30)}))
+
+
+def test_an_attention_with_a_bias_of_its_keys() -> None:
+    torch.manual_seed(0)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+            return y.mean(1)
+
+    data = (torch.randn(5, 3, 4), torch.randint(4, (5,)))
+    H = fc.Hessian(fc.Objective(Attention(), nn.CrossEntropyLoss(), data))
+    found = fc.block_spectra(H, k=1)
+    largest = max(float(pairs.values.abs().max()) for pairs in found.by_parameter.values())
+    assert found.status == "converged"
+    # Not more than the rounding of some ten sums of numbers of the largest's size.
+    assert float(found["k.bias"].values.abs()) <= 100 * torch.finfo(torch.float32).eps * largest

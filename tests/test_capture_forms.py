@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import flatcore as fc
 from tests.test_capture import FLOAT64, case_named, interpreted, program_of
 
 
@@ -82,3 +83,33 @@ def test_a_mask_that_says_causal_is_none(name: str) -> None:
     assert (op.inputs[3] is None) == causal
     expected = F.cross_entropy(model(batch[0]), batch[1])
     assert abs(interpreted(program, model, nn.CrossEntropyLoss(), batch) - expected) < 1e-12
+
+
+class Cumulative(nn.Module):
+    """Sums along the examples, as in the partial likelihood of Cox, and along the last axis."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x).tanh().cumsum(-1).cumsum(0) / x.shape[0]
+
+
+@pytest.mark.parametrize("size", [1, 256, 257, 289, 300])
+def test_cumulative_sums_of_any_length(size: int) -> None:
+    """Of many elements in pieces: as the sums of torch, and without a matrix of their square."""
+    torch.manual_seed(0)
+    model = Cumulative(size).to(FLOAT64)
+    batch = (torch.randn(261, 2, dtype=FLOAT64), torch.randn(261, size, dtype=FLOAT64))
+    program = program_of(model, nn.MSELoss(), batch)
+    expected = F.mse_loss(model(batch[0]), batch[1])
+    assert abs(interpreted(program, model, nn.MSELoss(), batch) - expected) <= 1e-12 * expected
+    # x, z, y and what is padded around them, and triangles of up to 256 elements a side
+    assert max(value.numel for value in program.values) <= max(256**2, 289 * (size + 40))
+    V = torch.randn(3 * size, 1, dtype=FLOAT64)
+    parameters = list(model.parameters())
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, parameters, create_graph=True)])
+    exact = torch.cat([h.flatten() for h in torch.autograd.grad(gradient @ V[:, 0], parameters)])
+    product = fc.Hessian(fc.Objective(model, nn.MSELoss(), batch)) @ V[:, 0]
+    assert (product - exact).norm() <= 1e-12 * exact.norm()

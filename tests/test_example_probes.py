@@ -289,3 +289,35 @@ def test_arguments():
     H = fc.Hessian(fc.Objective(tanh_net(), nn.CrossEntropyLoss(), data()))
     with pytest.warns(FlatcoreWarning, match="raise max_matvecs or rtol"):
         assert fc.trace(H, method="example", max_matvecs=2, rtol=1e-6).status != "converged"
+
+
+def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """A loss of the caller's own: there is no cut between it and the model."""
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def times_a_mean(output: Tensor, target: Tensor) -> Tensor:
+    """A product of two numbers: no axis that examples could lie along."""
+    return nn.functional.mse_loss(output, target) * nn.functional.l1_loss(output, target)
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "hutchinson"])
+@pytest.mark.parametrize("loss", [fc.ModelLoss(squares), times_a_mean], ids=["no cut", "product of numbers"])
+def test_sums_where_there_is_no_cut_or_no_sum_over_examples(loss: object, method: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    data = (torch.randn(5, 8).double(), torch.randn(5, 2).double())
+    H = fc.Hessian(fc.Objective(model, loss, data))
+    diagonal = dense(H)
+    for function, wanted in ((fc.trace, diagonal.sum()), (fc.diagonal, diagonal)):
+        found = function(H, method=method, rtol=0.5, max_matvecs=400)
+        error = (torch.as_tensor(found.value, dtype=torch.float64) - wanted).norm() / wanted.norm()
+        assert error <= (1e-12 if "exact" in found.method else 1.0)
+
+
+def test_no_gauss_newton_matrix_without_a_cut():
+    model = nn.Linear(8, 2)
+    G = fc.GGN(fc.Objective(model, fc.ModelLoss(squares), (torch.randn(5, 8), torch.randn(5, 2))))
+    for work in (fc.trace, fc.diagonal, lambda A: A @ torch.ones(18)):
+        with pytest.raises(ValueError, match=r"^loss: the Gauss-Newton matrix needs a cut"):
+            work(G)

@@ -274,3 +274,14 @@ def test_refused(call: Callable[[], Any], error: type[Exception], text: str) -> 
     with pytest.raises(error, match=text) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_what_must_be_raised_is_named_as_the_caller_knows_it() -> None:
+    A = torch.diag(torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64))
+    for call, name in (
+        (lambda: fc.effective_dimension(A, 0.5), "z"),
+        (lambda: fc.soft_rank(A, 0.5), "damping"),
+        (lambda: fc.logdet(A, 0.5), "damping"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: expected A \+ {name} I .* raise {name}"):
+            call()

@@ -210,6 +210,8 @@ void bind_engine(py::module_ m) {
                "Which library multiplies float32 matrices: measure, blas or onednn.");
     engine.def("set_attention_policy", &set_attention_policy, py::arg("policy"),
                "Attention on a GPU, for states made from now on: choose, tiles or fused.");
+    engine.def("onednn_multiplies", &onednn_multiplies,
+               "Does torch's oneDNN take float32 matrices on this processor?");
     engine.def("gemm_choices", &gemm_choices, "What was measured: class of shapes -> oneDNN is faster.");
     engine.def("set_gemm_choices", &set_gemm_choices, py::arg("choices"));
     engine.def(

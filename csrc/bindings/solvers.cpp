@@ -71,6 +71,7 @@ py::list slice_pairs(const py::function& product, const at::Tensor& like, int64_
         one["vectors"] = pairs.vectors;
         one["residuals"] = pairs.residuals;
         one["scale"] = pairs.scale;
+        one["rounding"] = pairs.rounding;
         one["products"] = pairs.products;
         out.append(one);
     }

@@ -56,21 +56,6 @@ void by_onednn(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bo
     at::native::mkldnn_matmul(a, b, c, accumulate ? 1.0F : 0.0F, 1.0F);
 }
 
-// torch refuses float32 too where a processor has no instructions for bfloat16 (AVX2 alone, say). Tried once.
-bool onednn_multiplies() {
-    static const bool found = [] {
-        if (!at::globalContext().hasMKLDNN()) return false;
-        const at::Tensor a = at::ones({kNarrowest, kNarrowest}, at::kFloat), c = at::zeros_like(a);
-        try {
-            by_onednn(c, a, a, false);
-        } catch (const c10::Error&) {
-            return false;
-        }
-        return at::equal(c, at::mm(a, a));
-    }();
-    return found;
-}
-
 template <class Run>
 double seconds(const Run& run) {
     const auto start = std::chrono::steady_clock::now();
@@ -149,6 +134,21 @@ GemmClass GemmClass::named(const std::string& name) {
     text >> g.batch >> g.m >> g.n >> g.k >> g.transposed_a >> g.transposed_b >> g.threads;
     if (!text) throw std::invalid_argument("name of a class of matrix products: got '" + name + "'");
     return g;
+}
+
+// torch refuses float32 too where a processor has no instructions for bfloat16 (AVX2 alone, say). Tried once.
+bool onednn_multiplies() {
+    static const bool found = [] {
+        if (!at::globalContext().hasMKLDNN()) return false;
+        const at::Tensor a = at::ones({kNarrowest, kNarrowest}, at::kFloat), c = at::zeros_like(a);
+        try {
+            by_onednn(c, a, a, false);
+        } catch (const c10::Error&) {
+            return false;
+        }
+        return at::equal(c, at::mm(a, a));
+    }();
+    return found;
 }
 
 void multiply(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate) {

@@ -24,6 +24,9 @@ struct GemmClass {
 // c = a b, or c += a b; matrices, or batches of them. c must not overlap itself.
 void multiply(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate);
 
+// Does torch's oneDNN take float32 on this processor? Else BLAS multiplies, whatever the policy.
+bool onednn_multiplies();
+
 // "measure", or one library for all: "blas", "onednn". Throws std::invalid_argument for any other.
 void set_gemm_policy(const std::string& policy);
 

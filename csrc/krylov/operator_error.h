@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -20,10 +21,12 @@ inline constexpr const char* kNotFinite = "A @ V has entries that are not finite
 inline void check_symmetric(double uAv, double Auv, double allowed) {
     constexpr double kUnderflow =
         1e-150;  // squares of less have no place in the scale that `allowed` is relative to
-    if (std::abs(uAv - Auv) > allowed + kUnderflow)
-        throw OperatorError("A is not symmetric, or two products with it differ: <u, A v> = " +
-                            std::to_string(uAv) + " but <A u, v> = " + std::to_string(Auv) +
-                            " for two unit vectors; give a symmetric operator, e.g. (A + A.T) / 2.");
+    if (!(std::abs(uAv - Auv) > allowed + kUnderflow)) return;
+    std::ostringstream text;
+    text << "A is not symmetric, two products with it differ, or all of it is rounding: <u, A v> = " << uAv
+         << " but <A u, v> = " << Auv
+         << " for two unit vectors; give a symmetric operator, e.g. (A + A.T) / 2.";
+    throw OperatorError(text.str());
 }
 
 }  // namespace flatcore::krylov

@@ -122,7 +122,7 @@ class _View:
 
     def broadcast(self) -> list[int]:
         """Inputs of an op that works element by element which are the same along its output's axis 0."""
-        if self.op.kind not in ("add", "mul", "where"):
+        if self.op.kind not in ("add", "mul", "where") or not self.output:
             return []
         pairs = zip(self.op.inputs, self.inputs, strict=True)
         return [i for i, s in pairs if i is not None and self._same_for_all(s)]

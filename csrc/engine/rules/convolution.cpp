@@ -93,9 +93,23 @@ at::Tensor ConvolutionRule::input_gradient(const at::Tensor& dy, const at::Tenso
 // Of weight, only the shape is read.
 at::Tensor ConvolutionRule::weight_gradient(const at::Tensor& dy, const at::Tensor& x,
                                             const at::Tensor& weight) const {
-    return widened(
-        std::get<1>(at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), stride_, padding_,
-                                             dilation_, false, {0, 0}, groups_, {false, true, false})));
+    const auto gradient = [&](const at::Tensor& images, const Integers& stride) {
+        return widened(std::get<1>(at::convolution_backward(dy, images, weight, at::OptionalIntArrayRef(),
+                                                            stride, padding_, dilation_, false, {0, 0},
+                                                            groups_, {false, true, false})));
+    };
+    return skips_pixels(x, weight)
+               ? gradient(channels_last(
+                              x.slice(2, 0, std::nullopt, stride_[0]).slice(3, 0, std::nullopt, stride_[1])),
+                          {1, 1})
+               : gradient(x, stride_);
+}
+
+// Of a kernel of one pixel with strides, whose gradient is that of the pixels that it reads. oneDNN 3.12
+// writes outside its memory there on processors with AVX2 alone, for channels that are no multiple of eight.
+bool ConvolutionRule::skips_pixels(const at::Tensor& x, const at::Tensor& weight) const {
+    return x.is_cpu() && weight.size(2) == 1 && weight.size(3) == 1 && padding_ == Integers{0, 0} &&
+           stride_ != Integers{1, 1} && x.size(1) % 8 != 0;
 }
 
 at::Tensor ConvolutionRule::forward(State& state) const {

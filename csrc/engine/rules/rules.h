@@ -72,6 +72,7 @@ class ConvolutionRule final : public Rule {
     at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
     at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) const;
+    bool skips_pixels(const at::Tensor& x, const at::Tensor& weight) const;
     Integers stride_, padding_, dilation_;
     int64_t groups_;
 };

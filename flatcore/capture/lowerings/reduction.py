@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import isqrt, prod
 from types import SimpleNamespace
 
 import torch
@@ -69,10 +69,35 @@ def _cumulative_sum(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     x = lower.operand(a.self)
     if lower.rank(x) == 0:
         return x
-    ones = lower.prelude.call(_lower_triangle, lower.shape(x)[a.dim], lower.dtype, lower.device)
-    sums = lower.emit("linear", lower.to_last(x, a.dim), lower.constant(ones), None, transposed=False)
-    return lower.from_last(sums, a.dim)
+    return lower.from_last(_sums_up_to(lower, lower.to_last(x, a.dim)), a.dim)
 
 
-def _lower_triangle(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(size, size, dtype=dtype, device=device).tril()
+# Elements that one triangle of ones sums; more go in pieces, so that n elements take n^1.5 additions, not n².
+_ONE_TRIANGLE = 256
+
+
+def _sums_up_to(lower: Lowering, x: int) -> int:
+    """Cumulative sums along the last axis: those within each piece, and the sums of the pieces before it."""
+    *front, size = lower.shape(x)
+    if size <= _ONE_TRIANGLE:
+        return _times_triangle(lower, x, size)
+    piece = isqrt(size - 1) + 1
+    pieces = -(-size // piece)
+    if pieces * piece > size:
+        x = lower.emit("pad", x, pads=(0, pieces * piece - size), value=0.0)
+    within = _times_triangle(lower, lower.view(x, (*front, pieces, piece)), piece)
+    totals = lower.slice(within, -1, piece - 1, 1)
+    before = lower.view(
+        _times_triangle(lower, lower.view(totals, (*front, pieces)), pieces, -1), (*front, pieces, 1)
+    )
+    sums = lower.view(lower.emit("add", within, before, alpha=1.0), (*front, pieces * piece))
+    return lower.slice(sums, -1, 0, size)
+
+
+def _times_triangle(lower: Lowering, x: int, size: int, diagonal: int = 0) -> int:
+    ones = lower.prelude.call(_lower_triangle, size, diagonal, lower.dtype, lower.device)
+    return lower.emit("linear", x, lower.constant(ones), None, transposed=False)
+
+
+def _lower_triangle(size: int, diagonal: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=dtype, device=device).tril(diagonal)
