@@ -204,13 +204,9 @@ def participation_ratio(
 
 
 def _soft_rank(A: Any, shift: float, options: Options, steps: int | None, argument: str) -> Estimate:
+    text = f"x / (x + {argument})"
     function = Function(
-        lambda x: x / (x + shift),
-        f"x / (x + {argument})",
-        pole=-shift,
-        bernstein=True,
-        nonnegative=True,
-        argument=argument,
+        lambda x: x / (x + shift), text, pole=-shift, bernstein=True, nonnegative=True, argument=argument
     )
     return _sum(A, function, total(), options, steps)
 
