@@ -92,17 +92,17 @@ class Graphs:
         V: Tensor,
         Y: Tensor,
         accumulate: bool,
-        size: int = 0,
-        room: float = math.inf,
+        size: Callable[[], int] = lambda: 0,
+        room: Callable[[], float] = lambda: math.inf,
     ) -> None:
-        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds ``size`` bytes for it. It is recorded where these and
-        copies of V and Y take no more than ``room``. ``key`` stands for all else that the work depends on.
+        """Y (+)= A V, where launch(V, Y) starts Y = A V and holds size() bytes for it. It is recorded where these and
+        copies of V and Y take no more than room(). ``key`` stands for all else that the work depends on.
 
         The first product of a key is launched as it is: many are never repeated. So is one that cannot be recorded.
         """
         key = (key, V.shape[0])
         with self._lock:
-            recorded = self._found(key, launch, V, size + 2 * V.numel() * V.element_size(), room)
+            recorded = self._found(key, launch, V, size, room)
             if recorded is not None:
                 self._replay(recorded, V, Y, accumulate)
                 return
@@ -113,14 +113,19 @@ class Graphs:
         else:
             launch(V, Y)
 
-    def _found(self, key: Hashable, launch: Launch, V: Tensor, size: int, room: float) -> _Recorded | None:
+    def _found(
+        self, key: Hashable, launch: Launch, V: Tensor, size: Callable[[], int], room: Callable[[], float]
+    ) -> _Recorded | None:
         if key in self._refused:
             return None
         if key not in self._recorded:
             self._add(key, None)
             return None
         self._recorded.move_to_end(key)
-        return self._recorded[key] or (self._record(key, launch, V, size) if size <= room else None)
+        if found := self._recorded[key]:
+            return found
+        bytes_ = size() + 2 * V.numel() * V.element_size()
+        return self._record(key, launch, V, bytes_) if bytes_ <= room() else None
 
     def _replay(self, recorded: _Recorded, V: Tensor, Y: Tensor, accumulate: bool) -> None:
         if V.is_cuda:

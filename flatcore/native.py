@@ -72,6 +72,7 @@ class NativeBackend:
         self._graphs: dict[int, tuple[engine.Linearization, Graphs]] = {}
         self._keeps_states = True
         self._directions: dict[tuple[Mode, Precision], Directions] = {}
+        self._refusals: dict[Mode, str] = {}
         self._mixes: str | None = None  # not tried yet
         self.sweeps: object = None  # set by flatcore.example_sweeps
         with plain_torch(self.objective.layout.device):
@@ -88,7 +89,12 @@ class NativeBackend:
                 self._check_loss(batch)
 
     def refusal(self, mode: Mode) -> str:
-        """Why the programs have no products of this mode; empty if they have."""
+        """Why the programs have no products of this mode; empty if they have. Asked before every product."""
+        if mode not in self._refusals:
+            self._refusals[mode] = self._refusal(mode)
+        return self._refusals[mode]
+
+    def _refusal(self, mode: Mode) -> str:
         for batch, key in zip(self._sizes(), self._keys, strict=True):
             program = self._compiled[key].program
             if mode == "hessian":
@@ -163,10 +169,13 @@ class NativeBackend:
         if graphs is None:
             state.product(V, Y, mode, accumulate, batch.examples, examples, precision)
         else:
-            size = self._directions_of(mode, precision).peak(V.shape[0])
-            recorded = sum(other.bytes for _, other in list(self._graphs.values()))
-            room = self.objective.budget.states - self._held - recorded
-            graphs.run((mode, precision), launch, V, Y, accumulate, size, room)
+            size = partial(self._directions_of(mode, precision).peak, V.shape[0])
+            graphs.run((mode, precision), launch, V, Y, accumulate, size, self._room)
+
+    def _room(self) -> int:
+        """Bytes that recorded products may still hold."""
+        recorded = sum(other.bytes for _, other in list(self._graphs.values()))
+        return self.objective.budget.states - self._held - recorded
 
     def _graphs_of(self, state: engine.Linearization, batch: WeightedBatch, V: Tensor) -> Graphs | None:
         """Where products of this state are recorded; None where that does not pay."""

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_only_what_there_is_room_for() -> None:
     V, Y = torch.ones(1, 2), torch.empty(1, 2)
     size = 8 + 2 * 8  # of the work, and of the copies of V and Y
     for room in (size - 1, size - 1, size - 1, size, size, 0):
-        graphs.run("product", lambda rows, into: into.copy_(3 * rows), V, Y, False, 8, room)
+        graphs.run("product", lambda rows, into: into.copy_(3 * rows), V, Y, False, lambda: 8, partial(int, room))
         assert torch.equal(Y, 3 * V)
     assert (recorder.captured, recorder.replayed, graphs.bytes) == (1, 3, size)
 
@@ -124,7 +125,7 @@ def test_bytes_are_those_of_what_is_alive() -> None:
     for K in range(1, 2 * MOST_GRAPHS):
         for _ in range(3):
             V, Y = torch.ones(K, 1), torch.empty(K, 1)
-            graphs.run("product", lambda rows, into: into.copy_(3 * rows), V, Y, False, K)
+            graphs.run("product", lambda rows, into: into.copy_(3 * rows), V, Y, False, partial(int, K))
             assert torch.equal(Y, 3 * V)
             assert graphs.bytes == sum(replay.bytes for replay in alive)
             most = max(most, len(alive))
