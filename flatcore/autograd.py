@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +18,7 @@ from flatcore.capture.cost import Cost
 from flatcore.capture.external import refuse_dead_ends
 from flatcore.capture.trial import gradient_sizes
 from flatcore.data import Batch
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.evaluate import Evaluation, plain_torch, rows_mix
 from flatcore.plan import Plan, PlanRow
 from flatcore.precision import Precision
@@ -50,7 +49,7 @@ class AutogradBackend:
         if precision != "full" and not self._precision_told:
             self._precision_told = True
             message = f"precision={precision!r}: products through torch autograd are in full precision"
-            warnings.warn(message, FlatcoreWarning, stacklevel=4)
+            warn(message)
         objective = self.objective
         Y.zero_()
         with plain_torch(objective.layout.device):

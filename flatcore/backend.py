@@ -3,14 +3,13 @@ elsewhere."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Protocol
 
 from torch import Tensor
 
 from flatcore.autograd import AutogradBackend, Mode
 from flatcore.capture import NO_VALUE, NOT_DERIVATIVE
-from flatcore.errors import CaptureError, FlatcoreWarning, NotTwiceDifferentiableError
+from flatcore.errors import CaptureError, NotTwiceDifferentiableError, warn
 from flatcore.native import ROWS_MIX, NativeBackend
 from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
@@ -53,7 +52,7 @@ class Backends:
         if self._native and not reason:
             if self._native.external and not self._told:
                 self._told = True
-                _warn(_said_of(self._native.external))
+                warn(_said_of(self._native.external))
             return self._native
         if self._native and mode == "ggn" and reason != NO_VALUE:
             raise ValueError(
@@ -66,7 +65,7 @@ class Backends:
                 _try(backend, mode, reason)
             self._others[reason, by_example] = backend
             how = "example by example" if by_example else "one direction at a time"
-            _warn(
+            warn(
                 f"{reason}; so products of the whole model run through torch autograd, {how}, which is slower"
             )
         return self._others[reason, by_example]
@@ -91,10 +90,6 @@ def _said_of(operations: list[str]) -> str:
         f"{count} {'operation runs' if count == 1 else 'operations run'} through torch autograd inside the native "
         f"program: {shown}; the results are {right}, and products slower than without"
     )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, FlatcoreWarning, stacklevel=6)
 
 
 def backend_for(objective: Objective, mode: Mode) -> Backend:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class FlatcoreWarning(UserWarning):
     """Said once where a result is not converged, not exact, or was got in a slower way than asked for."""
+
+
+def warn(message: str) -> None:
+    """A FlatcoreWarning at the line outside of this package that led here, whatever lies between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, FlatcoreWarning, stacklevel=level)
 
 
 class CaptureError(Exception):

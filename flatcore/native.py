@@ -20,6 +20,7 @@ from flatcore.capture import (
     batch_leaves,
     capture,
     cut_values,
+    depends_on_values,
     flatten_batch,
     interpret,
     named_tensors,
@@ -277,6 +278,10 @@ class NativeBackend:
         except (CaptureError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # from torch.export, or a program that breaks the rules: autograd is right
+            if depends_on_values(error):
+                raise CaptureError(
+                    "the shape of a tensor depends on the values of another, which a program cannot follow"
+                ) from error
             first_line = (str(error).strip() or "no message").splitlines()[0]
             raise CaptureError(f"{type(error).__name__}: {first_line}") from error
         if program.reduction == "sum":

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cases import CASES, selected
 from torch import Tensor, nn
 
+import flatcore as fc
 from flatcore.capture import (
     VerificationError,
     batch_leaves,
@@ -21,7 +22,7 @@ from flatcore.capture import (
     verify,
 )
 from flatcore.capture.program import Program
-from flatcore.errors import CaptureError
+from flatcore.errors import CaptureError, FlatcoreWarning
 
 
 @pytest.fixture(autouse=True)
@@ -284,3 +285,19 @@ def test_a_program_prints_one_line_per_op(verified: Program) -> None:
     assert len(lines) == len(verified.ops)
     assert "conv2d(%" in lines[0]
     assert lines[0].endswith("[0]")
+
+
+def test_a_shape_that_depends_on_values_is_named() -> None:
+    """As where the loss looks at some of the nodes of a graph alone; and the warning points at this file."""
+
+    def some(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, target, mask = batch
+        return nn.functional.cross_entropy(model(x)[mask], target[mask])
+
+    batch = (torch.randn(5, 4), torch.randint(3, (5,)), torch.tensor([True, False, True, True, False]))
+    H = fc.Hessian(fc.Objective(nn.Linear(4, 3), fc.ModelLoss(some), batch))
+    with pytest.warns(
+        FlatcoreWarning, match="the shape of a tensor depends on the values of another"
+    ) as told:
+        H @ torch.ones(15)
+    assert [warning.filename for warning in told] == [__file__]

@@ -95,7 +95,9 @@ def test_only_what_there_is_room_for() -> None:
     V, Y = torch.ones(1, 2), torch.empty(1, 2)
     size = 8 + 2 * 8  # of the work, and of the copies of V and Y
     for room in (size - 1, size - 1, size - 1, size, size, 0):
-        graphs.run("product", lambda rows, into: into.copy_(3 * rows), V, Y, False, lambda: 8, partial(int, room))
+        graphs.run(
+            "product", lambda rows, into: into.copy_(3 * rows), V, Y, False, lambda: 8, partial(int, room)
+        )
         assert torch.equal(Y, 3 * V)
     assert (recorder.captured, recorder.replayed, graphs.bytes) == (1, 3, size)
 

@@ -4,7 +4,7 @@ from flatcore.errors import NotSeparable as NotSeparable
 
 from .batch import batch_leaves, flatten_batch, split_batch
 from .cut import NO_VALUE
-from .export import capture
+from .export import capture, depends_on_values
 from .interpreter import cut_values, interpret
 from .prelude import Prelude, named_tensors
 from .probed import ProbedProgram, probe
@@ -24,6 +24,7 @@ __all__ = [
     "batch_leaves",
     "capture",
     "cut_values",
+    "depends_on_values",
     "flatten_batch",
     "interpret",
     "named_tensors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,9 +178,14 @@ def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
         reason = f"torch.export refused it ({type(error).__name__}: {lines[0][:200]})"
         if "fake tensor in the exported program constant's list" in lines[0]:
             reason = "it hides tensors from the trace, through .data or requires_grad_() on an input, say"
-        if "data-dependent" in lines[0]:
+        if depends_on_values(error):
             reason = "its control flow depends on tensor values, which a program cannot follow"
         raise CaptureError(reason, path=_traced_module(error, wrapper)) from error
+
+
+def depends_on_values(error: Exception) -> bool:
+    """Did torch meet a number that is known only when the model runs (u0, u1, ... in its messages)?"""
+    return bool(re.search(r"data-dependent|\bu\d+\b", str(error)))
 
 
 def _traced_module(error: BaseException, wrapper: nn.Module) -> str:
