@@ -9,8 +9,9 @@ from torch import Tensor
 
 from flatcore.autograd import AutogradBackend, Mode
 from flatcore.capture import NO_VALUE, NOT_DERIVATIVE
+from flatcore.cut_rows import ROWS_MIX
 from flatcore.errors import CaptureError, NotTwiceDifferentiableError, warn
-from flatcore.native import ROWS_MIX, NativeBackend
+from flatcore.native import NativeBackend
 from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
 from flatcore.precision import Precision

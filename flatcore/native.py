@@ -16,21 +16,19 @@ from torch import Tensor
 from flatcore import changes, checks
 from flatcore._C import engine
 from flatcore.capture import (
-    Program,
     batch_leaves,
     capture,
-    cut_values,
     depends_on_values,
     flatten_batch,
-    interpret,
     named_tensors,
 )
 from flatcore.compiled import Compiled, engine_program, plan_rows
+from flatcore.cut_rows import mixing
 from flatcore.data import Batch
 from flatcore.directions import Directions
 from flatcore.environment import ONE_AT_A_TIME
 from flatcore.errors import CaptureError
-from flatcore.evaluate import ModelLoss, once_differentiable, plain_torch, rows_mix
+from flatcore.evaluate import ModelLoss, once_differentiable, plain_torch
 from flatcore.graphs import Graphs, pays
 from flatcore.plan import Plan
 from flatcore.precision import Precision
@@ -44,8 +42,6 @@ _Result = TypeVar("_Result")
 # A program is captured for every batch structure; more than this many cost more than they save.
 _MOST_STRUCTURES = 16
 
-# Why a gradient covariance is not computed from the rows of the model's output.
-ROWS_MIX = "other rows of the model's output than the first example's depend on the first example"
 # What a batch may hold besides tensors: equal where it prints alike, as the key of a structure has it.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
@@ -112,31 +108,6 @@ class NativeBackend:
         """The operations that run through autograd, with the modules they stand in."""
         ops = [op for compiled in self._compiled.values() for op in compiled.program.ops]
         return list(dict.fromkeys(f"{op.external} in '{op.path}'" for op in ops if op.external))
-
-    def _mixing(self) -> str:
-        """Why the rows of the cut are not the examples' own, in their order; empty if they are.
-
-        Tried, once per program: with the first example's data replaced by another's, only the first example's rows
-        of the cut may change.
-        """
-        parameters = self.objective.snapshot().values
-        seen = set()
-        with plain_torch(self.objective.layout.device), torch.no_grad():
-            for batch, key in zip(self.objective.batches(), self._keys, strict=True):
-                if key in seen or batch.examples < 2:
-                    continue
-                seen.add(key)
-                program = self._compiled[key].program
-                frozen = named_tensors(self.objective.model, self.objective.loss_function)
-
-                def rows(data: Batch, program: Program = program, frozen: Any = frozen) -> list[Tensor]:
-                    constants = program.prelude.run(batch_leaves(data), frozen)
-                    values = interpret(program, parameters, constants)
-                    return cut_values(program, values)
-
-                if rows_mix(rows, batch.batch, batch.examples):
-                    return ROWS_MIX
-        return ""
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, precision: Precision = "full") -> None:
         """Y = A V for the rows of V and Y, both (K, P)."""
@@ -364,7 +335,8 @@ class NativeBackend:
     def mixing(self) -> str:
         """Why the rows of the model's output are not the examples' own; empty if they are."""
         if self._mixes is None:
-            self._mixes = self._mixing()
+            programs = [c.program for c in map(self._compiled.__getitem__, self._keys)]
+            self._mixes = mixing(self.objective, programs)
         return self._mixes
 
     def leaves(self, batch: WeightedBatch, snapshot: Snapshot) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
