@@ -41,7 +41,7 @@ def block_spectra(
     Further copies of an eigenvalue within a block are found where its recurrence ends, as in blocks of low
     rank; copies in a block of many different eigenvalues may be missed: for one such block use ``eigsh``.
     A block that is rounding alone, such as that of the keys' bias in attention, counts as zero, and so converged: no
-    larger than 8 eps |A x| for its whole rows A x, or for the largest of all blocks and not symmetric.
+    larger than 8 eps |A x| for the largest row A x of all blocks, and not symmetric.
 
     Costs one product a step and block that has not converged, and k a block for the true residuals. Memory:
     steps + 3 block_size vectors, whatever the number of blocks. ``max_steps``: by default max(100, 10 k).

@@ -236,9 +236,15 @@ class Objective:
             old = self._snapshot
             comparison = self._comparison(old) if old and old.traces == self._traces() else None
         if old and comparison:
-            result = work(old)
-            if comparison.equal():
-                return result
+            try:
+                result = work(old)
+            except Exception:
+                if comparison.equal():
+                    raise
+            else:
+                if comparison.equal():
+                    return result
+                del result
         return work(self.snapshot())
 
     def _traces(self) -> tuple[bytes, bytes, bytes]:

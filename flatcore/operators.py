@@ -12,7 +12,7 @@ from torch import Tensor
 from flatcore import checks
 from flatcore._C import engine
 from flatcore.autograd import Mode
-from flatcore.backend import backend_for
+from flatcore.backend import backend_for, native_backend
 from flatcore.environment import exclusive, full_float32, full_precision
 from flatcore.example_sweeps import OperatorSweeps, sweeps_for
 from flatcore.linear import check_count, check_seed
@@ -122,7 +122,10 @@ class Operator:
         if self.precision != "full":
             return f'precision="{self.precision}" is for products'
         at = self.objective.snapshot()
-        backend_for(self.objective, self.mode)  # says so where there is no such matrix
+        native = native_backend(self.objective)
+        if self.mode == "ggn" and not isinstance(native, str) and (refusal := native.refusal("ggn")):
+            backend_for(self.objective, self.mode)  # raises where there is no such matrix
+            return refusal
         found = sweeps_for(self.objective, at)
         if isinstance(found, str):
             return found

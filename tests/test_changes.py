@@ -199,3 +199,44 @@ def test_a_product_after_an_unseen_write(meanwhile: bool, monkeypatch: pytest.Mo
     now = H @ v
     assert not torch.equal(before, now)
     assert torch.equal(now, fc.Hessian(fc.Objective(model, nn.MSELoss(), data)) @ v)
+
+
+def test_an_error_of_an_old_point_is_none_of_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatcore.objective._goes_on_meanwhile", lambda device: True)
+    model = nn.Linear(2, 1)
+    objective = fc.Objective(model, nn.MSELoss(), (torch.ones(3, 2), torch.ones(3, 1)))
+    old = objective.snapshot()
+
+    def fails_at_the_old(at: Snapshot) -> float:
+        if at is old:
+            raise ValueError("loss: not finite")
+        return float(at.values["weight"][0, 1])
+
+    with pytest.raises(ValueError, match="not finite"):
+        objective.at_present(fails_at_the_old)
+    model.weight.data[0, 1] = 3.0
+    assert objective.at_present(fails_at_the_old) == 3.0
+
+
+class Twin(Tensor):
+    """A tensor of Python's, of which the extension sees no memory."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Twin":
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*(a.inner if isinstance(a, Twin) else a for a in args), **(kwargs or {}))
+
+
+def test_tensors_of_python_are_compared_by_their_own_rule() -> None:
+    one, other = Twin(torch.ones(3)), Twin(torch.ones(3))
+    assert Comparison([one], [other]).equal()
+    other.inner[1] = 2
+    assert not Comparison([one], [other]).equal()
+    versions([one, other])

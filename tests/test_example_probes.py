@@ -312,7 +312,10 @@ def test_sums_where_there_is_no_cut_or_no_sum_over_examples(loss: object, method
     for function, wanted in ((fc.trace, diagonal.sum()), (fc.diagonal, diagonal)):
         found = function(H, method=method, rtol=0.5, max_matvecs=400)
         error = (torch.as_tensor(found.value, dtype=torch.float64) - wanted).norm() / wanted.norm()
-        assert error <= (1e-12 if "exact" in found.method else 1.0)
+        # Of four standard errors; of rounding where there is none.
+        allowed = 4 * torch.as_tensor(found.stderr, dtype=torch.float64).norm() / wanted.norm()
+        assert error <= max(float(allowed), 1e-12)
+        assert "exact" not in method or not allowed
 
 
 def test_no_gauss_newton_matrix_without_a_cut():

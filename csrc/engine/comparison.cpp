@@ -11,9 +11,15 @@
 namespace flatcore {
 namespace {
 
+// Numbers in memory that this process, or a kernel, may read by their address.
+bool readable(const at::Tensor& t) {
+    return t.layout() == at::kStrided && t.has_storage() && (t.is_cpu() || on_gpu(t)) && !t.is_neg() &&
+           !t.is_conj() && !t.key_set().has(c10::DispatchKey::Python) &&
+           (t.numel() == 0 || t.const_data_ptr());
+}
+
 // Same places of the same elements, without gaps: equal where their bytes are.
 bool lie_alike(const at::Tensor& a, const at::Tensor& b) {
-    if (a.layout() != at::kStrided || a.is_neg() != b.is_neg() || a.is_conj() != b.is_conj()) return false;
     return (a.is_contiguous() && b.is_contiguous()) ||
            (a.strides() == b.strides() && a.is_non_overlapping_and_dense());
 }
@@ -22,33 +28,50 @@ bool lie_alike(const at::Tensor& a, const at::Tensor& b) {
 
 Comparison::Comparison(const std::vector<at::Tensor>& before, const std::vector<at::Tensor>& now) {
     TORCH_CHECK_VALUE(before.size() == now.size(), "now: expected as many tensors as before");
-    std::vector<size_t> bytes;
+    std::vector<Pair> bytes;
     for (size_t i = 0; i < before.size() && equal_; ++i) {
         const at::Tensor &a = before[i], &b = now[i];
+        const bool together = a.device() == before[0].device() && readable(a) && readable(b);
         if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type() || a.device() != b.device())
             equal_ = false;
-        else if (a.device() == before[0].device() && lie_alike(a, b))
-            bytes.push_back(i);
+        else if (together && lie_alike(a, b))
+            bytes.emplace_back(a, b);
+        else if (together && !a.is_cpu() && a.is_contiguous())  // a copy, rather than to wait for each
+            bytes.emplace_back(a, b.contiguous());
         else
             equal_ = at::equal(a, b);
     }
-    if (equal_ && !bytes.empty()) start(bytes, before, now);
+    if (!equal_ || bytes.empty()) return;
+    try {
+        start(bytes);
+    } catch (...) {
+        abandon();
+        throw;
+    }
 }
 
-Comparison::~Comparison() { wait(); }
+Comparison::~Comparison() {
+    try {
+        wait();
+    } catch (const std::exception&) {
+        abandon();
+    }
+}
 
-void Comparison::start(const std::vector<size_t>& pairs, const std::vector<at::Tensor>& before,
-                       const std::vector<at::Tensor>& now) {
-    const at::Tensor& like = before[pairs[0]];
+// After an error of the device a kernel may still write there: that memory stays for ever.
+void Comparison::abandon() { new at::Tensor(std::move(different_)); }
+
+void Comparison::start(const std::vector<Pair>& pairs) {
+    const at::Tensor& like = pairs[0].first;
     const bool away = !like.is_cpu();
     different_ = at::zeros({1}, at::TensorOptions(at::kInt).pinned_memory(away));
     int* different = different_.mutable_data_ptr<int>();
     PairsOfArrays arrays;
     const auto launch = [&] { FLATCORE_RUN(like, find_difference, arrays, different); };
-    for (const size_t i : pairs) {
-        arrays.pairs[arrays.count++] = {static_cast<const unsigned char*>(before[i].const_data_ptr()),
-                                        static_cast<const unsigned char*>(now[i].const_data_ptr()),
-                                        static_cast<int64_t>(now[i].nbytes())};
+    for (const auto& [a, b] : pairs) {
+        arrays.pairs[arrays.count++] = {static_cast<const unsigned char*>(a.const_data_ptr()),
+                                        static_cast<const unsigned char*>(b.const_data_ptr()),
+                                        static_cast<int64_t>(b.nbytes())};
         if (arrays.count == kPairsAtOnce) {
             launch();
             arrays.count = 0;
@@ -63,8 +86,10 @@ void Comparison::start(const std::vector<size_t>& pairs, const std::vector<at::T
 
 // The memory that the device writes to must stay until then.
 void Comparison::wait() {
-    if (done_) done_->synchronize();
+    if (!done_) return;
+    const c10::Event done = std::move(*done_);
     done_.reset();
+    done.synchronize();
 }
 
 bool Comparison::equal() {

@@ -5,6 +5,7 @@
 #include <c10/core/Event.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace flatcore {
@@ -23,9 +24,10 @@ class Comparison {
     bool equal();
 
  private:
-    void start(const std::vector<size_t>& pairs, const std::vector<at::Tensor>& before,
-               const std::vector<at::Tensor>& now);
+    using Pair = std::pair<at::Tensor, at::Tensor>;
+    void start(const std::vector<Pair>& pairs);
     void wait();
+    void abandon();
 
     bool equal_ = true;
     at::Tensor different_;  // one int on the host, which the device writes to

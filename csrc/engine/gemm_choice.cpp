@@ -143,7 +143,7 @@ bool onednn_multiplies() {
         const at::Tensor a = at::ones({kNarrowest, kNarrowest}, at::kFloat), c = at::zeros_like(a);
         try {
             by_onednn(c, a, a, false);
-        } catch (const c10::Error&) {
+        } catch (const std::exception&) {
             return false;
         }
         return at::equal(c, at::mm(a, a));

@@ -8,9 +8,8 @@
 // Where a recurrence ends (beta is rounding), its Krylov space is invariant; a random row orthogonal to it
 // starts anew, with beta = 0, until the wanted values hold fewer copies of one than there were starts, since
 // one start finds one copy, and the last start had half as many steps again, 3 at least.
-// A product is rounded as a whole. A block that is as small as the rounding of the whole rows A x, of which
-// its products are a part, is taken for zero, and so is one as small as that of the largest row of all
-// blocks, if it is not symmetric.
+// A block that is zero gives rounding instead, which is not symmetric: one no larger than the rounding of the
+// largest row A x of all blocks, without symmetry, is taken for zero. A small block that is symmetric stays.
 //
 // Beyond what range_basis.h asks of a Space:
 //     project_twice(W, V)    w -= (w Vᵀ) V, twice; w Vᵀ of both times, and |w|² after them, as Numbers
@@ -168,10 +167,10 @@ class SliceLanczos {
         const double before = r.beta;
         r.scale = std::max({r.scale, std::abs(h(0, r.m - 1)), before});
         if (r.m > 1 && !r.nothing) {
-            // What has no symmetry where the operator has it is rounding, though no row tells by its size.
-            const double allowed = std::sqrt(space_.epsilon()) * r.scale + 8.0 * rounding(r.row);
-            r.nothing = r.scale <= rounding(largest_row_) && std::abs(h(0, r.m - 2) - before) > allowed;
-            if (!r.nothing) check_symmetric(h(0, r.m - 2), before, allowed);
+            const double difference = std::abs(h(0, r.m - 2) - before);
+            const double allowed = std::sqrt(space_.epsilon()) * r.scale;
+            r.nothing = difference > allowed && r.scale <= rounding(largest_row_);
+            if (!r.nothing) check_symmetric(h(0, r.m - 2), before, allowed + 8.0 * rounding(r.row));
         }
         r.T = padded(r.T, r.m, r.m);
         r.T(r.m - 1, r.m - 1) = h(0, r.m - 1) + again(0, r.m - 1);
@@ -179,7 +178,6 @@ class SliceLanczos {
         double length = std::sqrt(found[2](0, 0));
         r.beta = length;
         r.scale = std::max(r.scale, r.beta);
-        r.nothing = r.nothing || r.scale <= rounding(r.row);
         const bool ended = r.nothing || r.beta <= 8.0 * space_.epsilon() * r.scale || r.m == r.n;
         if (ended) r.beta = 0.0;
         if (r.m >= r.k && (ended || r.m >= r.next_check)) {
@@ -229,6 +227,10 @@ class SliceLanczos {
             SlicePairs<Block> pairs;
             for (const int64_t i : order) pairs.values.push_back(ritz.values[static_cast<size_t>(i)]);
             for (const double theta : ritz.values) pairs.scale = std::max(pairs.scale, std::abs(theta));
+            if (r.nothing) {
+                pairs.scale = 0.0;
+                pairs.values.assign(pairs.values.size(), 0.0);
+            }
             pairs.vectors = space_.combine(transpose(columns(ritz.vectors, order)), basis(r));
             results.push_back(std::move(pairs));
         }

@@ -184,8 +184,9 @@ def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
 
 
 def depends_on_values(error: Exception) -> bool:
-    """Did torch meet a number that is known only when the model runs (u0, u1, ... in its messages)?"""
-    return bool(re.search(r"data-dependent|\bu\d+\b", str(error)))
+    """Did torch meet a number that is known only when the model runs? It calls them u0, u1, ..."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return "data-dependent" in line or bool(re.fullmatch(r"u\d+ -> u\d+", line))
 
 
 def _traced_module(error: BaseException, wrapper: nn.Module) -> str:
