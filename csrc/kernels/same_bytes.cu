@@ -2,16 +2,15 @@
 // differs is written: the same number by whoever finds it.
 #include "same_bytes.h"
 
-#include <iterator>
-
 #include "cuda_grid.h"
 
 namespace flatcore::cuda {
 namespace {
 
 // Of what lies behind the bytes already done, as many whole words as there are, where addresses allow.
-template <class Word>
+template <class T, int N>
 __device__ bool differ(const PairOfArrays& pair, int64_t& done) {
+    using Word = Pack<T, N>;
     constexpr int64_t kSize = sizeof(Word);
     const auto address = reinterpret_cast<uintptr_t>(pair.first) | reinterpret_cast<uintptr_t>(pair.second);
     if (address % kSize != 0) return false;
@@ -21,7 +20,7 @@ __device__ bool differ(const PairOfArrays& pair, int64_t& done) {
     bool found = false;
     for (int64_t i = first_element(); i < count; i += element_stride()) {
         const Word a = first[i], b = second[i];
-        for (size_t lane = 0; lane < std::size(a.lane); ++lane) found |= a.lane[lane] != b.lane[lane];
+        for (int lane = 0; lane < N; ++lane) found |= a.lane[lane] != b.lane[lane];
     }
     done += count * kSize;
     return found;
@@ -32,9 +31,9 @@ __global__ void __launch_bounds__(kThreads) find_difference_kernel(PairsOfArrays
     for (int64_t p = blockIdx.y; p < arrays.count; p += gridDim.y) {
         const PairOfArrays& pair = arrays.pairs[p];
         int64_t done = 0;
-        found |= differ<Pack<uint32_t, 4>>(pair, done);
-        found |= differ<Pack<uint32_t, 1>>(pair, done);
-        found |= differ<Pack<unsigned char, 1>>(pair, done);
+        found |= differ<uint32_t, 4>(pair, done);
+        found |= differ<uint32_t, 1>(pair, done);
+        found |= differ<unsigned char, 1>(pair, done);
     }
     if (found) *different = 1;
 }
