@@ -13,19 +13,19 @@ from flatcore.data import Batch
 from flatcore.evaluate import plain_torch, rows_mix
 
 if TYPE_CHECKING:
-    from flatcore.objective import Objective
+    from flatcore.objective import Objective, Snapshot
 
 # Why a gradient covariance is not computed from the rows of the model's output.
 ROWS_MIX = "other rows of the model's output than the first example's depend on the first example"
 
 
-def mixing(objective: Objective, programs: Sequence[Program]) -> str:
+def mixing(objective: Objective, programs: Sequence[Program], at: Snapshot) -> str:
     """Why the rows of the cut are not the examples' own, in their order; empty if they are. programs: of the batches.
 
-    Tried, once per program: with the first example's data replaced by another's, only the first example's rows
-    of the cut may change.
+    Tried, once per program, for two evaluations of a batch: with the first example's data replaced by another's, only
+    the first example's rows of the cut may change.
     """
-    parameters = objective.snapshot().values
+    parameters = at.values
     seen: set[int] = set()
     with plain_torch(objective.layout.device), torch.no_grad():
         for batch, program in zip(objective.batches(), programs, strict=True):

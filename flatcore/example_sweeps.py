@@ -76,8 +76,7 @@ class ExampleSweeps:
         left = {name for c in self._compiled.values() for name in c.program.left}
         self.probed = tuple(name for name in names if name not in left)
         self.left = tuple(name for name in names if name in left)
-        if any(len(c.program.cut) == 1 for c in self._compiled.values()) and (reason := native.mixing()):
-            raise NotSeparable(reason)
+        self.reads_rows = any(len(c.program.cut) == 1 for c in self._compiled.values())
         self._kept: tuple[Snapshot, int, engine.Linearization] | None = None
         self._directions_of: dict[tuple[SweepMode, int], Directions] = {}
 
@@ -295,6 +294,8 @@ def sweeps_for(objective: Objective, at: Snapshot) -> ExampleSweeps | str:
             native.sweeps = ExampleSweeps(objective, native)
         except NotSeparable as error:
             native.sweeps = str(error)
+    if isinstance(native.sweeps, ExampleSweeps) and native.sweeps.reads_rows and (reason := native.mixing()):
+        return reason
     return native.sweeps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from enum import Enum
@@ -70,7 +71,8 @@ class NativeBackend:
         self._keeps_states = True
         self._directions: dict[tuple[Mode, Precision], Directions] = {}
         self._refusals: dict[Mode, str] = {}
-        self._mixes: str | None = None  # not tried yet
+        # At which point it was tried, and what was found.
+        self._mixes: tuple[weakref.ref[Snapshot], str] | None = None
         self.sweeps: object = None  # set by flatcore.example_sweeps
         with plain_torch(self.objective.layout.device):
             for batch in objective.batches():
@@ -89,7 +91,7 @@ class NativeBackend:
         """Why the programs have no products of this mode; empty if they have. Asked before every product."""
         if mode not in self._refusals:
             self._refusals[mode] = self._refusal(mode)
-        return self._refusals[mode]
+        return self._refusals[mode] or (self.mixing() if mode == "covariance" else "")
 
     def _refusal(self, mode: Mode) -> str:
         for batch, key in zip(self._sizes(), self._keys, strict=True):
@@ -101,7 +103,7 @@ class NativeBackend:
             rows = [program.values[i].shape for i in program.cut]
             if mode == "covariance" and not all(shape and shape[0] % batch == 0 for shape in rows):
                 return f"the model's output of shape {rows[0]} has no axis 0 made of {batch} examples"
-        return self.mixing() if mode == "covariance" else ""
+        return ""
 
     @functools.cached_property
     def external(self) -> list[str]:
@@ -333,11 +335,13 @@ class NativeBackend:
         return Counter(self._keys)
 
     def mixing(self) -> str:
-        """Why the rows of the model's output are not the examples' own; empty if they are."""
-        if self._mixes is None:
+        """Why the rows of the model's output are not the examples' own; empty if they are. Found at every point anew:
+        what mixes them may be a buffer, or a parameter that was zero before."""
+        at = self.objective.last
+        if self._mixes is None or self._mixes[0]() is not at:
             programs = [c.program for c in map(self._compiled.__getitem__, self._keys)]
-            self._mixes = mixing(self.objective, programs)
-        return self._mixes
+            self._mixes = (weakref.ref(at), mixing(self.objective, programs, at))
+        return self._mixes[1]
 
     def leaves(self, batch: WeightedBatch, snapshot: Snapshot) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Constants and parameters of a batch's program by value id."""

@@ -227,6 +227,11 @@ class Objective:
         self._snapshot = new
         return new
 
+    @property
+    def last(self) -> Snapshot:
+        """The last snapshot, which may be an old one."""
+        return self._snapshot or self.snapshot()
+
     def at_present(self, work: Callable[[Snapshot], _Result]) -> _Result:
         """work(snapshot()), for work that may be done twice. On a GPU, which takes its time to compare the parameters,
         it is begun at the last snapshot meanwhile, and done again where that turns out to be an old one."""

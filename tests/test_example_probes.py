@@ -324,3 +324,37 @@ def test_no_gauss_newton_matrix_without_a_cut():
     for work in (fc.trace, fc.diagonal, lambda A: A @ torch.ones(18)):
         with pytest.raises(ValueError, match=r"^loss: the Gauss-Newton matrix needs a cut"):
             work(G)
+
+
+class Mixed(nn.Module):
+    """Rows of other examples come in through a buffer, or a parameter, that lets none through at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("A", torch.eye(5))
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        return self.A[: len(x), : len(x)] @ z + self.gate * z.mean(0)
+
+
+@pytest.mark.filterwarnings("ignore::flatcore.errors.FlatcoreWarning")
+@pytest.mark.parametrize("change", ["buffer", "parameter"])
+def test_rows_that_begin_to_mix_are_noticed(change: str):
+    torch.manual_seed(0)
+    model = Mixed().double()
+    objective = fc.Objective(
+        model, nn.CrossEntropyLoss(), (torch.randn(5, 4).double(), torch.randint(3, (5,)))
+    )
+    C, v = fc.GradientCovariance(objective), torch.randn(objective.layout.size).double()
+    C @ v
+    with torch.no_grad():
+        model.A.fill_(0.5) if change == "buffer" else model.gate.fill_(0.5)
+    with pytest.raises(ValueError, match=r"^loss: the gradient covariance needs"):
+        C @ v
+    with torch.no_grad():
+        model.A.copy_(torch.eye(5))
+        model.gate.zero_()
+    C @ v
