@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flatcore as fc
-from flatcore import native
+from flatcore import cut_rows
 from flatcore.bench.memory import peak_bytes
 from flatcore.evaluate import once_differentiable, plain_torch, rows_mix
 
@@ -105,7 +105,7 @@ def test_what_one_form_alone_computes(model: Callable[[], nn.Module]) -> None:
     assert (H @ v - expected).norm() <= EXACT * expected.norm()
 
 
-def test_rows_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_tried_once_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose the rows of the output are is found by running the program twice: not before every product."""
     calls: list[int] = []
 
@@ -113,9 +113,13 @@ def test_rows_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return rows_mix(*arguments)
 
-    monkeypatch.setattr(native, "rows_mix", counted)
-    C = fc.GradientCovariance(fc.Objective(nn.Linear(6, 6).double(), nn.MSELoss(), batch(4)))
-    for _ in range(3):
-        C @ torch.ones(C.shape[0], dtype=torch.float64)
-    C.plan()
-    assert len(calls) == 1
+    monkeypatch.setattr(cut_rows, "rows_mix", counted)
+    model = nn.Linear(6, 6).double()
+    C = fc.GradientCovariance(fc.Objective(model, nn.MSELoss(), batch(4)))
+    for points in (1, 2):
+        for _ in range(3):
+            C @ torch.ones(C.shape[0], dtype=torch.float64)
+        C.plan()
+        assert len(calls) == points
+        with torch.no_grad():
+            model.weight.mul_(2)
