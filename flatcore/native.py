@@ -71,8 +71,8 @@ class NativeBackend:
         self._keeps_states = True
         self._directions: dict[tuple[Mode, Precision], Directions] = {}
         self._refusals: dict[Mode, str] = {}
-        # At which point it was tried, and what was found.
-        self._mixes: tuple[weakref.ref[Snapshot], str] | None = None
+        # The point at which it was tried, and what was found.
+        self._mixes: tuple[weakref.ref[Snapshot], bytes, str] | None = None
         self.sweeps: object = None  # set by flatcore.example_sweeps
         with plain_torch(self.objective.layout.device):
             for batch in objective.batches():
@@ -336,12 +336,12 @@ class NativeBackend:
 
     def mixing(self) -> str:
         """Why the rows of the model's output are not the examples' own; empty if they are. Found at every point anew:
-        what mixes them may be a buffer, or a parameter that was zero before."""
-        at = self.objective.last
-        if self._mixes is None or self._mixes[0]() is not at:
+        what mixes them may be a tensor that changed, or a parameter that was zero before."""
+        at, code = self.objective.last, changes.versions(self._code_tensors)
+        if self._mixes is None or self._mixes[0]() is not at or self._mixes[1] != code:
             programs = [c.program for c in map(self._compiled.__getitem__, self._keys)]
-            self._mixes = (weakref.ref(at), mixing(self.objective, programs, at))
-        return self._mixes[1]
+            self._mixes = (weakref.ref(at), code, mixing(self.objective, programs, at))
+        return self._mixes[2]
 
     def leaves(self, batch: WeightedBatch, snapshot: Snapshot) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Constants and parameters of a batch's program by value id."""

@@ -191,7 +191,8 @@ def test_a_block_of_nothing_but_rounding(dtype: torch.dtype) -> None:
     assert found.status == "converged"
     assert found["rounding"].values.tolist() == [0.0, 0.0]
     expected = wanted(np.linalg.eigvalsh(A[12:, 12:].double().numpy()), 2, "LM")
-    assert np.allclose(found["other"].values.numpy(), expected, atol=1e-2 * abs(expected[0]))
+    # An eigenvalue is as near as the residual, a thousandth of the largest.
+    assert np.abs(found["other"].values.numpy() - expected).max() <= 1e-3 * abs(expected[0])
     assert list(found) == ["rounding", "other"] and len(found) == 2 and "bias" not in found
 
 
@@ -234,7 +235,7 @@ def test_an_attention_with_a_bias_of_its_keys() -> None:
     data = (torch.randn(5, 3, 4), torch.randint(4, (5,)))
     H = fc.Hessian(fc.Objective(Attention(), nn.CrossEntropyLoss(), data))
     found = fc.block_spectra(H, k=1)
-    largest = max(float(pairs.values.abs().max()) for pairs in found.by_parameter.values())
     assert found.status == "converged"
-    # Not more than the rounding of some ten sums of numbers of the largest's size.
-    assert float(found["k.bias"].values.abs()) <= 100 * torch.finfo(torch.float32).eps * largest
+    # What counts as rounding: 8 eps |A x|, x of length one.
+    norm = float(torch.linalg.matrix_norm(H.to_dense(), 2))
+    assert float(found["k.bias"].values.abs()) <= 8 * torch.finfo(torch.float32).eps * norm
