@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning, NoRowsError
+from flatcore.errors import NoRowsError, warn
 from flatcore.linear import LinearView, check_count, check_positive, check_seed
 from flatcore.means import Samples, Smooth
 from flatcore.memory import free_bytes
@@ -115,13 +114,11 @@ def run(source: Source, smooth: Smooth, ways: list[Exact], options: Options, beg
             except NoRowsError as failure:
                 if len(ways) == 1:
                     raise
-                warnings.warn(
-                    f'{what}: not by method "{exact.method}": {failure}', FlatcoreWarning, stacklevel=4
-                )
+                warn(f'{what}: not by method "{exact.method}": {failure}')
                 return run(source, smooth, [way for way in ways if way is not exact], options, began)
             matvecs += exact.products
     if status != "converged":
-        warnings.warn(f"{what}: {status}", FlatcoreWarning, stacklevel=4)
+        warn(f"{what}: {status}")
     return Estimate(
         value=value,
         stderr=error,

@@ -339,4 +339,7 @@ def _second_derivatives() -> Iterator[None]:
         raise
     except RuntimeError as error:
         first_line = (str(error).strip() or "no message").splitlines()[0]
-        raise ValueError(f"model: torch could not differentiate the loss twice: {first_line}") from error
+        raise ValueError(
+            f"model: expected a loss that torch can differentiate twice, got {first_line!r}; write the operation that "
+            "it names in terms of others"
+        ) from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Any
 
 import torch
 
 from flatcore import _C
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.linear import as_full_operator, check_count, check_positive, check_seed
 from flatcore.progress import progress_bar
 from flatcore.results import BlockSpectra, Eigenpairs
@@ -96,7 +95,7 @@ def block_spectra(
             f"{len(missing)} of {len(slices)} blocks have residuals above tol = {tol:g} after "
             f"{products.used} products: {shown}; raise max_steps or tol"
         )
-        warnings.warn(f"block_spectra: {status}", FlatcoreWarning, stacklevel=2)
+        warn(f"block_spectra: {status}")
     return BlockSpectra(pairs, products.used, seconds, seed, status)
 
 

@@ -172,15 +172,11 @@ def check_repeats(model: nn.Module, first: float, second: float, dtype: torch.dt
         abs(first), abs(second)
     ):
         return
-    suspects = list(_suspects(model))
-    where = (
-        "; suspects are " + ", ".join(suspects[:4])
-        if suspects
-        else "; look for random operations in the model or the loss"
-    )
+    noise = "random numbers of the model's code or the loss (draw them once and give them with the batch)"
+    suspects = ", ".join([*list(_suspects(model))[:4], noise])
     raise ValueError(
-        f"model: expected the same loss from two evaluations of one batch, got {first:.9g} and "
-        f"{second:.9g}{where}"
+        f"model: expected the same loss from two evaluations of one batch, got {first:.9g} and {second:.9g}; "
+        f"suspects are {suspects}"
     )
 
 

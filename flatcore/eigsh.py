@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from flatcore import _C
 from flatcore.block_choice import DEFAULT_BLOCK, measured_block
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.krylov_basis import Basis, allocate_basis, checked_storage
 from flatcore.krylov_checkpoint import Checkpoint
 from flatcore.linear import LinearView, as_operator, check_count, check_positive, check_seed
@@ -115,7 +114,7 @@ def eigsh(
         found = search.run(operator, basis, start, saved, drafted, bar)
     status = _status(found, k, tol, operator.dtype)
     if status != "converged":
-        warnings.warn(f"eigsh: {status}", FlatcoreWarning, stacklevel=2)
+        warn(f"eigsh: {status}")
     values = torch.tensor(found["values"], dtype=torch.float64, device="cpu")
     residuals = torch.tensor(found["residuals"], dtype=torch.float64, device="cpu")
     vectors = found["vectors"]

@@ -15,7 +15,7 @@ def warn(message: str) -> None:
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, FlatcoreWarning, stacklevel=level)
+    warnings.warn(message, FlatcoreWarning, stacklevel=level)  # noqa: TID251
 
 
 class CaptureError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from flatcore import _C
 from flatcore.adaptive import Block, Exact, Options, dense, eigenvalues, finite, run
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.gram import GramMatrix, gram_of
 from flatcore.linear import LinearView, as_full_operator, check_count, check_positive
 from flatcore.means import Smooth, power, quotient, total
@@ -232,11 +231,9 @@ def _sum(A: Any, function: Function, smooth: Smooth, options: Options, steps: in
     )
     result = run(source, smooth, ways, options, began)
     if function.lowest_negative < 0:
-        warnings.warn(
+        warn(
             f"{options.what}: A has negative eigenvalues, down to {function.lowest_negative:.3g}, each of which counts "
-            "with a negative term; for a measure that is meant for A >= 0 take fc.GGN",
-            FlatcoreWarning,
-            stacklevel=4,
+            "with a negative term; for a measure that is meant for A >= 0 take fc.GGN"
         )
     return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any, Literal, cast, get_args
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flatcore._C import engine, krylov
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.results import MeasuredError
 from flatcore.vectors import Layout
 
@@ -48,11 +47,9 @@ def usable(precision: Any, layout: Layout) -> Precision:
     else:
         there = on_gpu or engine.bf16_available()
     if not there:
-        warnings.warn(
+        warn(
             f'precision="{precision}": {layout.device} has no instructions for it that torch uses, so the products are '
-            "in full precision",
-            FlatcoreWarning,
-            stacklevel=3,
+            "in full precision"
         )
         return "full"
     return cast("Precision", precision)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from flatcore import _C
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.linear import LinearView, as_full_operator, check_count, check_positive
 from flatcore.progress import progress_bar
 from flatcore.results import Solution
@@ -92,7 +91,7 @@ def solve(
 
     status = _status(errors, tol, reason, products.used, operator.dtype, damping)
     if status != "converged":
-        warnings.warn(f"solve: {status}", FlatcoreWarning, stacklevel=2)
+        warn(f"solve: {status}")
     single = b.ndim == 1
     return Solution(
         value=x[0] if single else x.T,

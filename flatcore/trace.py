@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from flatcore.automatic import automatic
 from flatcore.by_example import ByExample
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning, NotSeparable
+from flatcore.errors import NotSeparable, warn
 from flatcore.linear import LinearView, as_operator, check_count, check_positive, check_seed
 from flatcore.progress import Bar, progress_bar
 from flatcore.projected import hutch_plus_plus, known_basis, leave_one_out, remainder
@@ -117,7 +116,7 @@ def _estimate(
                 used = swept.run(method)
             except NotSeparable as reason:  # only the data of a batch tell
                 used = None
-                _shared(what, method, str(reason), stacklevel=4)
+                _shared(what, method, str(reason))
             finally:
                 sweeps.release()
             used_up = swept.used
@@ -137,7 +136,7 @@ def _estimate(
         status = "converged" if used == "exact" else _status(what, run)
         numbers = run.tally.results(used == "exact")
     if status != "converged":
-        warnings.warn(f"{what}: {status}", FlatcoreWarning, stacklevel=3)
+        warn(f"{what}: {status}")
     seconds = time.perf_counter() - began
 
     def result(numbers: tuple[Any, Any], parts: dict[str, Estimate] | None) -> Estimate:
@@ -156,14 +155,13 @@ def _sweeps(what: str, A: Any, method: str) -> Any:
     found = offer(what == "diagonal")
     if not isinstance(found, str):
         return found
-    _shared(what, method, found, stacklevel=5)
+    _shared(what, method, found)
     return None
 
 
-def _shared(what: str, method: str, reason: str, stacklevel: int) -> None:
+def _shared(what: str, method: str, reason: str) -> None:
     if method == "example":
-        message = f"{what}: {reason}; so all examples share their probes"
-        warnings.warn(message, FlatcoreWarning, stacklevel=stacklevel)
+        warn(f"{what}: {reason}; so all examples share their probes")
 
 
 def _by_products(

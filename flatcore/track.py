@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from flatcore import track_views
 from flatcore.data import preserved_random_state
 from flatcore.eigsh import eigsh
 from flatcore.environment import modules_in
-from flatcore.errors import CaptureError, FlatcoreWarning
+from flatcore.errors import CaptureError, warn
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.catalogue import by_name
 from flatcore.measures.edge_of_stability import stability_limit
@@ -168,7 +167,7 @@ class Tracker:
                     row |= dict.fromkeys(names, math.nan)
                     self._told.append(f"{what}: {error}")
                     if not waits:
-                        warnings.warn(f"track: step {step}, {self._told[-1]}", FlatcoreWarning, stacklevel=2)
+                        warn(f"track: step {step}, {self._told[-1]}")
         row["products"], row["seconds"] = self._products, time.perf_counter() - began
         row["status"] = "; ".join(self._told) or "converged"
         self.history.append(row)

@@ -12,13 +12,12 @@ import json
 import os
 import platform
 import re
-import warnings
 from pathlib import Path
 
 import torch
 
 from flatcore._C import engine
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 
 VARIABLE = "FLATCORE_GEMM"
 POLICIES = ("measure", "blas", "onednn")
@@ -46,8 +45,7 @@ def start() -> None:
     """Apply FLATCORE_GEMM; load what was measured before, and save at exit what is new."""
     policy = os.environ.get(VARIABLE, POLICIES[0])
     if policy not in POLICIES:
-        message = f"{VARIABLE}: expected one of {', '.join(POLICIES)}, got {policy!r}; measuring"
-        warnings.warn(message, FlatcoreWarning, stacklevel=2)
+        warn(f"{VARIABLE}: expected one of {', '.join(POLICIES)}, got {policy!r}; measuring")
         policy = POLICIES[0]
     engine.set_gemm_policy(policy)
     if policy == "measure":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from flatcore import _C
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.linear import LinearView, as_operator
 from flatcore.results import Eigenpairs
 
@@ -68,7 +67,7 @@ def draft_rows(
     try:
         found = search(_telling(view))
     except (_C.krylov.OperatorError, _ProductError) as error:
-        warnings.warn(f"eigsh: the draft is of no use: {error}", FlatcoreWarning, stacklevel=3)
+        warn(f"eigsh: the draft is of no use: {error}")
         return nothing, 0
     return found["vectors"].to(dtype=operator.dtype, device=operator.device).contiguous(), found["products"]
 

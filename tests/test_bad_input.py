@@ -164,6 +164,9 @@ class GaussianNoise(nn.Module):
 def test_a_loss_that_differs_between_two_evaluations() -> None:
     refused(mlp(GaussianNoise()), CE, (X, Y), "model:", "same loss", "'1' (GaussianNoise)")
     refused(mlp().train(), lambda z, y: CE(F.dropout(z), y), (X, Y), "model:", "same loss", "train mode")
+    refused(
+        mlp(), lambda z, y: CE(z + torch.randn_like(z), y), (X, Y), "model:", "same loss", "draw them once"
+    )
 
 
 def test_covariance_with_normalisation_over_the_batch() -> None:

@@ -210,9 +210,8 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
     """Functional ATen with whole ops kept, but for composite ones that no lowering knows (einsum, say)."""
     with _quiet():
         functional: ExportedProgram = exported.run_decompositions({})
-        seen: set[torch._ops.OpOverload] = (
-            set()
-        )  # some, such as a size that the data decide, stay as they are
+        # Some, such as a size that the data decide, stay as they are.
+        seen: set[torch._ops.OpOverload] = set()
         while unknown := _unknown_composites(functional.graph) - seen:
             seen |= unknown
             table = {op: partial(op._op_dk, _COMPOSITE) for op in unknown}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatcore.environment import exclusive
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import FlatcoreWarning, warn
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.example_gradients import sign_sums
 from flatcore.measures.likelihood import coefficient, with_sampled_targets
@@ -113,7 +113,7 @@ def generalization_gap(
         used, how = used + products, "probes"
     n = objective.examples
     if status != "converged":
-        warnings.warn(f"generalization_gap: {status}", FlatcoreWarning, stacklevel=2)
+        warn(f"generalization_gap: {status}")
     return Measure(
         value=value / n,
         stderr=stderr / n,
@@ -191,11 +191,9 @@ def _dense(A: Operator, source: Objective, damping: float, details: dict[str, An
             f"{damping:g}; raise damping, or take matrix='ggn'"
         )
     if lowest < -rounding:
-        warnings.warn(
+        warn(
             f"generalization_gap: the curvature has a negative eigenvalue, {lowest:.3g}, so this is no minimum; take "
-            "matrix='ggn'",
-            FlatcoreWarning,
-            stacklevel=3,
+            "matrix='ggn'"
         )
     C = GradientCovariance(source).to_dense().double()
     shares = (vectors * (C @ vectors)).sum(dim=0)

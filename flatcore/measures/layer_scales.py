@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from typing import Any
 
 import torch
 
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.measures.derived import check_objective
 from flatcore.measures.extremes import extremes
 from flatcore.measures.features import in_order_of_use
@@ -116,7 +115,7 @@ def minimum_sharpness(objective: Objective, *, curvature: str = "hessian", **opt
     status = found.status
     if not converged:
         status = f"the scales have not converged after {_MAX_SWEEPS} sweeps, so the value is an upper bound"
-        warnings.warn(f"minimum_sharpness: {status}", FlatcoreWarning, stacklevel=2)
+        warn(f"minimum_sharpness: {status}")
     return Measure(
         value=math.fsum(m.value for m in by_layer.values()),
         stderr=error,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from flatcore.environment import exclusive
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.evaluate import plain_torch
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.langevin import Chain, batch_means
@@ -109,7 +108,7 @@ def local_entropy(
     elif slow:
         status = f"chains at s = {', '.join(slow)} are too short to have mixed; raise steps or gamma, or lower beta"
     if status != "converged":
-        warnings.warn(f"local_entropy: {status}", FlatcoreWarning, stacklevel=2)
+        warn(f"local_entropy: {status}")
     details: dict[str, Any] = {
         "gradient": gradient,
         "gradient_stderr": gradient_error,

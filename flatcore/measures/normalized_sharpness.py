@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.linear import check_count, check_positive
 from flatcore.measures.derived import check_objective, normalize_logits
 from flatcore.measures.layers import Layer, find_layers
@@ -111,7 +110,7 @@ def normalized_sharpness(
             'pass curvature="ggn" for one without' if curvature == "hessian" else "a smaller rtol leaves less"
         )
         told = f"normalized_sharpness: {clipped:.1%} of the diagonal's mass is negative and was taken as zero; {advice}"
-        warnings.warn(told, FlatcoreWarning, stacklevel=2)
+        warn(told)
     return Measure(
         value=sum(m.value for m in by_layer.values()),
         stderr=math.sqrt(sum(m.stderr**2 for m in by_layer.values())),

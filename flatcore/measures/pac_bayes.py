@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from flatcore.environment import exclusive
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.evaluate import plain_torch
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.ascent import flat_parameters
@@ -105,7 +104,7 @@ def pac_bayes_sigma(
     status = "converged"
     if not abs(change - drop) < tolerance:
         status = f"the accuracy changes by {change:.3g} at sigma = {sigma:.3g}, not by {drop:g}; raise largest or steps"
-        warnings.warn(f"pac_bayes_sigma: {status}", FlatcoreWarning, stacklevel=3)
+        warn(f"pac_bayes_sigma: {status}")
     details: dict[str, float] = {"flatness": 1 / sigma**2, "change": change}
     weights = [layer.weight for layer in layers_if_any(objective)]
     if weights and not magnitude:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from flatcore import checks
 from flatcore.capture.batch import split_batch
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.evaluate import Evaluation, ModelLoss
 from flatcore.objective import Objective, WeightedBatch
 
@@ -153,7 +152,7 @@ def finite_status(samples: Tensor, measure: str, of: str, advice: str) -> str:
     if not bad:
         return "converged"
     status = f"{bad} of {samples.numel()} samples of the {of} are not finite"
-    warnings.warn(f"{measure}: {status}; {advice}", FlatcoreWarning, stacklevel=4)
+    warn(f"{measure}: {status}; {advice}")
     return status
 
 

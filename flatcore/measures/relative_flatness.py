@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from flatcore.environment import full_precision
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.derived import check_objective, restricted
 from flatcore.measures.example_flatness import by_example
@@ -122,7 +121,7 @@ def relative_flatness(
         neurons = {one.path: Neurons.of(one, weights[one.weight], spread.get(one.path)) for one in rest}
         found, methods = _found(objective, neurons, form, method, rtol, budget, seed)
     if found.status != "converged":
-        warnings.warn(f"relative_flatness: {found.status}", FlatcoreWarning, stacklevel=2)
+        warn(f"relative_flatness: {found.status}")
     by_layer = {}
     for one in layers:
         value, stderr = closed[one.path] if one.path in closed else found.values[one.path]
@@ -160,7 +159,7 @@ def _tell_silent(paths: list[str], may_go_on: bool) -> None:
     if not may_go_on:
         raise ValueError(f"layer: expected a layer that the model calls, but {text}")
     others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-    warnings.warn(f"relative_flatness: left out: {text}{others}", FlatcoreWarning, stacklevel=3)
+    warn(f"relative_flatness: left out: {text}{others}")
 
 
 def _closed(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatcore import functionals
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import FlatcoreWarning, warn
 from flatcore.measures.extremes import extremes
 from flatcore.measures.kfac import kfac_eigenvalues
 from flatcore.measures.result import Measure
@@ -123,11 +123,9 @@ def check_pole(A: Operator, damping: float, what: str, seed: int) -> tuple[float
         )
     # An eigenvalue of zero comes out within its residual.
     if lowest < -error - 1e-6 * found.scale:
-        warnings.warn(
+        warn(
             f"{what}: the Hessian has a negative eigenvalue, {lowest:.3g}, so this is no minimum and its terms are "
-            "negative; for a measure that is meant for A >= 0 take matrix='ggn'",
-            FlatcoreWarning,
-            stacklevel=3,
+            "negative; for a measure that is meant for A >= 0 take matrix='ggn'"
         )
     return lowest, found.matvecs
 

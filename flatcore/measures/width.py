@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from typing import Any
 
 import torch
 
 from flatcore.eigsh import eigsh
-from flatcore.errors import FlatcoreWarning
+from flatcore.errors import warn
 from flatcore.linear import check_positive
 from flatcore.measures.deep_linear import LinearNet, NotLinearError, least_eigenvalue, read_linear_net
 from flatcore.measures.features import in_order_of_use
@@ -90,7 +89,7 @@ def width(objective: Objective, *, tol: float = 1e-3) -> Measure:
         value = _ratio(details)
         status = _status(net, details, tol)
         if status != "converged":
-            warnings.warn(f"width: {status}", FlatcoreWarning, stacklevel=2)
+            warn(f"width: {status}")
     return Measure(
         value=value,
         stderr=0.0 if not math.isnan(value) else math.nan,
