@@ -106,10 +106,10 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     ),
     "detach": (lambda m, x: m.linear(x).detach() * m.linear(x), "aten.detach.default", "stops the gradient"),
     "no_grad": (without_gradient, "torch.no_grad", "stops the gradient"),
-    "dropout": (lambda m, x: F.dropout(m.linear(x)), "aten.native_dropout.default", "random"),
+    "dropout": (lambda m, x: F.dropout(m.linear(x)), "aten.dropout.default", "random"),
     "noise": (lambda m, x: m.linear(x + torch.randn_like(x)), "aten.randn_like.default", "random"),
     "buffer": (counting, "aten.add.Tensor", "layer.0.count"),
-    "cast": (lambda m, x: m.linear(x).half().float(), "aten._to_copy.default", "precision"),
+    "cast": (lambda m, x: m.linear(x).half().float(), "aten.to.dtype", "precision"),
     "detached spectrum": (
         lambda m, x: torch.fft.rfft(m.linear(x)).detach().abs()[:, :1] * m.linear(x),
         "aten.detach.default",

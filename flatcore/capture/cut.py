@@ -25,7 +25,7 @@ _LOSSES = {
 # Why there is no cut where torch autograd may still find one.
 NO_VALUE = "the model hands the loss what is no floating tensor of a fixed shape"
 _REDUCTIONS: dict[int, Reduction] = {1: "mean", 2: "sum"}
-_PASS_ON = ("clone", "view", "alias", "squeeze", "neg", "mul", "div")
+_PASS_ON = ("clone", "view", "reshape", "alias", "squeeze", "neg", "mul", "div")
 
 
 def find_cut(

@@ -9,11 +9,10 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -21,8 +20,8 @@ from ..errors import CaptureError
 from .assemble import assemble
 from .batch import Structure, flatten_batch, split_batch
 from .custom import recorded_functions, restore_functions
-from .graph import Names, aten_name, readable_path
-from .lower import LOWERINGS
+from .functional import functional_form
+from .graph import Names, active_nodes, readable_path
 from .prelude import named_tensors
 from .program import Program
 from .refusals import (
@@ -33,8 +32,6 @@ from .refusals import (
 )
 from .trial import tried
 
-# Where torch keeps the kernels that are written in terms of other operations.
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 LossKind = Literal["output_target", "model_batch"]
 
 
@@ -70,14 +67,18 @@ def capture(
     leaves, structure = flatten_batch(batch)
     examples = _examples(batch, leaves, loss_kind)
     wrapper = _Wrapper(model, loss, structure, loss_kind)
-    with _unchanged(model, loss), _requiring_gradients(chosen), recorded_functions():
-        _forget_average_over_all(model)
-        raw = _export(wrapper, leaves)
-        exported = _decompose(raw)
+    with _requiring_gradients(chosen), recorded_functions():
+        with _unchanged(model, loss):
+            _forget_average_over_all(model)
+            raw = _export(wrapper, leaves)
+        tensors = named_tensors(model, loss)
+        names = Names(wrapper, {id(t): name for name, t in tensors.items()}, chosen)
+        parameters, _ = names.inputs(raw)
+        active = active_nodes(raw.graph, parameters)
+        refuse_stopped_gradients(raw, active)
+        with _quiet():
+            exported = functional_form(raw, active)
         restore_functions(exported.graph)
-    tensors = named_tensors(model, loss)
-    names = Names(wrapper, {id(t): name for name, t in tensors.items()}, chosen)
-    refuse_stopped_gradients(raw, names)
     program = assemble(exported, names, loss_kind == "output_target", examples, allow_train_mode)
     if not any(op.external for op in program.ops):
         return program
@@ -159,7 +160,7 @@ def _scalar(loss: Any) -> Tensor:
         shape = f"a tensor of shape {tuple(loss.shape)}"
         got = shape if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise _NotScalar(f"loss: expected one number, got {got}; take its mean over the examples")
-    return loss.reshape(())
+    return loss.reshape(()) if loss.dim() else loss
 
 
 def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
@@ -204,33 +205,6 @@ def _traced_module(error: BaseException, wrapper: nn.Module) -> str:
                 found = paths[id(module)] or "loss"
         pending.append(current.__cause__ or current.__context__)
     return readable_path(found) if found else ""
-
-
-def _decompose(exported: ExportedProgram) -> ExportedProgram:
-    """Functional ATen with whole ops kept, but for composite ones that no lowering knows (einsum, say)."""
-    with _quiet():
-        functional: ExportedProgram = exported.run_decompositions({})
-        # Some, such as a size that the data decide, stay as they are.
-        seen: set[torch._ops.OpOverload] = set()
-        while unknown := _unknown_composites(functional.graph) - seen:
-            seen |= unknown
-            table = {op: partial(op._op_dk, _COMPOSITE) for op in unknown}
-            try:
-                functional = functional.run_decompositions(table)
-            except Exception:  # torch's own kernel does not trace: lowering then says what it does not know
-                break
-        return functional
-
-
-def _unknown_composites(graph: fx.Graph) -> set[torch._ops.OpOverload]:
-    return {
-        node.target
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace == "aten"
-        and aten_name(node) not in LOWERINGS
-        and node.target.has_kernel_for_dispatch_key(_COMPOSITE)
-    }
 
 
 @contextlib.contextmanager

@@ -15,16 +15,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from ..errors import CaptureError
-from .graph import Names, active_nodes, arguments, module_path, needed_nodes, outputs
+from .graph import Names, arguments, module_path, needed_nodes, outputs
 
 _STOPS = "stops the gradient, so the loss has no Hessian that matches its gradient"
 _DETACHED = ("aten.detach.default", "aten._local_scalar_dense.default", "aten.item.default")
 
 
-def refuse_stopped_gradients(exported: ExportedProgram, names: Names) -> None:
+def refuse_stopped_gradients(exported: ExportedProgram, active: Container[fx.Node]) -> None:
     """torch.no_grad around a value that depends on a parameter; decomposition removes its traces."""
-    parameters, _ = names.inputs(exported)
-    active = active_nodes(exported.graph, parameters)
     for node in needed_nodes(outputs(exported)[:1]):
         if "set_grad_enabled" in str(node.target) and node in active and node.args[0] is False:
             raise CaptureError(_STOPS, op="torch.no_grad", path=module_path(node))

@@ -249,7 +249,7 @@ def instance_norm(b: Builder) -> None:
     b.let(f"F.instance_norm({x}{affine}, eps=0.05)")
 
 
-@op("_native_batch_norm_legit_no_training.default")
+@op("batch_norm.default", "_native_batch_norm_legit_no_training.default")
 def batch_norm(b: Builder) -> None:
     x = b.pick(min_rank=2)
     channels = b.size(x, 1)

@@ -37,7 +37,7 @@ expressions(
 )
 
 
-@op("view.default")
+@op("view.default", "reshape.default")
 def reshape(b: Builder) -> None:
     x = b.pick()
     n = prod(b.shape(x))
@@ -54,14 +54,14 @@ def reshape(b: Builder) -> None:
     b.let(f"{x}.reshape({tuple(sizes)})")
 
 
-@op("view.default")
+@op("view.default", "flatten.using_ints")
 def flatten(b: Builder) -> None:
     x = b.pick(min_rank=2)
     start = b.integer(0, b.rank(x) - 1)
     b.let(f"{x}.flatten({start}, {b.integer(start, b.rank(x) - 1) - b.rank(x)})")
 
 
-@op("view.default")
+@op("view.default", "unflatten.int")
 def unflatten(b: Builder) -> None:
     x = b.pick(min_rank=1)
     axis = b.axis(x)
@@ -165,12 +165,12 @@ def split(b: Builder) -> None:
     _parts(b, "torch.split({x}, {half}, {axis})")
 
 
-@op("split_with_sizes.default")
+@op("split_with_sizes.default", "split.sizes")
 def split_with_sizes(b: Builder) -> None:
     _parts(b, "torch.split({x}, {sizes}, {axis})")
 
 
-@op("split.Tensor")
+@op("split.Tensor", "chunk.default")
 def chunk(b: Builder) -> None:
     _parts(b, "{x}.chunk(2, {axis})")
 

@@ -11,15 +11,13 @@ from torch import fx
 from ..lower import Lowering, lowers
 
 
-@lowers("_native_batch_norm_legit_no_training.default")
-def _batch_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int, None, None]:
+@lowers("batch_norm.default", "_native_batch_norm_legit_no_training.default")
+def _batch_norm(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int | tuple[int, None, None]:
+    """By the running statistics; in train mode it reaches the lowerings as one of the next."""
     mean, var = lower.constant(lower.take(a.running_mean)), lower.constant(lower.take(a.running_var))
     weight, bias = lower.optional(a.weight), lower.optional(a.bias)
-    return (
-        lower.emit("batch_norm", lower.operand(a.input), weight, bias, mean, var, eps=float(a.eps)),
-        None,
-        None,
-    )
+    y = lower.emit("batch_norm", lower.operand(a.input), weight, bias, mean, var, eps=float(a.eps))
+    return (y, None, None) if "native" in str(node.target) else y
 
 
 @lowers("_native_batch_norm_legit_functional.default", "_native_batch_norm_legit.no_stats")

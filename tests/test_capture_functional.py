@@ -1,0 +1,114 @@
+"""The graph that torch.export gives is taken as it is only where torch's decomposition of it would say the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, selected
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from flatcore.capture import batch_leaves, capture, export, interpret, named_tensors
+from flatcore.capture.functional import _decomposed, functional_form
+from flatcore.capture.program import Program
+
+# One in three, and those that write, have a normalisation, or move their numbers about.
+NAMES = {c.name for c in CASES[::3]} | {
+    "resnet",
+    "cnn",
+    "mlp-batchnorm",
+    "encoder",
+    "moved",
+    "statistics",
+    "bench-vit",
+}
+
+
+def program_of(
+    model: nn.Module, loss: Callable[..., Tensor], batch: Any, kind: Any = "output_target"
+) -> Program:
+    return capture(model, loss, batch, selected=selected(model), loss_kind=kind)
+
+
+def said(program: Program) -> tuple[Any, ...]:
+    """All but names, which follow the operations of the graph."""
+    values = [dataclasses.replace(value, name="") for value in program.values]
+    ops = [dataclasses.replace(op, aten="") for op in program.ops]
+    return (
+        values,
+        ops,
+        program.parameters,
+        program.constants,
+        program.loss,
+        program.cut,
+        program.normaliser,
+        program.reduction,
+    )
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in NAMES], ids=str)
+def test_decomposed_it_is_the_same_program(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss, batch = case.build(0, torch.float64)
+    as_it_is = program_of(model, loss, batch, case.loss_kind)
+
+    def decomposed_first(raw: ExportedProgram, active: object) -> ExportedProgram:
+        rewritten = _decomposed(raw, set())
+        return functional_form(rewritten, set(rewritten.graph.nodes))
+
+    monkeypatch.setattr(export, "functional_form", decomposed_first)
+    assert said(program_of(model, loss, batch, case.loss_kind)) == said(as_it_is)
+
+
+def test_what_only_reads_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decompositions are three quarters of the time of a capture."""
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", None)
+    case = next(c for c in CASES if c.name == "bench-vit")
+    model, loss, batch = case.build(0, torch.float64)
+    assert not any(op.external for op in program_of(model, loss, batch).ops)
+
+
+class Writes(nn.Module):
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.write, self.out = nn.Linear(6, 4), write, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.write(self.first(x)))
+
+
+def through_a_view(h: Tensor) -> Tensor:
+    view = h.reshape(-1)
+    h.tanh_()
+    return view.reshape(h.shape) + h
+
+
+def into_a_part(h: Tensor) -> Tensor:
+    h[:, 1:3] = h[:, :2].clone()
+    return h
+
+
+def without_gradient(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = torch.full((4,), 0.5).add_(1)
+    return h * scale
+
+
+def normed_by_the_batch(h: Tensor) -> Tensor:
+    return F.batch_norm(h, None, None, training=True)
+
+
+@pytest.mark.parametrize("write", [through_a_view, into_a_part, without_gradient, normed_by_the_batch])
+def test_what_writes_is_not_taken_as_it_is(write: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Writes(write).double()
+    batch = torch.randn(5, 6, dtype=torch.float64), torch.randint(3, (5,))
+    program = program_of(model, F.cross_entropy, batch)
+    constants = program.prelude.run(batch_leaves(batch), named_tensors(model, None))
+    found = interpret(program, dict(model.named_parameters()), constants)[program.loss]
+    expected = F.cross_entropy(model(batch[0]), batch[1])
+    assert abs(found - expected) <= 100 * torch.finfo(torch.float64).eps * abs(expected)
