@@ -43,6 +43,11 @@ target_include_directories(
     INTERFACE ${TORCH_FOLDER}/include ${TORCH_FOLDER}/include/torch/csrc/api/include
 )
 target_compile_definitions(flatcore_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${STRING_ABI})
+# What torch's checks say names their file: no path of the building machine.
+target_compile_options(
+    flatcore_torch
+    INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${TORCH_FOLDER}/=>
+)
 foreach(name torch_cpu c10 torch_python)
     target_link_libraries(flatcore_torch INTERFACE ${TORCH_FOLDER}/lib/lib${name}.so)
 endforeach()

@@ -86,14 +86,14 @@ class ByExample:
             return None
         if method == "auto" and sweeps.outputs and self._room and self._pilot_is_vain():
             self._take_outputs()
-            return self._probes(remainder=True, method="ggn+example")
+            return self._probes(remainder=True, method="ggn+example", may_change=True)
         self._round(False, max(_PILOT, min(self.pilot, self.budget)))
         if method == "auto" and not self.reached() and (choice := self._cheaper()) is not None:
             if choice == "whole matrix":
                 return None
             self._take_outputs()
-            return choice if choice == "exact" else self._probes(remainder=True, method=choice)
-        return self._probes(remainder=False, method="example")
+            return choice if choice == "exact" else self._probes(True, choice, may_change=True)
+        return self._probes(remainder=False, method="example", may_change=method == "auto")
 
     def _pilot_is_vain(self) -> bool:
         """Will sums over the outputs be cheaper than probes, whatever a pilot shows? Near a minimum an example's
@@ -131,8 +131,10 @@ class ByExample:
         if diagonal is not None:
             self.sums.known_diagonal = diagonal
 
-    def _probes(self, remainder: bool, method: str) -> str:
-        while self.sums.K == 0 or (self.used < self.budget and not self.reached()):
+    def _probes(self, remainder: bool, method: str, may_change: bool) -> str | None:
+        while self.sums.K == 0 or (self.used + _PILOT <= self.budget and not self.reached()):
+            if may_change and self.sums.K and self.believed and self._columns_are_cheaper(remainder):
+                return None
             if self.sums.K and self.rest is not None and self._rest_is_worse(self.rest):
                 before = self.rest.products.used
                 self.rest.step(self.budget - self.used)
@@ -145,6 +147,16 @@ class ByExample:
                 remainder, max(_PILOT, math.ceil(min(missing, _MOST_PROBES, self.budget - self.used)))
             )
         return method
+
+    def _columns_are_cheaper(self, remainder: bool) -> bool:
+        """Than the probes still needed, by the spread of those seen: all columns of the whole matrix."""
+        sweeps = self.sweeps
+        if self.budget - self.used < self.P:
+            return False
+        missing = self.sums.needed(self.rtol) - self.sums.K
+        return self.P * sweeps.product_work < missing * (
+            sweeps.remainder_work if remainder else sweeps.probe_work
+        )
 
     def _rest_is_worse(self, rest: Rest) -> bool:
         if rest.exact:

@@ -13,9 +13,55 @@ from torch import Tensor, nn
 
 from flatcore.capture.batch import batch_leaves
 from flatcore.data import Batch
-from flatcore.evaluate import Evaluation, once_differentiable
+from flatcore.evaluate import Evaluation, ModelLoss, hf_loss, once_differentiable
 
 _NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
+
+
+def check_kinds(model: Any, loss: Any) -> None:
+    """What model and loss are, before either is called."""
+    _check_model(model)
+    if isinstance(loss, type):
+        raise TypeError(
+            f"loss: expected a callable(output, target), got the class {loss.__name__}; make one of it"
+        )
+    if loss is hf_loss:
+        raise TypeError("loss: expected hf_loss(), got the function hf_loss itself; call it")
+    if not callable(loss) and not isinstance(loss, ModelLoss):
+        raise TypeError(
+            f"loss: expected a callable(output, target) or ModelLoss(fn), got {type(loss).__name__}; give a loss of "
+            "torch.nn, say"
+        )
+    if isinstance(loss, ModelLoss) and not callable(loss.fn):
+        raise TypeError(
+            f"loss: expected ModelLoss of a callable, got one of {type(loss.fn).__name__}; give a function"
+        )
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()) > any(
+        True for _ in model.parameters()
+    ):
+        raise ValueError(
+            f"model: expected a module with parameters, got {type(model).__name__} without, while the loss, "
+            f"{type(loss).__name__}, has some; give the model first, then the loss"
+        )
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, type):
+        raise TypeError(f"model: expected a torch.nn.Module, got the class {model.__name__}; make one of it")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; wrap functions in one"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model: expected a torch.nn.Module, got one of torch.jit, whose code is compiled already; pass the "
+            "module that it was made from"
+        )
+    if {p.device.type for p in model.parameters()} == {"meta"}:
+        raise ValueError(
+            "model: expected parameters with numbers, got them on device meta; load their values, or call to_empty() "
+            "and initialise them"
+        )
 
 
 def check_finite(tensors_by_name: Mapping[str, Tensor], what: str) -> None:

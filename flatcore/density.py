@@ -311,7 +311,7 @@ class Density:
         n = self.jacobi.probes
         bound = 2 * np.maximum(squares - samples.mean(axis=-1) ** 2, 0.0) / self.dimension
         own = samples.var(axis=-1, ddof=1) if n > 1 else np.zeros_like(bound)
-        return np.sqrt(moderated(own, bound, n) / n)
+        return np.asarray(np.sqrt(moderated(own, bound, n) / n))
 
     def _student(self, level: float) -> float:
         return student(level, self.jacobi.probes - 1 + BOUND_WEIGHT)

@@ -108,6 +108,7 @@ class GramMatrix:
         K, signs = self._matrix()
         return float(signs @ K.diagonal()), float(signs @ K**2 @ signs)
 
+    @torch.inference_mode(False)  # rows are taken by autograd, and sums written in place
     def _matrix(self) -> tuple[np.ndarray, np.ndarray]:
         """R Rᵀ and s. The rows are checked on the way by a product: Rᵀ diag(s) R v = A v for random signs v."""
         operator, extent = self.operator, self.rows.extent

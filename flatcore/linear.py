@@ -26,10 +26,11 @@ class LinearView:
         product: Callable[[torch.Tensor], torch.Tensor],
         parameter_slices: dict[str, slice] | None,
         name: str = "A",
+        check_range: bool = False,
     ) -> None:
         self.P, self.dtype, self.device, self.name = P, dtype, device, name
         self.parameter_slices = parameter_slices
-        self._product = product
+        self._product, self._check_range = product, check_range
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """Row k of the result is A @ rows[k]."""
@@ -41,7 +42,25 @@ class LinearView:
                 f"got {got}; "
                 "the operator must map (P, K) to (P, K)"
             )
-        return result.detach().to(dtype=self.dtype, device=self.device).contiguous()
+        products = result.detach().to(dtype=self.dtype, device=self.device).contiguous()
+        if self._check_range:  # of the first tells
+            self._check_range = False
+            _refuse_lost_squares(self.name, rows, products)
+        return products
+
+
+def _refuse_lost_squares(name: str, rows: torch.Tensor, products: torch.Tensor) -> None:
+    """Norms and inner products square entries: below the root of the smallest number they are lost, silently."""
+    if not len(rows):
+        return
+    long, longest = float(products.abs().max()), float(rows.abs().max())
+    least = math.sqrt(torch.finfo(products.dtype).tiny)
+    most = 1 / least
+    if 0 < long < least * longest or most * longest < long < math.inf:
+        raise ValueError(
+            f"{name}: expected products of {least:.0e} to {most:.0e} times their vectors, got {long / longest:.2g} "
+            f"times, whose squares are lost in {str(products.dtype)[6:]}; multiply the loss by a constant"
+        )
 
 
 def as_operator(A: Any, name: str = "A") -> LinearView:
@@ -67,11 +86,13 @@ def as_operator(A: Any, name: str = "A") -> LinearView:
     slices = getattr(A, "parameter_slices", None)
     if isinstance(A, torch.Tensor):
         dense = A.detach()
-        return LinearView(P, _torch_dtype(A.dtype, name), A.device, lambda rows: rows @ dense.T, slices, name)
+        return LinearView(
+            P, _torch_dtype(A.dtype, name), A.device, lambda rows: rows @ dense.T, slices, name, True
+        )
     dtype, is_torch = _arithmetic(A, P, name)
     device = torch.device(getattr(A, "device", "cpu")) if is_torch else torch.device("cpu")
     product = (lambda rows: (A @ rows.T).T) if is_torch else _numpy_product(A, name)
-    return LinearView(P, dtype, device, product, slices, name)
+    return LinearView(P, dtype, device, product, slices, name, check_range=True)
 
 
 def as_full_operator(A: Any) -> LinearView:

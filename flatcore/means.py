@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ __all__ = [
 BOUND_WEIGHT = 16
 
 
-def moderated(variance: np.ndarray, bound: np.ndarray, n: int) -> np.ndarray:
+def moderated(variance: Any, bound: Any, n: int) -> Any:
     """The variance of one sample, from the sample variance of n of them and an estimate that errs to the large side.
 
     Where few eigenvalues decide, samples are skewed: one that has not met the large values underestimates the mean
@@ -36,8 +37,8 @@ def moderated(variance: np.ndarray, bound: np.ndarray, n: int) -> np.ndarray:
     BOUND_WEIGHT degrees of freedom beside the n - 1 of the sample, as a conjugate prior would (Smyth, Stat. Appl.
     Genet. Mol. Biol. 3 (2004), article 3): it tells with few samples and fades with many.
     """
-    own = (n - 1) * variance if n > 1 else np.zeros_like(bound)
-    return np.asarray((own + BOUND_WEIGHT * bound) / (n - 1 + BOUND_WEIGHT))
+    own = (n - 1) * variance if n > 1 else 0 * bound
+    return (own + BOUND_WEIGHT * bound) / (n - 1 + BOUND_WEIGHT)
 
 
 def student(level: float, degrees: float) -> float:

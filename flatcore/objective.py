@@ -101,22 +101,7 @@ class Objective:
         memory: int | None = None,
         allow_train_mode: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(
-                "model: expected a torch.nn.Module, got one of torch.jit, whose code is compiled already; pass the "
-                "module that it was made from"
-            )
-        if not (callable(loss) or isinstance(loss, ModelLoss)):
-            raise TypeError(
-                f"loss: expected a callable(output, target) or ModelLoss(fn), got {type(loss).__name__}"
-            )
-        if isinstance(loss, ModelLoss) and not callable(loss.fn):
-            raise TypeError(f"loss: expected ModelLoss of a callable, got one of {type(loss.fn).__name__}")
-        given: object = loss
-        if given is hf_loss:
-            raise TypeError("loss: expected hf_loss(), got the function hf_loss itself; call it")
+        checks.check_kinds(model, loss)
         # A compiled module cannot be differentiated twice; the module inside it is the same function.
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.loss_function = loss
@@ -134,6 +119,13 @@ class Objective:
         self.backends: object = None  # set by flatcore.backend, shared by the operators of this objective
         self._weights: tuple[float, ...] = ()
         self.snapshot()
+
+    def __repr__(self) -> str:
+        loss = self.loss_function.fn if isinstance(self.loss_function, ModelLoss) else self.loss_function
+        return (
+            f"Objective({type(self.model).__name__}, {getattr(loss, '__name__', type(loss).__name__)}: "
+            f"{self.layout.size} parameters, {self.examples} examples in {len(self.data)} batches)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes programs and states of its own: the engine's cannot be copied."""

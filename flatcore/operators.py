@@ -236,7 +236,8 @@ class GradientCovariance(Operator):
     The objective is L = (1/N) sum_n l_n over N examples, so l_n is N times what example n contributes to L:
     with class weights or ignored targets these are not the plain losses. Examples are the leading axis of
     the batch; they must not interact, and they stand in order along axis 0 of the model's output, each with
-    equally many rows.
+    equally many rows. Of a loss that couples them, a deviation over the batch, say, g_n is N times the gradient
+    through the outputs of example n, which is not the gradient of a loss of its own.
 
     Raises ValueError where normalisation over the batch makes examples interact, or the output has no such
     axis.

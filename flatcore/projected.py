@@ -70,6 +70,13 @@ def hutch_plus_plus(run: Run) -> bool:
 
 def leave_one_out(run: Run) -> bool:
     """XTrace, or XDiag for a diagonal. Returns whether to change to exact: 2 products a probe, less than P."""
+    if run.left < 4:  # two probes
+        if run.left >= run.operator.P:
+            return True
+        raise ValueError(
+            f"max_matvecs: expected at least 4 for leave-one-out estimates, got {run.left}; allow more, or "
+            'take method="hutchinson"'
+        )
     estimator = leave_one_out_of(run)
     due = LEAST_PROBES
     while run.left >= 2:

@@ -11,6 +11,7 @@ import torch
 
 from flatcore import _C
 from flatcore.linear import LinearView
+from flatcore.means import moderated
 from flatcore.progress import Bar
 
 __all__ = ["BLOCK", "LEAST_PROBES", "DiagonalTally", "Products", "Run", "TraceTally", "exact", "hutchinson"]
@@ -61,6 +62,8 @@ class TraceTally:
         )
         self.mean = torch.zeros_like(self.known)
         self.squares = torch.zeros_like(self.known)
+        self.bound: torch.Tensor | None = None  # on the variance of a sample, from ``bounded`` of them
+        self.bounded = 0
 
     def collect(self, diagonal: torch.Tensor) -> torch.Tensor:
         """Of the entries of a diagonal, (P,) float64, what is estimated."""
@@ -79,6 +82,17 @@ class TraceTally:
             away = sample - self.mean
             self.mean += away / self.n
             self.squares += away * (sample - self.mean)
+        self.note_bound(products)
+
+    def note_bound(self, products: torch.Tensor) -> None:
+        """The entries v_i (A v)_i of independent probes have variances that add up to half of their sum's; those of a
+        parameter to half of what its own sum's is at most."""
+        if len(products) < 2:
+            return
+        bound = 2 * self.collect(products.var(dim=0).double())
+        self.bounded += len(products)
+        share = len(products) / self.bounded
+        self.bound = bound if self.bound is None else (1 - share) * self.bound + share * bound
 
     def note(self, sample: torch.Tensor) -> None:
         self.whole.append(float(sample[0]))
@@ -111,7 +125,10 @@ class TraceTally:
     def stderr(self) -> torch.Tensor:
         if self.n < 2:
             return torch.full_like(self.squares, math.nan)
-        return student(self.independent) * (self.squares / (self.n * (self.n - 1))).sqrt()
+        variance = self.squares / (self.n - 1)
+        if self.bound is not None:
+            variance = moderated(variance, self.bound, self.n)
+        return student(self.independent) * (variance / self.n).sqrt()
 
     def error_and_size(self) -> tuple[float, float]:
         """What is compared: stderr <= rtol * size."""
@@ -139,6 +156,9 @@ class DiagonalTally(TraceTally):
         yield from products.double()
 
     def note(self, sample: torch.Tensor) -> None:
+        pass
+
+    def note_bound(self, products: torch.Tensor) -> None:
         pass
 
     def take(self, estimator: _C.estimators.LeaveOneOut, final: bool) -> None:

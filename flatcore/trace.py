@@ -107,7 +107,11 @@ def _estimate(
     limit = None if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
     if method == "auto" and min(_EXACT_AT_ONCE, limit or _MAX_MATVECS) >= operator.P:
         method = "exact"
-    sweeps = _sweeps(what, A, method) if deflate is None else None
+    if method == "example" and limit == 1:
+        raise ValueError(
+            "max_matvecs: expected at least 2 for probes of each example's own, got 1; allow more"
+        )
+    sweeps = _sweeps(what, A, method) if deflate is None and limit != 1 else None
     swept, used_up = None, 0
     with full_precision(), progress_bar(what, total=limit or _MAX_MATVECS, enabled=progress) as bar:
         if sweeps is not None:
@@ -122,7 +126,8 @@ def _estimate(
             used_up = swept.used
         if swept is None or used is None:
             swept = None
-            run, used = _by_products(what, kind, operator, method, rtol, limit, deflate, seed, bar)
+            left = None if limit is None else max(1, limit - used_up)
+            run, used = _by_products(what, kind, operator, method, rtol, left, deflate, seed, bar)
             used_up += run.products.used
     if swept is not None:
         error, size = swept.error_and_size()

@@ -49,6 +49,8 @@ def refused(
 
 def test_model_is_not_a_module() -> None:
     refused(lambda x: x, CE, (X, Y), "model:", "torch.nn.Module", "function")
+    refused(nn.Linear, CE, (X, Y), "model:", "the class Linear", "make one of it")
+    refused(mlp(), nn.CrossEntropyLoss, (X, Y), "loss:", "the class CrossEntropyLoss", "make one of it")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -66,6 +68,8 @@ def test_no_trainable_parameter() -> None:
 
 def test_model_without_parameters() -> None:
     refused(nn.Tanh(), CE, (X, Y), "model:", "none of 0")
+    refused(nn.CrossEntropyLoss(), mlp(), (X, Y), "model:", "CrossEntropyLoss without", "the model first")
+    refused(mlp().to("meta"), CE, (X, Y), "model:", "device meta", "to_empty()")
 
 
 @pytest.mark.parametrize(

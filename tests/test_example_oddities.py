@@ -110,11 +110,39 @@ def test_small_budgets_are_told():
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
     H = fc.Hessian(fc.Objective(model, nn.CrossEntropyLoss(), data()))
     truth = float(dense(H).sum())
-    for budget in range(1, 9):
+    for budget in range(2, 9):
         with pytest.warns(FlatcoreWarning, match="raise max_matvecs"):
             estimate = fc.trace(H, max_matvecs=budget)
         assert estimate.stderr > 0
         assert abs(estimate.value - truth) <= 4 * estimate.stderr
+
+
+def test_one_probe_has_no_spread():
+    H = fc.Hessian(fc.Objective(nn.Linear(5, 3).double(), nn.CrossEntropyLoss(), data()))
+    with pytest.warns(FlatcoreWarning, match="the standard error of the trace is nan"):
+        assert fc.trace(H, max_matvecs=1).matvecs == 1
+    with pytest.raises(
+        ValueError, match="max_matvecs: expected at least 2 for probes of each example's own, got 1"
+    ):
+        fc.trace(H, method="example", max_matvecs=1)
+    with pytest.warns(FlatcoreWarning, match="raise max_matvecs"):
+        assert fc.trace(H, method="example", max_matvecs=3, rtol=1e-9).matvecs <= 3
+
+
+def test_all_columns_where_probes_would_take_more():
+    """Also after sums over the outputs, whose remainder turns out to be large."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3)
+    ).double()
+    for p in model.parameters():
+        p.data *= 2
+    batch = torch.randn(4, 8, dtype=torch.float64), torch.randint(3, (4,))
+    H = fc.Hessian(fc.Objective(model, nn.CrossEntropyLoss(), batch))
+    for function in (fc.trace, fc.diagonal):
+        found = function(H, rtol=1e-3)
+        assert (found.method, found.status) == ("exact", "converged")
+        assert found.matvecs <= 2 * H.shape[0]
 
 
 @pytest.mark.parametrize("empty", [False, True])

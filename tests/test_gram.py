@@ -325,3 +325,10 @@ def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_singular_matrix_is_not_told_to_become_a_ggn() -> None:
     with pytest.raises(ValueError, match=r"raise damping$"):
         fc.logdet(problem("squares"), 0.0, method="gram")
+
+
+def test_in_inference_mode() -> None:
+    A = problem("cross-entropy")
+    with torch.inference_mode():
+        inside = fc.soft_rank(A, 0.1, method="gram").value
+    assert inside == fc.soft_rank(A, 0.1, method="gram").value

@@ -56,6 +56,8 @@ def _only_reads(node: fx.Node) -> bool:
         node.target, torch._ops.OpOverload
     ):  # torch._C._set_grad_enabled, a graph of its own, ...
         return node.target is operator.getitem
+    if node.target is torch.ops.aten.detach_.default:  # of a tensor made by torch.tensor in the model
+        return node.args[0].target is torch.ops.aten.lift_fresh_copy.default  # type: ignore[union-attr]
     return node.target.namespace in ("aten", "flatcore") and not node.target._schema.is_mutable
 
 
