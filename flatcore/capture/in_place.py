@@ -1,0 +1,80 @@
+"""Operations that write into a tensor which nothing has read yet, as the ones that give a new tensor instead.
+
+Activations with ``inplace=True`` behind a normalisation, and sums ``out += shortcut``, are most of what writes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from .graph import outputs
+
+# Where torch keeps the kernels that are written in terms of other operations, and may then give a view.
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_aten = torch.ops.aten
+_NEW_THOUGH_COMPOSITE = {
+    _aten.linear.default,
+    _aten.conv1d.default,
+    _aten.conv2d.default,
+    _aten.conv3d.default,
+    _aten.batch_norm.default,
+    _aten.layer_norm.default,
+    _aten.group_norm.default,
+    _aten.matmul.default,
+}
+
+
+_DROPOUT = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
+
+
+def without_idle_dropout(exported: ExportedProgram) -> None:
+    """Changes the graph: in eval mode dropout gives what it gets, and what writes into its result writes into that.
+    torch's decompositions (2.13) make a copy of it."""
+    given = set(outputs(exported))
+    for node in list(exported.graph.nodes):
+        if node.target in _DROPOUT and not node.args[2] and node not in given:
+            node.replace_all_uses_with(node.args[0])
+            exported.graph.erase_node(node)
+    exported.graph_module.recompile()
+
+
+def without_first_writes(exported: ExportedProgram) -> None:
+    """Changes the graph where the tensor written into is new, so that no other is part of its memory, and nothing else
+    reads it, as a view would: what reads it later stands behind the operation's result in the graph."""
+    given = set(outputs(exported))
+    for node in exported.graph.nodes:
+        written = node.args[0] if node.args else None
+        if not isinstance(written, fx.Node) or written in given or not _gives_new(written):
+            continue
+        functional = _functional(node)
+        if functional is not None and set(written.users) == {node}:
+            node.target = functional
+    exported.graph_module.recompile()
+
+
+def _gives_new(node: fx.Node) -> bool:
+    """Is its result a tensor of its own memory? Composite operations need not say where it is not."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or len(op._schema.returns) != 1:
+        return False
+    if op._schema.returns[0].alias_info is not None:
+        return False
+    return op in _NEW_THOUGH_COMPOSITE or not op.has_kernel_for_dispatch_key(_COMPOSITE)
+
+
+def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
+    """`aten.add.Tensor` for a node of `aten.add_.Tensor` whose tensors have one type; None for what does not write."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or not op._schema.is_mutable:
+        return None
+    packet, _, overload = str(op).removeprefix("aten.").partition(".")
+    found = getattr(getattr(_aten, packet.removesuffix("_"), None), overload, None)
+    if not packet.endswith("_") or found is None or found._schema.is_mutable:
+        return None
+    if [a.name for a in found._schema.arguments] != [a.name for a in op._schema.arguments]:
+        return None
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    same = {value.dtype for value in values if isinstance(value, Tensor)}
+    return found if len(same) == 1 and all(isinstance(value, Tensor) for value in values) else None
