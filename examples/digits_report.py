@@ -13,6 +13,7 @@ from pathlib import Path
 from digits import factory
 
 from flatcore.cli import write_report
+from flatcore.cli_output import JsonTarget
 from flatcore.factory import Subject
 from flatcore.objective import Objective
 from flatcore.progress import progress_bar
@@ -24,7 +25,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(), help="folder for report.html and report.json")
     out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
     print(
         "Training two networks on 1 437 handwritten digits, one into a flat minimum and one into a sharp one."
     )
@@ -34,8 +34,7 @@ def main() -> None:
         Subject(name, Objective(model, loss, training), test)
         for name, (model, loss, training, test) in made.items()
     ]
-    with (out / "report.json").open("w") as file:
-        write_report(subjects, out, compare_autograd=True, json_file=file)
+    write_report(subjects, out, compare_autograd=True, json_file=JsonTarget(str(out / "report.json")))
     print(f"data: {out / 'report.json'}")
 
 

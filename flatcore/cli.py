@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import flatcore as fc
 from flatcore import doctor as doctor_module
@@ -20,13 +20,14 @@ from flatcore.bench.command import run as run_bench
 from flatcore.bench.setting import LARGEST_ERROR, PRECISIONS, Setting
 from flatcore.bench.setting import OPERATORS as BENCH_OPERATORS
 from flatcore.bench.workloads import WORKLOADS
+from flatcore.cli_output import PICTURE, JsonTarget, JsonType, OutputFolder, printable, text_console
+from flatcore.cli_spectrum import draw, eigenvalue_table, of_subject
 from flatcore.errors import CaptureError, FlatcoreWarning
 from flatcore.factory import Subject, load_subjects
 from flatcore.measures.catalogue import chosen as chosen_measures
 from flatcore.report import compare
 from flatcore.report.document import density as density_document
 from flatcore.report.document import dumps, eigenpairs
-from flatcore.report.numbers import with_error
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "hessian": fc.Hessian,
@@ -35,8 +36,14 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
+INTERRUPTED = 130  # exit status of a shell's command that Ctrl-C ended
+
+
 class Friendly(click.Group):
-    """Errors of the user's making are one sentence on stderr and exit status 2; --debug gives the traceback."""
+    """Errors of the user's making are one sentence on stderr and exit status 2; --debug gives the traceback.
+
+    Ctrl-C is one line and exit status 130.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -46,6 +53,9 @@ class Friendly(click.Group):
                 raise
             click.echo(f"flatcore: {error}", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("flatcore: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=Friendly, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,12 +67,21 @@ def main(debug: bool) -> None:
     SUBJECT is path/to/module.py:function. The function takes no arguments and returns (model, loss, data),
     (model, loss, data, test data), a flatcore.Objective, or a dict of name -> one of these, which are compared.
     """
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    printable(sys.stdout, sys.stderr)
+    warnings.showwarning = partial(_show_warning, "")
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(about: str, message: Warning | str, category: type[Warning], *_: Any) -> None:
     if issubclass(category, FlatcoreWarning):
-        click.echo(f"flatcore: warning: {message}", err=True)
+        click.echo(f"flatcore: warning: {about}{message}", err=True)
+
+
+@contextmanager
+def _warnings_about(s: Subject, subjects: list[Subject]) -> Iterator[None]:
+    """Warnings name the subject, where there are several."""
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_show_warning, f"{s.name}: " if len(subjects) > 1 else "")
+        yield
 
 
 subject_argument = click.argument("subject")
@@ -75,21 +94,16 @@ seed_option = click.option("--seed", default=0, show_default=True, help="Of the 
 json_option = click.option(
     "--json",
     "json_file",
-    type=click.File("w"),
+    type=JsonType(),
     metavar="FILE",
     help="Write the numbers as JSON; - for stdout.",
 )
 
 
-def _text(json_file: TextIO | None) -> Console:
-    """Where tables go: stdout, unless JSON was asked for there."""
-    return Console(stderr=json_file is not None and json_file.name in ("-", "<stdout>"))
-
-
 @main.command()
 @subject_argument
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=".", help="Folder for report.html."
+    "--out", type=OutputFolder("report.html"), default=".", show_default=True, help="Folder for report.html."
 )
 @click.option("-k", default=5, show_default=True, help="Number of largest eigenvalues.")
 @click.option("--rtol", default=0.01, show_default=True, help="Relative standard error of the trace.")
@@ -113,7 +127,7 @@ def report(
     compare_autograd: bool,
     allow_train_mode: bool,
     seed: int,
-    json_file: TextIO | None,
+    json_file: JsonTarget | None,
 ) -> None:
     """Trace, eigenvalues, spectral density and measures of flatness, as tables, report.html and JSON."""
     # Before the subjects are loaded, which may train them.
@@ -129,33 +143,35 @@ def write_report(
     rtol: float = 0.01,
     compare_autograd: bool = False,
     seed: int = 0,
-    json_file: TextIO | None = None,
+    json_file: JsonTarget | None = None,
     measures: Any = "cheap",
 ) -> None:
-    """What `flatcore report` does with what it has loaded."""
-    reports = compare(
-        [
-            fc.report(
-                s.objective,
-                name=s.name,
-                k=k,
-                rtol=rtol,
-                seed=seed,
-                test=s.test,
-                measures=measures,
-                compare_autograd=compare_autograd,
-                progress=True,
+    """What `flatcore report` does with what it has loaded. Ctrl-C: KeyboardInterrupt, and nothing is written."""
+    found = []
+    for s in subjects:
+        with _warnings_about(s, subjects):
+            found.append(
+                fc.report(
+                    s.objective,
+                    name=s.name,
+                    k=k,
+                    rtol=rtol,
+                    seed=seed,
+                    test=s.test,
+                    measures=measures,
+                    compare_autograd=compare_autograd,
+                    progress=True,
+                )
             )
-            for s in subjects
-        ]
-    )
-    console = _text(json_file)
-    console.print(reports.table())
-    out.mkdir(parents=True, exist_ok=True)
-    reports.save_html(out / "report.html")
-    console.print(f"page: {out / 'report.html'}", highlight=False, soft_wrap=True)
-    if json_file is not None:
-        json_file.write(reports.to_json())
+    reports, page, console = compare(found), out / "report.html", text_console(json_file)
+    # Files first: what a closed pipe does to printing costs none of them. A full disk does not cost the table.
+    try:
+        reports.save_html(page)
+        if json_file is not None:
+            json_file.write(reports.to_json())
+    finally:
+        console.print(reports.table())
+    console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 @main.command()
@@ -167,7 +183,11 @@ def write_report(
     "--tol", default=1e-3, show_default=True, help="Residual, relative to the largest |eigenvalue|."
 )
 @click.option(
-    "--density", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the density to FILE."
+    "--density",
+    "picture",
+    type=PICTURE,
+    metavar="FILE",
+    help="Draw the density to FILE: .png, .pdf or .svg.",
 )
 @train_mode_option
 @seed_option
@@ -181,37 +201,38 @@ def spectrum(
     picture: Path | None,
     allow_train_mode: bool,
     seed: int,
-    json_file: TextIO | None,
+    json_file: JsonTarget | None,
 ) -> None:
-    """A few eigenvalues with their residuals; with --density a picture of them all (.png, .pdf or .svg)."""
-    console, found = _text(json_file), {}
-    for s in load_subjects(subject, allow_train_mode):
-        A = OPERATORS[operator](s.objective)
-        pairs = fc.eigsh(A, k, which=which, tol=tol, seed=seed, return_eigenvectors=False, progress=True)
-        table = Table(title=f"{s.name}: {operator}, {which}, {pairs.matvecs} products, {pairs.status}")
-        for column in ("eigenvalue ± residual", "converged"):
-            table.add_column(column, justify="right")
-        for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
-            table.add_row(with_error(float(value), float(residual)), "yes" if converged else "no")
-        console.print(table)
-        found[s.name] = {"operator": operator, "eigenpairs": eigenpairs(pairs)}
-        if picture is not None:
-            density = fc.spectral_density(A, seed=seed)
-            path = picture.with_stem(f"{picture.stem}-{s.name}") if len(found) > 1 else picture
-            _draw(density, s.name, path)
-            text = f"density: {path}, band of 95 % at each point; eigenvalues {density.near_zero()}"
-            console.print(text, highlight=False, soft_wrap=True)
-            found[s.name]["density"] = density_document(density)
-    if json_file is not None:
-        json_file.write(dumps(found))
+    """A few eigenvalues with their residuals; with --density a picture of them all.
 
-
-def _draw(density: Any, title: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    density.plot(figure.subplots()).set_title(title)
-    figure.savefig(path)
+    Ctrl-C ends the search: what it has found is printed, and written to --json.
+    """
+    console = text_console(json_file)
+    found: dict[str, Any] = {}
+    subjects = load_subjects(subject, allow_train_mode)
+    try:
+        for s in subjects:
+            with _warnings_about(s, subjects):
+                A = OPERATORS[operator](s.objective)
+                pairs = fc.eigsh(
+                    A, k, which=which, tol=tol, seed=seed, return_eigenvectors=False, progress=True
+                )
+            found[s.name] = {"operator": operator, "eigenpairs": eigenpairs(pairs)}
+            title = f"{s.name}: {operator}, {which}, {pairs.matvecs} products, {pairs.status}"
+            console.print(title, markup=False, highlight=False, soft_wrap=True)
+            console.print(eigenvalue_table(pairs))
+            if pairs.status.startswith("interrupted"):
+                raise KeyboardInterrupt
+            if picture is not None:
+                density = fc.spectral_density(A, seed=seed)
+                path = picture if len(found) == 1 else of_subject(picture, s.name)
+                draw(density, s.name, path)
+                found[s.name]["density"] = density_document(density)
+                text = f"density: {path}, band of 95 % at each point; eigenvalues {density.near_zero()}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+    finally:
+        if json_file is not None and found:
+            json_file.write(dumps(found))
 
 
 @main.command()
@@ -219,12 +240,13 @@ def _draw(density: Any, title: str, path: Path) -> None:
 @click.option("--operator", type=click.Choice(list(OPERATORS)), default="hessian", show_default=True)
 @train_mode_option
 @json_option
-def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO | None) -> None:
+def plan(subject: str, operator: str, allow_train_mode: bool, json_file: JsonTarget | None) -> None:
     """What a product will run: op by op, natively or through autograd, with flops and memory."""
-    found = {}
-    for s in load_subjects(subject, allow_train_mode):
-        planned = OPERATORS[operator](s.objective).plan()
-        if json_file is None or json_file.name not in ("-", "<stdout>"):
+    found, subjects = {}, load_subjects(subject, allow_train_mode)
+    for s in subjects:
+        with _warnings_about(s, subjects):
+            planned = OPERATORS[operator](s.objective).plan()
+        if json_file is None or json_file.name != "-":
             click.echo(f"{s.name}\n{planned}")
         found[s.name] = {
             "operator": operator,
@@ -244,7 +266,7 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
 
 
 @main.command()
-@click.option("--quick", is_flag=True, help="Small workloads, nothing compiled, few rounds: under a minute.")
+@click.option("--quick", is_flag=True, help="Small workloads, nothing compiled, 3 rounds: some minutes.")
 @click.option("--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only these.")
 @click.option(
     "--way",
@@ -255,13 +277,22 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
 )
 @click.option("-k", "vectors", multiple=True, type=click.IntRange(1), help="Directions at once.  [1 and 8]")
 @click.option(
-    "--rounds", default=9, show_default=True, help="Timings of each way, interleaved; 3 when quick."
+    "--rounds",
+    type=click.IntRange(1),
+    default=9,
+    show_default=True,
+    help="Timings of each way, interleaved; 3 at most when quick.",
 )
 @click.option(
-    "--limit", default=60.0, show_default=True, help="Seconds after which a workload begins no new round."
+    "--limit",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a workload that has had 3 rounds begins no new one.",
 )
 @click.option(
     "--prepare-limit",
+    type=click.FloatRange(0, min_open=True),
     default=300.0,
     show_default=True,
     help="Seconds after which a way still being prepared or compiled is left out.",
@@ -291,7 +322,7 @@ def plan(subject: str, operator: str, allow_train_mode: bool, json_file: TextIO 
     help="Whose products.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [as torch chooses]")
-@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timings to FILE.")
+@click.option("--figure", type=PICTURE, metavar="FILE", help="Draw the timings to FILE: .png, .pdf or .svg.")
 @json_option
 def bench(
     quick: bool,
@@ -307,7 +338,7 @@ def bench(
     operator: str,
     threads: int | None,
     figure: Path | None,
-    json_file: TextIO | None,
+    json_file: JsonTarget | None,
 ) -> None:
     """Curvature-vector products by flatcore, bare torch and the other packages installed.
 
@@ -327,7 +358,7 @@ def bench(
         rounds=min(rounds, 3) if quick else rounds,
         limit=limit,
         prepare_limit=prepare_limit,
-        say=_text(json_file).print,
+        say=text_console(json_file).print,
         picture=figure,
     )
     if json_file is not None:
@@ -336,10 +367,10 @@ def bench(
 
 @main.command()
 @json_option
-def doctor(json_file: TextIO | None) -> None:
+def doctor(json_file: JsonTarget | None) -> None:
     """Build, torch, devices, linear algebra and threads in use; exit status 1 if something looks wrong."""
     facts = doctor_module.diagnose()
-    if json_file is None or json_file.name not in ("-", "<stdout>"):
+    if json_file is None or json_file.name != "-":
         click.echo("\n".join(doctor_module.lines(facts)))
     if json_file is not None:
         json_file.write(dumps(facts))

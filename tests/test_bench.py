@@ -20,6 +20,7 @@ from flatcore.bench import (
     Timing,
     Workload,
     bare_jax,
+    command,
     compare,
     measure,
     peers,
@@ -239,6 +240,23 @@ def test_only_the_ways_asked_for():
     assert ran.exit_code == 0 and "linearize" in ran.output and "retained" not in ran.output
     ran = CliRunner().invoke(main, [*arguments, "--way", "magic"])
     assert ran.exit_code == 2 and "way: expected some of flatcore, retained double backward" in ran.output
+
+
+@pytest.mark.parametrize("option", [("--rounds", "0"), ("--limit", "-1"), ("--prepare-limit", "0")])
+def test_ranges_of_options(option):
+    ran = CliRunner().invoke(main, ["bench", "--quick", "--workload", "mlp-tiny", *option])
+    assert ran.exit_code == 2 and f"Invalid value for '{option[0]}'" in ran.output
+
+
+def test_reasons_are_no_markup():
+    missing = Workload("w", "w", SMALL["mlp"], needs="no_such_package[/x]")
+    shown = Console(width=120, record=True, file=io.StringIO())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(WORKLOADS, "w", missing)
+        patched.setattr(command, "measure", lambda *_, **__: CEILINGS)
+        options = {"quick": True, "ways": (), "rounds": 3, "limit": 0.0, "prepare_limit": 1.0}
+        command.run(["w"], [1], setting=Setting(), say=shown.print, **options)
+    assert "left out: w needs the package no_such_package[/x]" in shown.export_text()
 
 
 def test_command_writes_table_figure_and_json(tmp_path):

@@ -13,6 +13,7 @@ from untouched import untouched
 import flatcore as fc
 from flatcore import measures
 from flatcore.errors import FlatcoreWarning
+from flatcore.measures.chain_statistics import BatchMeans, Buckets, batch_means, effective_samples
 from flatcore.measures.langevin import Chain
 from flatcore.measures.local_entropy import _integral, _weights
 
@@ -78,9 +79,9 @@ def test_shift_of_the_loss_and_rescaled_neurons():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     x, y = random(20, 3), random(20, 2, seed=1)
-    a = measures.local_entropy(fc.Objective(net, half_mse, (x, y)), 3.0, 20.0, steps=120)
+    a = measures.local_entropy(fc.Objective(net, half_mse, (x, y)), 3.0, 20.0, steps=300)
     b = measures.local_entropy(
-        fc.Objective(net, lambda o, t: half_mse(o, t) + 7, (x, y)), 3.0, 20.0, steps=120
+        fc.Objective(net, lambda o, t: half_mse(o, t) + 7, (x, y)), 3.0, 20.0, steps=300
     )
     # Sums with 7 in them: its rounding, times beta in what is accepted, could decide otherwise only at 1e-13 odds.
     assert a.value == pytest.approx(b.value, abs=1e-11)
@@ -88,7 +89,7 @@ def test_shift_of_the_loss_and_rescaled_neurons():
         net[0].weight.mul_(8)
         net[0].bias.mul_(8)
         net[2].weight.div_(8)
-    c = measures.local_entropy(fc.Objective(net, half_mse, (x, y)), 3.0, 20.0, steps=120)
+    c = measures.local_entropy(fc.Objective(net, half_mse, (x, y)), 3.0, 20.0, steps=300)
     assert abs(a.value - c.value) > 4 * (a.stderr + c.stderr)
 
 
@@ -182,6 +183,66 @@ def test_a_chain_that_stands_still_is_told():
     _, _, objective = quadratic()
     with pytest.warns(FlatcoreWarning, match="too short to have mixed"):
         measures.local_entropy(objective, 1e-6, 1e7, steps=40, step_size=1.9)
+
+
+def autoregression(time, steps, columns):
+    """Chains of variance 1 whose correlation falls by e in so many steps."""
+    phi, noise = math.exp(-1 / time), random(steps, columns)
+    rows = [noise[0]]
+    for row in noise[1:]:
+        rows.append(phi * rows[-1] + math.sqrt(1 - phi**2) * row)
+    return torch.stack(rows), phi
+
+
+@pytest.mark.parametrize("time", [0.5, 5, 20, 80])
+def test_errors_of_correlated_samples(time):
+    """Two standard errors hold the mean of autoregressions in 94 to 97 % of 2000 chains of 400 steps, give or take four
+    deviations, where they are worth 400 or 2.5 samples; which is seen in chains watched together."""
+    chains, phi = autoregression(time, 400, 2000)
+    tally = BatchMeans(chains[0], 400)
+    for step, row in enumerate(chains):
+        tally.add(step, row)
+    mean, error = tally.results()
+    assert torch.allclose(mean, chains.mean(0), rtol=0, atol=1e-13)
+    inside = float((mean.abs() <= 2 * error).double().mean())
+    assert 0.94 - 4 * math.sqrt(0.94 * 0.06 / 2000) <= inside <= 0.97 + 4 * math.sqrt(0.97 * 0.03 / 2000)
+    one, two = batch_means(chains[:, 0])
+    assert one == pytest.approx(float(mean[0])) and two == pytest.approx(float(error[0]))
+    worth = effective_samples(chains)
+    # Taking off the mean, of variance t / n, lowers each lag's covariance by that, up to the lag where it is all of it,
+    # time * log(n / t), behind which a share of time / t * t / n is left; 5 % for the noise of 2000 chains.
+    exact, low = 400 * (1 - phi) / (1 + phi), 2 * time * (1 + math.log((1 - phi) / (1 + phi) * 400)) / 400
+    assert 0.95 * exact <= worth <= 1.05 * exact / (1 - low)
+
+
+def test_slow_coordinates_are_told_and_held():
+    """Curvatures of 8 to 0.02 beside gamma = 0.1: the flattest coordinate moves in 100 steps by its own size at most,
+    which the loss does not show."""
+    x = random(30, 4) * torch.tensor([2.0, 1.0, 0.5, 0.1], dtype=torch.float64)
+    net = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        net.weight.copy_(random(1, 4, seed=1))
+    objective = fc.Objective(net, F.mse_loss, (x, random(30, 1, seed=2)))
+    H, g, eye = fc.Hessian(objective).to_dense(), gradient(objective), torch.eye(4, dtype=torch.float64)
+    exact = 0.1 * torch.linalg.solve(H + 0.1 * eye, g)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FlatcoreWarning)
+        runs = [measures.local_entropy(objective, 0.1, 10.0, steps=100, seed=s) for s in range(12)]
+    assert sum(r.status == "converged" for r in runs) <= 1
+    for name in ("gradient", "force"):
+        away = torch.stack([(r.details[name] - exact) / r.details[f"{name}_stderr"] for r in runs])
+        # 0.95 less four deviations, as if the coordinates of a run were independent.
+        inside = float((away.abs() <= 2).double().mean())
+        assert inside >= 0.95 - 4 * math.sqrt(0.95 * 0.05 / 48), name
+
+
+def test_buckets_of_many_entries():
+    """Signed sums keep the sum of the entries' variances, in the mean; of few entries each is its own."""
+    rows = random(500, 1000)
+    sums = torch.stack([Buckets(rows[0])(row) for row in rows])
+    assert sums.shape == (500, 64)
+    assert float(sums.var(0).sum()) == pytest.approx(1000, rel=4 * math.sqrt(2 / (500 * 64)))
+    assert torch.equal(Buckets(rows[0, :64])(rows[0, :64]).abs(), rows[0, :64].abs())
 
 
 def test_same_seed_same_bits():

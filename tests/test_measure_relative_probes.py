@@ -13,10 +13,22 @@ from untouched import one_thread, untouched  # noqa: F401
 
 import flatcore as fc
 from flatcore import measures
+from flatcore.errors import FlatcoreWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXACT = 1e-10
+
+
+class SharedWeight(nn.Module):
+    """Two layers, of which one is used twice: probes of each example's own reach the other alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = mlp(6, 6)[0], mlp(6, 6, seed=1)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.two(torch.tanh(self.one(torch.tanh(self.one(x))))))
 
 
 class TestProbes:
@@ -156,6 +168,32 @@ class TestProbes:
                 cross_entropy(model, data), "0", method="probes", max_matvecs=20
             )
         assert found.matvecs == 20 and "rtol" in found.status and math.isfinite(found.stderr)
+
+    def test_the_layer_is_named(self) -> None:
+        objective = cross_entropy(mlp(5, 7, 6, 4), batch(40, 5, 4))
+        for method in ("probes", "examples"):
+            options = {"method": method, "max_matvecs": 4, "rtol": 1e-4}
+            with pytest.warns(FlatcoreWarning, match="relative flatness of layer '2' is"):
+                measures.relative_flatness(objective, "2", **options)
+            with pytest.warns(FlatcoreWarning, match="of 3 layers together .the least certain: '[024]'. is"):
+                measures.relative_flatness(objective, **options)
+
+    @pytest.mark.filterwarnings("ignore::flatcore.errors.FlatcoreWarning")
+    @pytest.mark.parametrize("most", [1, 2, 3, 7, 90])
+    def test_budget(self, most: int) -> None:
+        objective = cross_entropy(mlp(9, 9, 4), batch(40, 9, 4))
+        shared, data = SharedWeight(), batch(30, 6, 6)
+        options = {"max_matvecs": most, "rtol": 1e-4}
+        for o in (objective, cross_entropy(shared, data)):
+            for method in ("auto", "probes"):
+                found = measures.relative_flatness(o, method=method, **options)
+                assert found.matvecs <= most and found.value != 0
+        if most < 2:
+            with pytest.raises(ValueError, match="their spread takes 2 of them, got max_matvecs=1"):
+                measures.relative_flatness(objective, "0", method="examples", **options)
+        else:
+            found = measures.relative_flatness(objective, "0", method="examples", **options)
+            assert found.matvecs <= most
 
     def test_seeds(self) -> None:
         objective = of_layer(mlp(5, 7, 4), batch(40, 5, 4), "0")

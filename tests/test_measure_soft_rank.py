@@ -232,7 +232,7 @@ def test_negative_curvature():
     values = torch.linalg.eigvalsh(hessian(lambda f: F.cross_entropy(outputs(f), y))(flat))
     lowest = float(values[0])
     assert lowest < -1e-3
-    with pytest.raises(ValueError, match="damping: expected more than the Hessian's least eigenvalue"):
+    with pytest.raises(ValueError, match=r"damping: expected more than .* the Hessian has an eigenvalue of"):
         measures.soft_rank(objective, -lowest / 2, matrix="hessian")
     with pytest.warns(FlatcoreWarning, match="soft_rank: the Hessian has a negative eigenvalue"):
         result = measures.soft_rank(objective, -2 * lowest, matrix="hessian", method="exact")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -88,6 +90,55 @@ def test_page_stands_alone(report, tmp_path):
     assert "@import" not in text
     assert "net &amp; &lt;co&gt;" in text
     assert "<svg" in text
+
+
+def test_page_goes_into_a_new_folder(report, tmp_path):
+    report.save_html(tmp_path / "new" / "deep" / "page.html")
+    assert (tmp_path / "new" / "deep" / "page.html").exists()
+
+
+def by(report, method, name, autograd="exact"):
+    """The report as if its traces had been got in these ways."""
+    loop = replace(report.autograd, trace=replace(report.autograd.trace, method=autograd))
+    mine = replace(report.curvature, trace=replace(report.trace, method=method))
+    return replace(report, name=name, curvature=mine, autograd=loop)
+
+
+def test_page_tells_the_method_of_the_trace(report, tmp_path):
+    words = {
+        "exact": "Exact up to rounding",
+        "example": "The mean of Σₙ vₙᵀHₙvₙ",
+        "ggn+example": "The Gauss-Newton part G of H exactly",
+        "hutchinson": "(Hutchinson)",
+        "hutch++": "(Hutch++)",
+        "xtrace": "(XTrace)",
+    }
+    for method in words:
+        by(report, method, "a", autograd=method).save_html(tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text()
+        assert [m for m, text in words.items() if text in page] == [method]
+        assert "its trace is got by" not in page and "through it; estimators, seed" in page
+    fc.compare([by(report, "exact", "a"), by(report, "xtrace", "b")]).save_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "a: Exact up to rounding" in page and "b: From one set of random vectors" in page
+    assert "through it; its trace is got by exact sums, other estimators, seed" in page
+
+
+@pytest.mark.parametrize("search", [1, 2, 3, 4])
+def test_ctrl_c_ends_it(objective, monkeypatch, search):
+    """Wherever the search for eigenvalues, which gives the pairs it has, meets it: the autograd loop's included."""
+    kind, begun = sys.modules["flatcore.eigsh"]._Search, []
+    run = kind.run
+
+    def counted(self, *arguments):
+        begun.append(self)
+        found = run(self, *arguments)
+        return found | {"status": "interrupted"} if len(begun) == search else found
+
+    monkeypatch.setattr(kind, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        fc.report(objective, k=1, measures="none", compare_autograd=True)
+    assert len(begun) == search
 
 
 def test_table_has_the_error_bar(report):

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_what_does_not_apply_has_its_reason(everything):
     assert note.startswith("tanh: does not apply: ") and "Tanh" in note
     (note,) = rows["width"].notes
     assert note.startswith("does not apply: ")  # of both, so no name
+
+
+@pytest.mark.filterwarnings("ignore::flatcore.errors.FlatcoreWarning")  # the note says the same
+def test_a_note_names_the_layers_it_is_about():
+    """The row shows the last layer, which is exact."""
+    torch.manual_seed(0)
+    sizes = (30, 40, 40, 4)
+    first, second, last = (nn.Linear(m, n) for m, n in pairwise(sizes))
+    model = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
+    own = fc.Objective(model, nn.CrossEntropyLoss(), (torch.randn(3, 30), torch.randint(4, (3,))))
+    (row,) = measure_rows((fc.report(own, k=1, rtol=0.5, measures="relative_flatness"),))
+    assert row.cells[0].endswith("(exact)")
+    (note,) = row.notes
+    assert "of 2 layers together (the least certain: '0')" in note
 
 
 def test_no_layers_no_classes_no_exception():

@@ -44,7 +44,8 @@ PYTHON_LAYERS = {
     "by_example solve block_spectra density density_plot adaptive gram functionals",
     "measures": "measures",
     "optim": "optim",
-    "surface": "machine bench report track track_views track_callback factory doctor cli __main__ __init__",
+    "surface": "machine bench report track track_views track_callback factory doctor cli cli_output cli_spectrum "
+    "__main__ __init__",
 }
 PYTHON_ALLOWED = {
     "extension": set(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from flatcore.bench import show
 from flatcore.bench.ceilings import measure
@@ -43,7 +44,7 @@ def run(
     for name in names:
         missing = WORKLOADS[name].missing()
         if missing:
-            say(f"left out: {missing}")
+            say(escape(f"left out: {missing}"))
             continue
         for K in vectors:
             result = compare(
@@ -60,10 +61,11 @@ def run(
             results.append(result)
             say(show.table(result, ceilings))
             for way, reason in result.left_out.items():
-                say(f"left out: {way}: {reason}")
+                say(escape(f"left out: {way}: {reason}"))
     for line in show.summary(results):
         say(line)
     if picture is not None and results:
+        picture.parent.mkdir(parents=True, exist_ok=True)
         show.figure(results, picture)
     return show.document(results, setting, ceilings)
 

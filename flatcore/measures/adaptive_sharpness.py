@@ -15,6 +15,7 @@ from flatcore.evaluate import plain_torch
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.ascent import auto_pgd, flat_parameters
 from flatcore.measures.derived import check_objective
+from flatcore.measures.modes import outside_inference_mode
 from flatcore.measures.noise import noise_generator
 from flatcore.measures.perturbed import Errors, evaluate_rows, finite_status
 from flatcore.measures.result import Measure
@@ -24,6 +25,7 @@ from flatcore.sampling import student
 __all__ = ["adaptive_sharpness_average", "adaptive_sharpness_worst"]
 
 
+@outside_inference_mode
 @exclusive
 def adaptive_sharpness_average(
     objective: Objective,
@@ -83,6 +85,7 @@ def adaptive_sharpness_average(
     )
 
 
+@outside_inference_mode
 @exclusive
 def adaptive_sharpness_worst(
     objective: Objective, rho: float, *, norm: str = "l2", adaptive: bool = True, steps: int = 20

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flatcore.example_sweeps import ExampleSweeps, Samples, sweeps_for
 from flatcore.measures.derived import restricted
 from flatcore.measures.features import input_axis
-from flatcore.measures.flatness_values import Found
+from flatcore.measures.flatness_values import Found, named
 from flatcore.measures.neurons import Neurons
 from flatcore.objective import Objective, Snapshot
 from flatcore.sampling import student
@@ -21,6 +21,7 @@ from flatcore.sampling import student
 __all__ = ["by_example"]
 
 _PILOT = 4  # probes of the first round
+_FEWEST_PROBES = 2  # of a round, for a spread
 _MOST_PROBES = 64  # of a round
 
 
@@ -37,13 +38,17 @@ def by_example(
 
     Of those layers alone whose weights such probes reach; a sentence where these are none.
     """
-    reason = "weights of grouped and of transposed convolutions are not rows of neurons"
+    reason, given = "weights of grouped and of transposed convolutions are not rows of neurons", len(layers)
     layers = {
         path: one
         for path, one in layers.items()
         if one.layer.groups == 1 and not _transposed_convolution(one)
     }
     while layers:
+        # Half of the budget is the other layers', where there are any.
+        own = max_probes if len(layers) == given else max_probes // 2
+        if own < _FEWEST_PROBES:
+            return f"their spread takes {_FEWEST_PROBES} of them, got max_matvecs={max_probes}"
         target = _standardized(objective, layers)
         if isinstance(target, str):
             return target
@@ -54,7 +59,7 @@ def by_example(
         reached = set(sweeps.probed) - set(sweeps.repeated if form == "2021" else ())
         if all(one.layer.weight in reached for one in layers.values()):
             try:
-                return _sampled(sweeps, at, layers, form, rtol, max_probes, seed, instead)
+                return _sampled(sweeps, at, layers, form, rtol, own, seed, instead)
             finally:
                 sweeps.release()
         reason = "the weight has several uses, or one that such probes do not know"
@@ -104,20 +109,22 @@ def _sampled(
     factors, tally = torch.tensor(squares, dtype=torch.float64), _Tally(len(paths))
     needed = float(_PILOT)
     while True:
-        count = int(min(max(1.2 * needed - tally.K, 2), _MOST_PROBES, max_probes - tally.K))
-        tally.add(sweeps.probe("hessian", at, seed, tally.K, max(count, 2), relative=form == "2021"))
+        wanted = max(1.2 * needed - tally.K, _FEWEST_PROBES)
+        count = int(min(wanted, _MOST_PROBES, max_probes - tally.K))
+        tally.add(sweeps.probe("hessian", at, seed, tally.K, count, relative=form == "2021"))
         values, errors = factors * tally.mean[1:], factors * tally.stderr()[1:]
         error, allowed = _of_sum(errors, tally, form), rtol * abs(float(values.sum()))
         reached = error <= allowed
         needed = tally.K * (error / allowed) ** 2 if allowed else math.inf
-        cheaper = not reached and instead is not None and needed > instead
-        if reached or cheaper or max_probes - 2 < tally.K:
+        cheaper = not reached and instead is not None and needed > instead <= max_probes - tally.K
+        if reached or cheaper or max_probes - tally.K < _FEWEST_PROBES:
             break
     status = "converged"
     if not (reached or cheaper):
         status = (
-            f"the standard error of the relative flatness is {error:.3g} at {float(values.sum()):.3g} after {tally.K} "
-            f"probes of each example, above rtol = {rtol:g}; raise max_matvecs or rtol"
+            f"the standard error of the relative flatness of {named(paths, errors)} is {error:.3g} at "
+            f"{float(values.sum()):.3g} after {tally.K} probes of each example, above rtol = {rtol:g}; raise "
+            "max_matvecs or rtol"
         )
     found = {path: (float(v), float(e)) for path, v, e in zip(paths, values, errors, strict=True)}
     return Found(found, error, tally.K, status, cheaper)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from flatcore.measures.neurons import Neurons, NeuronsHessian, embedded
 from flatcore.measures.probed import mean_of
 from flatcore.operators import Hessian
 
-__all__ = ["Found", "exact", "greatest", "probed", "quadratic_forms"]
+__all__ = ["Found", "exact", "greatest", "named", "probed", "quadratic_forms"]
 
 _BLOCK = 32  # quadratic forms at once
 
@@ -28,6 +28,14 @@ class Found:
     matvecs: int
     status: str = "converged"
     cheaper_exact: bool = False
+
+
+def named(paths: Sequence[str], errors: Tensor) -> str:
+    """The layer of a sum, or how many they are and the least certain one."""
+    if len(paths) == 1:
+        return f"layer {paths[0]!r}"
+    worst = paths[int(errors.nan_to_num(math.inf).argmax())]
+    return f"{len(paths)} layers together (the least certain: {worst!r})"
 
 
 def _roots(layers: Mapping[str, Neurons], form: str) -> dict[str, Tensor]:
@@ -115,7 +123,11 @@ def probed(
             "objective: expected finite second derivatives of the loss, got nan or inf; look at the loss"
         )
     values = {p: (float(v), float(e)) for p, v, e in zip(layers, mean.value, mean.stderr, strict=True)}
-    status = "converged" if mean.reached or mean.cheaper else mean.told("relative flatness", error, rtol)
+    status = (
+        "converged"
+        if mean.reached or mean.cheaper
+        else mean.told(f"relative flatness of {named(list(layers), mean.stderr)}", error, rtol)
+    )
     return Found(values, error, mean.samples, status, mean.cheaper)
 
 

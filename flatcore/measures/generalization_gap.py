@@ -14,13 +14,19 @@ from torch.optim import Optimizer
 from flatcore.environment import exclusive
 from flatcore.errors import FlatcoreWarning, warn
 from flatcore.linear import check_count, check_positive, check_seed
-from flatcore.measures.example_gradients import sign_sums
-from flatcore.measures.likelihood import coefficient, with_sampled_targets
+from flatcore.measures.example_gradients import (
+    DataGradients,
+    GradientNoise,
+    SampledGradients,
+    count_examples,
+)
+from flatcore.measures.likelihood import coefficient
+from flatcore.measures.modes import outside_inference_mode
 from flatcore.measures.result import Measure
-from flatcore.measures.soft_rank import MATRICES, Matrix, check_pole, curvature_operator, soft_rank
+from flatcore.measures.soft_rank import MATRICES, Matrix, Pole, check_pole, curvature_operator, soft_rank
 from flatcore.measures.weight_decay import checked_damping
 from flatcore.objective import Objective
-from flatcore.operators import GradientCovariance, Operator
+from flatcore.operators import Operator
 from flatcore.sampling import caution, student
 from flatcore.solve import solve
 
@@ -33,6 +39,7 @@ _LEAST = 16
 _MAX_MATVECS = 20_000
 
 
+@outside_inference_mode
 def generalization_gap(
     objective: Objective,
     damping: float | None = None,
@@ -55,14 +62,16 @@ def generalization_gap(
     (1976), with the penalty of Shibata's and Moody's regularised criteria; the soft-rank form for calibrated models
     whose errors do not go with the model's second derivatives is Shoham, Mor-Yosef and Avron, arXiv 2506.17809
     (2025). C is the covariance of the examples' gradients of the loss without penalty, *centred*, since at a
-    penalised optimum their mean is -lambda theta. Both are asymptotic, for n -> inf and a model at the optimum of
-    loss plus (lambda/2) |theta|².
+    penalised optimum their mean is -lambda theta. Examples whose targets are all ignored, or of classes without
+    weight, are none of the n. Both are asymptotic, for n -> inf and a model at the optimum of loss plus
+    (lambda/2) |theta|².
 
     damping, optimizer, matrix: as in `soft_rank`. "hessian" has no meaning beyond the pole at -lambda, which raises.
     gradients: what C is taken from. "data": the objective's. An Objective of the same model and parameters on other,
         held-out data: where training data are fitted, residuals and with them C shrink to nothing, and so does the
-        estimate, whatever the gap. "sampled": targets drawn from the model, one for each target, which gives the
-        Fisher matrix in the mean.
+        estimate, whatever the gap. "sampled": targets drawn from the model, one for each target, whose gradients have
+        mean zero and are not centred: C is the Fisher matrix in the mean, and so is the value. 8 draws ("exact") or
+        one for each probe; stderr is that of the mean over draws, whatever rtol is for "exact".
     noise_variance: of the targets about the outputs, for a squared error with calibrated or "sampled".
     method: "exact", dense matrices of at most 4096 parameters; "probes": u = sum_i s_i (g_i - g) / sqrt(n) with random
         signs s_i has the covariance C, so that uᵀ (H + lambda I)^-1 u is an unbiased sample (by block conjugate
@@ -70,9 +79,10 @@ def generalization_gap(
         calibrated=True: as in `soft_rank`.
 
     ``value``, ``stderr`` of the estimate (not of the asymptotics). ``details``: ``damping``, ``matrix``,
-    ``gradients``; when calibrated ``rank`` and ``coefficient``, its factor: 1/n for a mean cross-entropy, 1/(number
-    of targets) where examples have several, c * noise_variance for a squared error (c/2) sum |f - y|². A sum over n
-    examples as the loss gives n times the mean's gap for lambda n. Invariant to orthogonal maps of the parameters; to
+    ``gradients``; of a Hessian ``lowest``, ``lowest_error`` as in `soft_rank`; when calibrated ``rank`` and
+    ``coefficient``, its factor: 1/n for a mean cross-entropy, 1/(number of targets) where examples have several,
+    c * noise_variance for a squared error (c/2) sum |f - y|². A sum over n examples as the loss gives n times the
+    mean's gap for lambda n. Invariant to orthogonal maps of the parameters; to
     rescaling neurons only for lambda -> 0 at a critical point. Cost of "probes": a backward pass and a solve each.
     Raises ValueError or TypeError for bad arguments, examples that interact, and losses that are no likelihood where
     one is needed.
@@ -94,24 +104,28 @@ def generalization_gap(
     if method not in ("auto", "exact", "probes"):
         raise ValueError(f"method: expected 'auto', 'exact' or 'probes', got {method!r}")
     limit = _MAX_MATVECS if max_matvecs is None else check_count("max_matvecs", max_matvecs, 1)
-    source, name = _gradient_source(objective, gradients, variance, seed)
+    noise = _gradient_noise(objective, gradients, variance, seed)
     P = objective.layout.size
     if method == "exact" and P > _EXACT_AT_MOST:
         raise ValueError(
             f"method: expected 'probes' for more than {_EXACT_AT_MOST} parameters, got 'exact' for {P}"
         )
-    details: dict[str, Any] = {"damping": damping, "matrix": matrix, "gradients": name}
-    status, used, passes = "converged", 0, 0
+    details: dict[str, Any] = {"damping": damping, "matrix": matrix, "gradients": noise.name}
+    pole, used, passes = None, 0, 0
     if method == "exact" or (method == "auto" and P <= _EXACT):
-        value, used = _dense(A, source, damping, details)
-        stderr, how = 0.0, "exact"
+        value, stderr, used = _dense(A, noise, damping, details)
+        how, status = "exact", "converged"
     else:
         if matrix == "hessian":
-            details["lowest"], used = check_pole(A, damping, "generalization_gap", seed)
-        least = damping + min(details.get("lowest", 0.0), 0.0)
-        value, stderr, status, products, passes = _probes(A, source, damping, least, rtol, limit, seed)
-        used, how = used + products, "probes"
-    n = objective.examples
+            pole = check_pole(A, damping, "generalization_gap", seed)
+            details |= pole.details
+        value, stderr, status, products, passes = _probes(
+            A, noise, damping, _least(damping, pole), rtol, limit, seed
+        )
+        used, how = products + (pole.lowest.matvecs if pole else 0), "probes"
+    if pole and status == "converged":
+        status = pole.status
+    n = count_examples(objective)
     if status != "converged":
         warn(f"generalization_gap: {status}")
     return Measure(
@@ -119,7 +133,7 @@ def generalization_gap(
         stderr=stderr / n,
         by_layer=None,
         definition=f"(1/n) Tr((H + {damping:g} I)^-1 C), H the {MATRICES[matrix]}, "
-        f"C the centred covariance of the gradients of {name}",
+        f"C the {noise.moment} of the gradients of {noise.name}",
         matvecs=used,
         name="generalization gap",
         passes=passes,
@@ -162,29 +176,35 @@ def _calibrated(
     )
 
 
-def _gradient_source(
-    objective: Objective, gradients: Any, variance: float, seed: int
-) -> tuple[Objective, str]:
+def _gradient_noise(objective: Objective, gradients: Any, variance: float, seed: int) -> GradientNoise:
     if isinstance(gradients, Objective):
         same = [(id(p), n) for n, p in gradients.parameters.items()]
         if same != [(id(p), n) for n, p in objective.parameters.items()]:
             raise ValueError(
                 "gradients: expected an Objective of the same model and parameters, got another one's"
             )
-        return gradients, "the objective given"
+        return DataGradients(gradients, "the objective given")
     if gradients == "sampled":
-        return with_sampled_targets(objective, variance, seed), "targets drawn from the model"
+        return SampledGradients(objective, variance, seed)
     if gradients != "data":
         raise ValueError(f"gradients: expected 'data', 'sampled' or an Objective, got {gradients!r}")
-    return objective, "the data"
+    return DataGradients(objective, "the data")
 
 
-def _dense(A: Operator, source: Objective, damping: float, details: dict[str, Any]) -> tuple[float, int]:
+def _least(damping: float, pole: Pole | None) -> float:
+    """A lower bound of the eigenvalues of A + damping I, zero where none is known that is positive."""
+    return max(damping + min(pole.lowest.lower - pole.lowest.rounding, 0.0), 0.0) if pole else damping
+
+
+def _dense(
+    A: Operator, noise: GradientNoise, damping: float, details: dict[str, Any]
+) -> tuple[float, float, int]:
+    """The trace, its standard error over the matrices that C is the mean of, products."""
     matrix = A.to_dense().double()
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     lowest = float(values[0])
     rounding = len(matrix) * torch.finfo(A.dtype).eps * float(values.abs().max())
-    details["lowest"] = lowest
+    details |= {"lowest": lowest, "lowest_error": 0.0}
     if lowest + damping <= rounding:
         raise ValueError(
             f"damping: expected A + damping I positive definite, got a least eigenvalue {lowest:.3g} of A with damping "
@@ -195,16 +215,21 @@ def _dense(A: Operator, source: Objective, damping: float, details: dict[str, An
             f"generalization_gap: the curvature has a negative eigenvalue, {lowest:.3g}, so this is no minimum; take "
             "matrix='ggn'"
         )
-    C = GradientCovariance(source).to_dense().double()
-    shares = (vectors * (C @ vectors)).sum(dim=0)
-    return float((shares / (values + damping)).sum()), 2 * len(matrix)
+    traces = []
+    for C in noise.matrices():
+        shares = (vectors * (C @ vectors)).sum(dim=0)
+        traces.append(float((shares / (values + damping)).sum()))
+    samples = torch.tensor(traces, dtype=torch.float64)
+    stderr = _error(samples) if len(samples) > 1 else 0.0
+    return float(samples.mean()), stderr, (1 + len(samples)) * len(matrix)
 
 
 @exclusive
 def _probes(
-    A: Operator, source: Objective, damping: float, least: float, rtol: float, limit: int, seed: int
+    A: Operator, noise: GradientNoise, damping: float, least: float, rtol: float, limit: int, seed: int
 ) -> tuple[float, float, str, int, int]:
-    """Mean of the samples, its error, status, products, backward passes. least: of the eigenvalues of A + damping I."""
+    """Mean of the samples, its error, status, products, backward passes. least: a lower bound of the eigenvalues of
+    A + damping I, without which (zero) nothing bounds what the solves leave open."""
     tol = 1e-6 if A.dtype == torch.float64 else 1e-4
     samples: list[float] = []
     bounds: list[float] = []
@@ -213,7 +238,7 @@ def _probes(
         left = limit - used - _BLOCK
         if left < 2 * _BLOCK + 2:
             break
-        block = sign_sums(source, seed, len(samples), _BLOCK)
+        block = noise.vectors(seed, len(samples), _BLOCK)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FlatcoreWarning)  # its status says the same
             solution = solve(A, block.to(A.dtype), damping=damping, tol=tol, max_matvecs=left)
@@ -221,7 +246,7 @@ def _probes(
         # 2 uᵀx - xᵀ(A + damping I)x is below uᵀ(A + damping I)^-1 u by no more than |residual|² / least eigenvalue.
         form = (x * (A @ x)).double().sum(dim=0) + damping * x.double().square().sum(dim=0)
         values = 2 * (block * x.double()).sum(dim=0) - form
-        short = (solution.residuals.to(block) * block.norm(dim=0)).square() / least
+        short = (solution.residuals.to(block) * block.norm(dim=0)).square() / (least or math.inf)
         used += solution.matvecs + _BLOCK
         if bool((short > rtol / 2 * values).any()):
             status = solution.status
@@ -235,7 +260,7 @@ def _probes(
     if not samples:
         return math.nan, math.nan, status, used, 0
     found = torch.tensor(samples, dtype=torch.float64)
-    bias = sum(bounds) / len(bounds)
+    bias = sum(bounds) / len(bounds) if least else math.inf
     return float(found.mean()), math.hypot(_error(found), bias), status, used, len(found)
 
 

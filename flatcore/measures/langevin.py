@@ -8,22 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flatcore.measures.chain_statistics import BatchMeans, Buckets
 from flatcore.measures.noise import noise_generator
 from flatcore.measures.perturbed import loss_and_gradient
 from flatcore.objective import Objective
-from flatcore.sampling import student
 
-__all__ = ["Chain", "Samples", "batch_means"]
+__all__ = ["Chain", "Samples"]
 
-_BATCHES = 20
 # At this acceptance Langevin steps are most efficient (Roberts and Rosenthal, J. R. Stat. Soc. B 60 (1998) 255-268).
 _TARGET = 0.574
 
 
 @dataclass(frozen=True)
 class Samples:
-    """losses: of each step. vectors: means over the steps of w' - w, of the gradient, with standard errors, and of
-    the squared distance."""
+    """losses: of each step. vectors: means over the steps of w' - w, of the gradient, with standard errors, of
+    the squared distance, and "buckets" (steps, K), sums of entries of w' - w by step."""
 
     losses: Tensor
     vectors: dict[str, Tensor]
@@ -133,47 +132,26 @@ class Chain:
 
 
 class _VectorTally:
-    """Batch means of vectors, of which only sums are held."""
+    """Means of vectors over the steps, and sums of their entries by step."""
 
     def __init__(self, like: Tensor, steps: int) -> None:
-        self._steps = steps
-        self._length = steps // _BATCHES
-        self._part = torch.zeros(2, len(like), dtype=torch.float64, device=like.device)
-        self._sum, self._squares = torch.zeros_like(self._part), torch.zeros_like(self._part)
+        self._means = BatchMeans(torch.empty(2, len(like), device=like.device), steps)
+        self._buckets = Buckets(like)
+        self._sums: list[Tensor] = []
         self._distance = 0.0
 
     def add(self, step: int, u: Tensor, g: Tensor) -> None:
-        skipped = self._steps - _BATCHES * self._length  # so that all batches are of one length
-        if step < skipped:
-            return
-        self._part += torch.stack([u, g]).double()
+        self._means.add(step, torch.stack([u, g]))
+        self._sums.append(self._buckets(u))
         self._distance += float(u.double().square().sum())
-        if (step - skipped + 1) % self._length == 0:
-            mean = self._part / self._length
-            self._sum += mean
-            self._squares += mean**2
-            self._part.zero_()
 
     def results(self) -> dict[str, Tensor]:
-        mean = self._sum / _BATCHES
-        variance = (self._squares / _BATCHES - mean**2).clamp_min(0) * _BATCHES / (_BATCHES - 1)
-        error = student(_BATCHES) * (variance / _BATCHES).sqrt()
-        distance = torch.tensor(self._distance / (_BATCHES * self._length), dtype=torch.float64)
+        (away, force), (away_error, force_error) = self._means.results()
         return {
-            "away": mean[0],
-            "away_stderr": error[0],
-            "force": mean[1],
-            "force_stderr": error[1],
-            "distance": distance,
+            "away": away,
+            "away_stderr": away_error,
+            "force": force,
+            "force_stderr": force_error,
+            "distance": torch.tensor(self._distance / len(self._sums), dtype=torch.float64),
+            "buckets": torch.stack(self._sums),
         }
-
-
-def batch_means(samples: Tensor) -> tuple[float, float, float]:
-    """Mean of a chain's samples, its standard error from 20 batches, and the correlation of neighbouring batches."""
-    length = len(samples) // _BATCHES
-    parts = samples[len(samples) - _BATCHES * length :].view(_BATCHES, length).mean(dim=1)
-    away = parts - parts.mean()
-    squares = float(away.square().sum())
-    correlation = float((away[1:] * away[:-1]).sum()) / squares if squares > 0 else 0.0
-    error = student(_BATCHES) * math.sqrt(squares / (_BATCHES - 1) / _BATCHES)
-    return float(samples.mean()), error, correlation

@@ -13,7 +13,7 @@ from flatcore.capture.batch import TARGET_KEYS
 from flatcore.evaluate import Evaluation, LossCall, ModelLoss, plain_torch
 from flatcore.objective import Objective
 
-__all__ = ["coefficient", "curvature_at_outputs", "with_sampled_targets"]
+__all__ = ["coefficient", "counted_examples", "curvature_at_outputs", "with_sampled_targets"]
 
 _ENTROPIES = (F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits)
 
@@ -59,6 +59,20 @@ def _entropy_coefficient(call: LossCall) -> float:
     return 1 / (call.normaliser if call.normaliser is not None else arguments["input"].numel())
 
 
+def counted_examples(evaluation: Evaluation, examples: int) -> Tensor:
+    """Which examples (examples,) have a target that is neither ignored nor of a class without weight, on the CPU."""
+    call = evaluation.call
+    if call is not None and call.function in (F.cross_entropy, F.nll_loss):
+        target, weight = call.arguments["target"], call.arguments["weight"]
+        if not target.is_floating_point() and target.numel() % examples == 0:
+            counted = target != call.arguments["ignore_index"]
+            if weight is not None:
+                counted = counted & (weight[torch.where(counted, target, 0)] != 0)
+            found: Tensor = counted.reshape(examples, -1).any(dim=1).cpu()
+            return found
+    return torch.ones(examples, dtype=torch.bool)
+
+
 def _squared_coefficient(evaluation: Evaluation) -> float:
     if len(evaluation.outputs) == 1:
         z = evaluation.outputs[0].detach()
@@ -88,7 +102,9 @@ def curvature_at_outputs(evaluation: Evaluation, at: Tensor, direction: Tensor) 
     return product
 
 
-def with_sampled_targets(objective: Objective, noise_variance: float, seed: int) -> Objective:
+def with_sampled_targets(
+    objective: Objective, noise_variance: float, generator: torch.Generator
+) -> Objective:
     """The objective with every target drawn from the model: classes by their probabilities, or outputs plus normal
     noise."""
     if isinstance(objective.loss_function, ModelLoss):
@@ -96,7 +112,6 @@ def with_sampled_targets(objective: Objective, noise_variance: float, seed: int)
             "gradients: expected a loss(output, target) to draw targets for, got a ModelLoss; give an Objective"
         )
     values = objective.snapshot().values
-    generator = torch.Generator().manual_seed(seed)
     batches = []
     with plain_torch(objective.layout.device):
         for batch in objective.batches():

@@ -13,6 +13,7 @@ from torch import Tensor
 from flatcore.environment import exclusive
 from flatcore.evaluate import plain_torch
 from flatcore.linear import check_count, check_positive, check_seed
+from flatcore.measures.modes import outside_inference_mode
 from flatcore.measures.noise import noise_generator
 from flatcore.measures.perturbed import ErrorRule, Errors, evaluate_rows, finite_status
 from flatcore.measures.result import Measure
@@ -23,6 +24,7 @@ __all__ = ["local_energy"]
 _SIGMAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 
 
+@outside_inference_mode
 @exclusive
 def local_energy(
     objective: Objective,

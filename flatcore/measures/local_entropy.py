@@ -13,15 +13,19 @@ from flatcore.environment import exclusive
 from flatcore.errors import warn
 from flatcore.evaluate import plain_torch
 from flatcore.linear import check_count, check_positive, check_seed
-from flatcore.measures.langevin import Chain, batch_means
+from flatcore.measures.chain_statistics import batch_means, effective_samples
+from flatcore.measures.langevin import Chain
+from flatcore.measures.modes import outside_inference_mode
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective
 
 __all__ = ["local_entropy"]
 
 _INTERVALS = 8  # of the thermodynamic integral; half of them give its error
+_FEWEST = 12  # effective samples below which errors from the chain itself are not believed
 
 
+@outside_inference_mode
 @exclusive
 def local_entropy(
     objective: Objective,
@@ -53,17 +57,17 @@ def local_entropy(
         error bar.
 
     ``value``: F - L(w), in units of the loss; negative where the neighbourhood lies lower. ``stderr``: from 20 batch
-    means a chain, Student's factor included, and the difference of the rules of 8 and 4 intervals, in squares.
+    means a chain, widened by their correlation, and the difference of the rules of 8 and 4 intervals, in squares.
     ``details``: ``gradient`` (P,) = gamma (w - <w'>) with ``gradient_stderr`` (P,); ``force`` (P,) = <grad L(w')>
     with ``force_stderr``, which has the same mean in equilibrium (integration by parts) and whose distance from it is
-    a check of the chain; ``s``, ``means``, ``means_stderr`` of the nodes, ``acceptance``, ``step_size``, ``distance``
-    = <|w' - w|²>. Cost: about 13 * steps gradients. Memory: 10 vectors.
+    a check of the chain; ``s``, ``means``, ``means_stderr``, ``effective_samples`` of the nodes, ``acceptance``,
+    ``step_size``, ``distance`` = <|w' - w|²>. Cost: about 13 * steps gradients. Memory: 10 vectors, and 16 in float64.
 
     For a quadratic loss (gradient g, Hessian H at w): F - L(w) = -gᵀ(H + gamma I)^-1 g / 2 + log det(I + H/gamma) /
     (2 beta) and grad F = gamma (H + gamma I)^-1 g. Invariant to orthogonal maps of the parameters only: not to
-    rescaling neurons. Chains that have not mixed (the batch means are correlated, or few steps were accepted), and
-    losses too rounded for this beta, are told in ``status`` and a FlatcoreWarning; a mode that the chain never meets is
-    not.
+    rescaling neurons. Chains that have not mixed (their losses, or the last one's places, are worth fewer than 12
+    independent samples, or few steps were accepted), and losses too rounded for this beta, are told in ``status`` and
+    a FlatcoreWarning; a mode that the chain never meets is not.
     """
     began = time.perf_counter()
     if not isinstance(objective, Objective):
@@ -81,21 +85,24 @@ def local_entropy(
     base = objective.loss()
     t = torch.cos(torch.linspace(math.pi, 0, _INTERVALS + 1, dtype=torch.float64)) / 2 + 0.5
     nodes = t**2
-    means, errors, mixed = torch.zeros_like(t), torch.zeros_like(t), torch.zeros_like(t)
+    means, errors, worth = torch.zeros_like(t), torch.zeros_like(t), torch.zeros_like(t)
     chain = Chain(objective, gamma, beta, seed, adjusted=method == "mala", delta=delta)
     sums: dict[str, Tensor] = {}
     with plain_torch(objective.layout.device):
         for k, s in enumerate(nodes.tolist()):
             last = k == _INTERVALS
             samples = chain.run(s, steps, vectors=last)
-            means[k], errors[k], mixed[k] = batch_means(samples.losses - base)
+            means[k], errors[k] = batch_means(samples.losses - base)
+            worth[k] = effective_samples(samples.losses[:, None])
             if chain.acceptance * steps < 20:  # most batches are of one place, and their spread tells nothing
-                mixed[k] = 1.0
+                worth[k] = 0.0
             sums = samples.vectors
+    # Where the loss is flat the chain moves slowest and farthest: losses tell little of it, places all.
+    worth[-1] = min(float(worth[-1]), effective_samples(sums["buckets"]))
     value, stderr = _integral(t, means, errors)
     gradient, gradient_error = -gamma * sums["away"], gamma * sums["away_stderr"]
     rounding = torch.finfo(objective.layout.dtype).eps * abs(base)
-    slow = [f"{s:.2g}" for s, r in zip(nodes.tolist(), mixed.tolist(), strict=True) if r > 0.5]
+    slow = [f"{s:.2g}" for s, n in zip(nodes.tolist(), worth.tolist(), strict=True) if n < _FEWEST]
     status = "converged"
     wild = [f"{s:.2g}" for s, m in zip(nodes.tolist(), means.tolist(), strict=True) if not math.isfinite(m)]
     if wild:
@@ -106,7 +113,10 @@ def local_entropy(
             "lower beta"
         )
     elif slow:
-        status = f"chains at s = {', '.join(slow)} are too short to have mixed; raise steps or gamma, or lower beta"
+        status = (
+            f"chains at s = {', '.join(slow)} are too short to have mixed, worth {float(worth.min()):.1f} independent "
+            f"samples where {_FEWEST} are wanted; raise steps or gamma, or lower beta"
+        )
     if status != "converged":
         warn(f"local_entropy: {status}")
     details: dict[str, Any] = {
@@ -117,6 +127,7 @@ def local_entropy(
         "s": nodes,
         "means": means,
         "means_stderr": errors,
+        "effective_samples": worth,
         "acceptance": chain.acceptance,
         "step_size": chain.delta,
         "distance": float(sums["distance"]),

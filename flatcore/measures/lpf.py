@@ -14,6 +14,7 @@ from flatcore.evaluate import plain_torch
 from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.ascent import flat_parameters
 from flatcore.measures.derived import check_objective
+from flatcore.measures.modes import outside_inference_mode
 from flatcore.measures.noise import noise_generator
 from flatcore.measures.perturbed import Errors, evaluate_rows, finite_status
 from flatcore.measures.result import Measure
@@ -23,6 +24,7 @@ from flatcore.sampling import student
 __all__ = ["lpf"]
 
 
+@outside_inference_mode
 @exclusive
 def lpf(objective: Objective, sigma: float = 0.01, *, draws: int = 100, seed: int = 0) -> Measure:
     """E L(w + d), d ~ N(0, sigma² I): the loss after a low-pass filter, not its rise (``details["loss"]`` is L(w)).

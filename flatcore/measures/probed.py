@@ -42,7 +42,7 @@ def mean_of(
     """The mean of samples (q,) and the standard error of their sum. ``draw(count)`` gives (count, q), float64, CPU.
 
     Ends where the sum is within rtol, with the margin for few and skewed samples that traces take, where the budget of
-    samples is used up, or where ``instead`` samples would be fewer than what is still needed.
+    samples is used up, or where ``instead`` samples would be fewer than what is still needed, and within the budget.
     """
     samples = torch.empty(0)
     while True:
@@ -53,7 +53,8 @@ def mean_of(
         allowed = rtol * abs(float(sums.mean()))
         reached = n >= LEAST_PROBES and float(error) * caution(n, _skewness(sums)) <= allowed
         needed = n * (float(error) / allowed) ** 2 if allowed else math.inf
-        cheaper = instead is not None and not reached and n >= LEAST_PROBES and needed - n > instead
+        worth = instead is not None and needed - n > instead <= budget - n
+        cheaper = worth and not reached and n >= LEAST_PROBES
         if reached or cheaper or n >= budget:
             return Mean(samples.mean(0), _stderr(samples), n, reached, cheaper), float(error)
 

@@ -18,6 +18,7 @@ from flatcore.measures.features import deviations, in_order_of_use
 from flatcore.measures.flatness_values import Found, exact, greatest, probed, quadratic_forms
 from flatcore.measures.last_layer import LastLayer
 from flatcore.measures.layers import Layer, find_layer, find_layers
+from flatcore.measures.modes import outside_inference_mode
 from flatcore.measures.neurons import Neurons
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective
@@ -38,6 +39,7 @@ _EXACT_AT_MOST = 4096  # up to which it may change over to "exact"
 _MAX_MATVECS = 2000
 
 
+@outside_inference_mode
 def relative_flatness(
     objective: Objective,
     layer: str = "all",
@@ -70,7 +72,8 @@ def relative_flatness(
             "examples": means of <W A, H[W A]> over random signs A of each example's own, which leaves little noise,
             where examples do not interact and the model has a program. "probes": A shared by all examples. "auto":
             closed where the layer and the loss are seen to be of that form, else the cheapest of the others.
-        rtol, max_matvecs, seed: of the probes. For eigenvalues, rtol is the relative residual.
+        rtol, max_matvecs, seed: of the probes ("examples" takes two at least, and "auto" otherwise not). For
+            eigenvalues, rtol is the relative residual.
 
     A convolution is the matrix of its outputs by (inputs · places in the kernel), its features standardised by channel;
     groups are matrices of their own. A weight that stands in several places has the Hessian of all of them.
@@ -205,7 +208,8 @@ def _found(
         if isinstance(sampled, Found) and (method == "auto" or len(sampled.values) == len(neurons)):
             own = {path: one for path, one in neurons.items() if path in sampled.values}
             rest = {path: one for path, one in neurons.items() if path not in own}
-            shared, methods = _found(objective, rest, form, "probes", rtol, budget, seed)
+            left = budget - sampled.matvecs
+            shared, methods = _found(objective, rest, form, "probes", rtol, left, seed)
             how = "exact" if sampled.cheaper_exact else "examples"
             return _both(_or_exact(sampled, objective, own, form), shared), methods | dict.fromkeys(own, how)
         if method == "examples":
@@ -227,7 +231,8 @@ def _found(
 
 
 def _both(one: Found, other: Found) -> Found:
-    status = one.status if one.status != "converged" else other.status
+    told = [found.status for found in (one, other) if found.status != "converged"]
+    status = " and ".join(told) or "converged"
     stderr = math.hypot(one.stderr, other.stderr)
     return Found(one.values | other.values, stderr, one.matvecs + other.matvecs, status)
 

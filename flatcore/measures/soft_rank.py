@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from flatcore import functionals
 from flatcore.errors import FlatcoreWarning, warn
-from flatcore.measures.extremes import extremes
+from flatcore.measures.extremes import Least, least
 from flatcore.measures.kfac import kfac_eigenvalues
 from flatcore.measures.result import Measure
 from flatcore.measures.weight_decay import checked_damping
@@ -21,7 +22,7 @@ from flatcore.objective import Objective
 from flatcore.operators import GGN, Hessian, Operator
 from flatcore.trace import diagonal as diagonal_of
 
-__all__ = ["MATRICES", "Matrix", "check_pole", "curvature_operator", "soft_rank"]
+__all__ = ["MATRICES", "Matrix", "Pole", "check_pole", "curvature_operator", "soft_rank"]
 
 Matrix = Literal["ggn", "hessian"]
 MATRICES = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian"}
@@ -45,9 +46,9 @@ def soft_rank(
 
     damping: lambda. optimizer: takes it from there instead, where weight decay is such a penalty: SGD, Adam and
         others that add it to the gradient. AdamW, groups that differ, and sum losses are refused with the reason.
-    matrix: "ggn", for cross-entropies the Fisher matrix, as the source has it; or "hessian", refused where an
-        eigenvalue lies at or below -lambda, beyond the pole, and warned of where one is negative (its least
-        eigenvalue is searched for first).
+    matrix: "ggn", for cross-entropies the Fisher matrix, as the source has it; or "hessian", whose least eigenvalue is
+        searched for first, by up to 2000 products beside max_matvecs: refused where one lies at or below -lambda,
+        beyond the pole, warned of where one is negative, told in ``status`` where the search does not end.
     method: "auto", "exact", "lanczos" (stochastic Lanczos quadrature), "gram" (exact, from the outputs' rows) as in
         `flatcore.soft_rank`; "kfac" from the eigenvalues of Kronecker factors (Martens and Grosse, ICML 2015), an
         approximation of unknown sign, Gauss-Newton only; "diagonal" from the diagonal, never too small for A >= 0:
@@ -55,9 +56,10 @@ def soft_rank(
 
     ``value`` without unit, between 0 and rank(A) <= min(P, examples * outputs) for A >= 0; ``stderr`` of the
     estimate, 0 where exact, for "kfac" and "diagonal" of the approximation itself. ``details``: ``damping``,
-    ``matrix``, ``lowest`` (the Hessian's least eigenvalue). ``by_layer`` for "kfac". With the sum over n examples as
-    the loss, lambda n gives the same. Invariant to orthogonal maps of the parameters; not, for lambda > 0, to
-    rescaling neurons. Cost: that of `flatcore.soft_rank`; outputs backward passes for "kfac".
+    ``matrix``; of a Hessian ``lowest``, an upper bound of its least eigenvalue, which lies no more than
+    ``lowest_error`` below (unless the search's random start was blind to it). ``by_layer`` for "kfac". With the sum
+    over n examples as the loss, lambda n gives the same. Invariant to orthogonal maps of the parameters; not, for
+    lambda > 0, to rescaling neurons. Cost: that of `flatcore.soft_rank`; outputs backward passes for "kfac".
     """
     began = time.perf_counter()
     A = curvature_operator(objective, matrix)
@@ -66,11 +68,13 @@ def soft_rank(
     if method not in known:
         raise ValueError(f"method: expected one of {', '.join(known)}, got {method!r}")
     details: dict[str, Any] = {"damping": damping, "matrix": matrix}
-    matvecs = 0
-    by_layer = None
+    matvecs, passes = 0, 0
+    by_layer = pole = None
     if matrix == "hessian":
-        details["lowest"], matvecs = check_pole(A, damping, "soft_rank", seed)
-    status, passes = "converged", 0
+        pole = check_pole(A, damping, "soft_rank", seed)
+        matvecs = pole.lowest.matvecs
+        details |= pole.details
+    status = "converged"
     if method == "kfac":
         if matrix != "ggn":
             raise ValueError(f"method: 'kfac' approximates the Gauss-Newton matrix, got matrix={matrix!r}")
@@ -88,6 +92,8 @@ def soft_rank(
         estimate = _quiet_soft_rank(A, damping, method=method, rtol=rtol, max_matvecs=max_matvecs, seed=seed)
         value, stderr, how, status = estimate.value, estimate.stderr, estimate.method, estimate.status
         matvecs += estimate.matvecs
+    if pole and status == "converged" and (status := pole.status) != "converged":
+        warn(f"soft_rank: {status}")
     return Measure(
         value=value,
         stderr=stderr,
@@ -112,22 +118,44 @@ def curvature_operator(objective: Objective, matrix: str) -> Operator:
     return GGN(objective) if matrix == "ggn" else Hessian(objective)
 
 
-def check_pole(A: Operator, damping: float, what: str, seed: int) -> tuple[float, int]:
-    """The least eigenvalue and the products it took: refused at or below -damping, warned of where negative."""
-    found = extremes(A, 1e-4, seed, "SA")
-    lowest, error = found.values[0], found.residuals[0]
-    if lowest - error <= -damping:
+@dataclass(frozen=True)
+class Pole:
+    """What is known of the Hessian's least eigenvalue, beside a pole at -damping that may lie above it."""
+
+    lowest: Least
+    damping: float
+
+    @property
+    def status(self) -> str:
+        low = self.lowest
+        if low.lower - low.rounding > -self.damping:
+            return "converged"
+        return (
+            f"whether the Hessian's least eigenvalue, between {low.lower:.3g} and {low.value:.3g}, lies above -damping "
+            f"= {-self.damping:.3g} is not known after {low.matvecs} products; raise damping, or take matrix='ggn'"
+        )
+
+    @property
+    def details(self) -> dict[str, float]:
+        return {"lowest": self.lowest.value, "lowest_error": self.lowest.error}
+
+
+def check_pole(A: Operator, damping: float, what: str, seed: int) -> Pole:
+    """The least eigenvalue, to a tenth of its distance from -damping: refused where it is seen to lie at or below,
+    warned of where it is seen to be negative."""
+    # The value is an upper bound of the least eigenvalue: at or below -damping it settles the matter.
+    found = least(A, lambda value: (value + damping) / 10 if value > -damping else math.inf, seed)
+    if found.value + found.rounding <= -damping:
         raise ValueError(
-            f"damping: expected more than the Hessian's least eigenvalue {lowest:.3g} is negative, got {damping:g}: "
-            "x / (x + damping) has a pole between; raise damping, or take matrix='ggn'"
+            f"damping: expected more than {-found.value:.3g}, as the Hessian has an eigenvalue of {found.value:.3g} or "
+            f"below, got {damping:g}: x / (x + damping) has a pole between; raise damping, or take matrix='ggn'"
         )
-    # An eigenvalue of zero comes out within its residual.
-    if lowest < -error - 1e-6 * found.scale:
+    if found.value < -found.rounding:
         warn(
-            f"{what}: the Hessian has a negative eigenvalue, {lowest:.3g}, so this is no minimum and its terms are "
-            "negative; for a measure that is meant for A >= 0 take matrix='ggn'"
+            f"{what}: the Hessian has a negative eigenvalue, {found.value:.3g}, so this is no minimum and its terms "
+            "are negative; for a measure that is meant for A >= 0 take matrix='ggn'"
         )
-    return lowest, found.matvecs
+    return Pole(found, damping)
 
 
 def _of_diagonal(values: Any, errors: Any, damping: float) -> tuple[float, float]:

@@ -6,13 +6,12 @@ import math
 import time
 from typing import Any
 
-import torch
-
 from flatcore import functionals
 from flatcore import trace as traces
-from flatcore.linear import check_positive
+from flatcore.errors import warn
+from flatcore.linear import check_count, check_positive, check_seed
 from flatcore.measures.derived import check_objective
-from flatcore.measures.extremes import extremes
+from flatcore.measures.extremes import MAX_MATVECS, Least, extremes, least
 from flatcore.measures.result import Measure
 from flatcore.objective import Objective
 from flatcore.operators import GGN, Hessian
@@ -73,37 +72,80 @@ def lambda_max(
 
 
 def condition_number(
-    objective: Objective, *, curvature: str = "hessian", tol: float = 1e-3, seed: int = 0
+    objective: Objective,
+    *,
+    curvature: str = "hessian",
+    tol: float = 1e-3,
+    max_matvecs: int | None = None,
+    seed: int = 0,
 ) -> Measure:
     """lambda_max(H) / lambda_min(H): how unlike the steepest and the flattest direction are.
 
     lambda_min is the least algebraic eigenvalue: the ratio is negative at a saddle, and for the singular Hessians of
-    large nets only rounding keeps it finite. Where lambda_min is within its residual of zero the value is inf, with
-    stderr nan. ``details``: "lambda_max", "lambda_min". Cost: as two of `lambda_max`, in one run. Invariant to
-    rotations of the parameters and to scaling the loss. Not invariant to: scaling neurons or layers.
+    large nets only rounding keeps it finite. Each end is searched for until its residual is a third of tol times its
+    own absolute value; of up to 1000 parameters the whole spectrum is taken where the least eigenvalue is so small that
+    this takes more than the first search. stderr is a bound on the error of the ratio, as far as the searches met the
+    ends: inf where the interval around lambda_min holds zero. The value is inf, with stderr nan, where lambda_min is
+    zero to the rounding of the products. Both, and a stderr above tol of the value, are told in ``status`` and a
+    FlatcoreWarning. ``details``: "lambda_max", "lambda_min", "lambda_min_error": lambda_min lies no more than that
+    below. ``max_matvecs``: products of the search for it, by default 2000; small least eigenvalues take many. Invariant
+    to rotations of the parameters and to scaling the loss. Not invariant to: scaling neurons or layers.
     Raises TypeError or ValueError, one sentence, for bad arguments.
     """
     began = time.perf_counter()
     A = _operator(objective, curvature)
-    found = extremes(A, tol, seed, "BE")
-    (low, high), (low_error, high_error) = found.values, found.residuals
-    singular = abs(low) <= max(low_error, A.shape[0] * torch.finfo(A.dtype).eps * abs(high))
-    value = math.inf if singular else high / low
-    stderr = (
-        math.nan if singular else abs(value) * math.hypot(high_error / high if high else 0.0, low_error / low)
-    )
+    tol, seed = check_positive("tol", tol, 1e-3), check_seed(seed)
+    most = MAX_MATVECS if max_matvecs is None else check_count("max_matvecs", max_matvecs, 8)
+    low = least(A, lambda value: tol / 3 * abs(value), seed, most)
+    high, high_error, matvecs = _greatest(A, low, tol / 3, seed)
+    error = low.error + low.rounding
+    value = math.inf if low.zero or not low.value else high / low.value
+    stderr = math.nan if math.isinf(value) else _bound(high, high_error, low.value, error)
+    status = _told(low, value, stderr, tol)
+    if status != "converged":
+        warn(f"condition_number: {status}")
     return Measure(
         value=value,
         stderr=stderr,
         by_layer=None,
         definition="lambda_max(H) / lambda_min(H)",
-        matvecs=found.matvecs,
+        matvecs=low.matvecs + matvecs,
         name="condition number",
-        method="lanczos",
+        method="lanczos" if low.greatest is None else "exact",
         seed=seed,
         seconds=time.perf_counter() - began,
-        status=found.status,
-        details={"lambda_max": high, "lambda_min": low},
+        status=status,
+        details={"lambda_max": high, "lambda_min": low.value, "lambda_min_error": error},
+    )
+
+
+def _greatest(A: Hessian | GGN, low: Least, tol: float, seed: int) -> tuple[float, float, int]:
+    """The greatest eigenvalue, a bound of its error, and the products it took beside those for the least."""
+    if low.greatest is not None:
+        return low.greatest, low.rounding, 0
+    found = extremes(A, tol, seed, "LA")
+    return found.values[0], found.residuals[0] + low.rounding, found.matvecs
+
+
+def _bound(high: float, high_error: float, low: float, low_error: float) -> float:
+    """Of the distance from high / low to any quotient of numbers within their errors."""
+    if low_error >= abs(low):
+        return math.inf
+    return (high_error + abs(high / low) * low_error) / (abs(low) - low_error)
+
+
+def _told(low: Least, value: float, stderr: float, tol: float) -> str:
+    if math.isinf(value):
+        return (
+            f"the least eigenvalue is zero to the rounding of the products: {low.value:.3g}, which is off by up to "
+            f"{low.rounding:.3g}"
+        )
+    if stderr <= tol * abs(value):
+        return "converged"
+    interval = f"{low.lower - low.rounding:.3g} and {low.value + low.rounding:.3g}"
+    return (
+        f"the least eigenvalue is known to lie between {interval} after {low.matvecs} products, which is not enough "
+        f"for tol = {tol:g} of the quotient; raise max_matvecs or tol, or use float64"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from flatcore.density import Density, spectral_density
 from flatcore.eigsh import eigsh
-from flatcore.errors import FlatcoreWarning
 from flatcore.linear import check_count
 from flatcore.machine import Machine, describe
 from flatcore.measures.catalogue import chosen
@@ -21,6 +19,7 @@ from flatcore.operators import Hessian
 from flatcore.progress import progress_bar
 from flatcore.report.autograd_loop import AutogradLoop
 from flatcore.report.fit import Fit, fit
+from flatcore.report.interrupts import interrupts_end_it, silent_but_for_interrupts
 from flatcore.report.measures import Measured, measured
 from flatcore.results import Eigenpairs, Estimate
 from flatcore.trace import trace
@@ -65,10 +64,11 @@ class Curvature:
 class Report:
     """The curvature of one objective's loss at its present parameters.
 
-    `training` and `test`: loss and accuracy. `curvature`: the numbers, from flatcore; `autograd`: the same numbers from
-    the same estimators and seed over an autograd loop, where asked for. `native_fraction`: share of the second-order
-    floating point operations that run in flatcore's engine. `peak_bytes`: planned memory of the widest product made.
-    `measures`: the published ones; `products` and `seconds` are those of `curvature` alone.
+    `training` and `test`: loss and accuracy. `curvature`: the numbers, from flatcore; `autograd`: the same numbers and
+    seed over an autograd loop, where asked for, without the trace's sweeps over examples, which a loop has not.
+    `native_fraction`: share of the second-order floating point operations that run in flatcore's engine. `peak_bytes`:
+    planned memory of the widest product made. `measures`: the published ones; `products` and `seconds` are those of
+    `curvature` alone.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Report:
         return compare([self]).to_json()
 
     def save_html(self, path: str | Path) -> None:
-        """One file that needs nothing else: no script, no font, no picture from elsewhere."""
+        """One file that needs nothing else: no script, no font, no picture from elsewhere. Makes missing folders."""
         compare([self]).save_html(path)
 
 
@@ -145,8 +145,10 @@ class Comparison:
         return to_json(self.reports)
 
     def save_html(self, path: str | Path) -> None:
+        """One file that needs nothing else: no script, no font, no picture from elsewhere. Makes missing folders."""
         from flatcore.report.html import page
 
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(page(self.reports), encoding="utf-8")
 
 
@@ -189,7 +191,7 @@ def report(
 
     Costs: the trace's products (their number follows from rtol), some tens for the eigenvalues, and
     DENSITY_PROBES * DENSITY_STEPS for the density; with compare_autograd as many again.
-    Raises ValueError or TypeError for bad arguments.
+    Raises ValueError or TypeError for bad arguments, and KeyboardInterrupt on Ctrl-C, whichever part it meets.
     """
     if not isinstance(obj, Objective):
         raise TypeError(f"obj: expected a flatcore.Objective, got {type(obj).__name__}; make one first")
@@ -199,7 +201,7 @@ def report(
     title = type(obj.model).__name__ if name is None else name
     names = chosen("measures", measures)
     total = len(_STAGES) * (2 if compare_autograd else 1) + len(names)
-    with progress_bar(title, total=total, enabled=progress) as bar:
+    with interrupts_end_it(), progress_bar(title, total=total, enabled=progress) as bar:
         done = 0
 
         def say(stage: str) -> None:
@@ -212,8 +214,7 @@ def report(
         operator, curvature = _measure(lambda: _ready(obj), k, rtol, seed, say)
         autograd = None
         if compare_autograd:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FlatcoreWarning)  # said already, of the same numbers
+            with silent_but_for_interrupts():  # what there is to say was said of the same numbers
                 _, autograd = _measure(
                     lambda: AutogradLoop(obj), k, rtol, seed, lambda s: say(f"autograd: {s}")
                 )

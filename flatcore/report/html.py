@@ -16,6 +16,7 @@ from flatcore.report.figures import Curve, density_chart
 from flatcore.report.measure_rows import BarCell, bar_cell, layer_rows, longest_bar, measure_rows
 from flatcore.report.numbers import count, percent, plain, seconds, with_error
 from flatcore.report.rows import disagreement, eigenvalue, rows
+from flatcore.report.trace_methods import called, explained
 from flatcore.results import Eigenpairs, Estimate
 
 _COLOURS = 6  # series of the style sheet
@@ -46,6 +47,8 @@ def page(reports: tuple[Report, ...]) -> str:
         energies=_energies(reports),
         stages=[_stage_rows(r) for r in reports],
         disagreements=[disagreement(r) for r in reports],
+        trace_methods=explained(reports),
+        loop_methods=_other_methods(reports),
         warnings=[(r.name, what, status) for r in reports for what, status in _statuses(r)],
         density_width="1/200 of the range shown",
         colours=_COLOURS,
@@ -124,6 +127,12 @@ def _stage_rows(report: Report) -> list[tuple[str, int, float, float | None]]:
     return [
         (name, n, s, theirs[2]) for (name, n, s), theirs in zip(report.curvature.stages, other, strict=True)
     ]
+
+
+def _other_methods(reports: tuple[Report, ...]) -> list[str]:
+    """What the autograd loops' traces were got by, where flatcore's were got in another way."""
+    pairs = [(r.autograd.trace.method, r.trace.method) for r in reports if r.autograd is not None]
+    return [called(method) for method in dict.fromkeys(loop for loop, own in pairs if loop != own)]
 
 
 def _statuses(report: Report) -> list[tuple[str, str]]:

@@ -111,7 +111,7 @@ _ROWS: tuple[tuple[str, str, str, Callable[[Report], str]], ...] = (
     (
         "cost",
         "products, autograd loop",
-        "the same estimators and seed over it",
+        "the same numbers and seed over it",
         lambda r: count(r.autograd.products) if r.autograd else "",
     ),
     (
