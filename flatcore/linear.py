@@ -53,7 +53,9 @@ def _refuse_lost_squares(name: str, rows: torch.Tensor, products: torch.Tensor) 
     """Norms and inner products square entries: below the root of the smallest number they are lost, silently."""
     if not len(rows):
         return
-    long, longest = float(products.abs().max()), float(rows.abs().max())
+    # Without a copy of either, in one transfer.
+    norms = [torch.linalg.vector_norm(x, math.inf) for x in (products, rows)]
+    long, longest = torch.stack(norms).tolist()
     least = math.sqrt(torch.finfo(products.dtype).tiny)
     most = 1 / least
     if 0 < long < least * longest or most * longest < long < math.inf:

@@ -89,7 +89,9 @@ class TraceTally:
         parameter to half of what its own sum's is at most."""
         if len(products) < 2:
             return
-        bound = 2 * self.collect(products.var(dim=0).double())
+        variances = products.var(dim=0)
+        sums = [variances[part].sum(dtype=torch.float64) for part in self.slices.values()]
+        bound = 2 * torch.stack(sums).cpu()
         self.bounded += len(products)
         share = len(products) / self.bounded
         self.bound = bound if self.bound is None else (1 - share) * self.bound + share * bound

@@ -229,7 +229,10 @@ def test_progress_shows_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
 @pytest.mark.parametrize(("at", "step", "products"), [(1, 1, 0), (4, 4, 9)])
 def test_no_number_is_located(value: float, at: int, step: int, products: int) -> None:
-    with pytest.raises(ValueError, match=f"not finite.* in step {step}, after {products} products"):
+    said = f"not finite.* in step {step}, after {products} products"
+    if at == 1 and value == 1e200:
+        said = "whose squares are lost in float64"
+    with pytest.raises(ValueError, match=said):
         eigsh(Ending(with_spectrum(VALUES), at, value), **ARGUMENTS)
 
 
