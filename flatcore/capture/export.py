@@ -22,7 +22,7 @@ from .batch import Structure, flatten_batch, split_batch
 from .custom import recorded_functions, restore_functions
 from .functional import functional_form
 from .graph import Names, active_nodes, readable_path
-from .in_place import without_first_writes, without_idle_dropout
+from .in_place import without_first_writes, without_hidden_views
 from .prelude import named_tensors
 from .program import Program
 from .refusals import (
@@ -72,7 +72,7 @@ def capture(
         with _unchanged(model, loss):
             _forget_average_over_all(model)
             raw = _export(wrapper, leaves)
-        without_idle_dropout(raw)
+        without_hidden_views(raw)
         without_first_writes(raw)
         tensors = named_tensors(model, loss)
         names = Names(wrapper, {id(t): name for name, t in tensors.items()}, chosen)

@@ -5,6 +5,8 @@ Activations with ``inplace=True`` behind a normalisation, and sums ``out += shor
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -29,15 +31,37 @@ _NEW_THOUGH_COMPOSITE = {
 _DROPOUT = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
 
 
-def without_idle_dropout(exported: ExportedProgram) -> None:
-    """Changes the graph: in eval mode dropout gives what it gets, and what writes into its result writes into that.
-    torch's decompositions (2.13) make a copy of it."""
+def without_hidden_views(exported: ExportedProgram) -> None:
+    """Changes the graph where an operation gives the very tensor that it gets, or a view, and its schema does not say
+    so: what writes into one writes into the other, of which torch's decompositions (2.13) know nothing."""
     given = set(outputs(exported))
     for node in list(exported.graph.nodes):
-        if node.target in _DROPOUT and not node.args[2] and node not in given:
-            node.replace_all_uses_with(node.args[0])
-            exported.graph.erase_node(node)
+        shown = None if node in given else _shows(node)
+        if shown is None:
+            continue
+        if shown.meta["val"].shape != node.meta["val"].shape:
+            with exported.graph.inserting_before(node):
+                base, shape = shown, tuple(node.meta["val"].shape)
+                shown = exported.graph.call_function(_aten.expand.default, (base, shape))
+                shown.meta = dict(node.meta)
+        node.replace_all_uses_with(shown)
+        exported.graph.erase_node(node)
     exported.graph_module.recompile()
+
+
+def _shows(node: fx.Node) -> fx.Node | None:
+    """The tensor that the node's result is, or is a view of."""
+    if node.target in _DROPOUT:
+        x, probability, training = node.args
+        return x if not training or probability == 0 else None  # type: ignore[return-value]
+    if node.target is _aten.type_as.default:
+        x, other = node.args
+        return x if x.meta["val"].dtype == other.meta["val"].dtype else None  # type: ignore[union-attr,return-value]
+    if node.target is operator.getitem:
+        several, position = node.args
+        if several.target is _aten.broadcast_tensors.default:  # type: ignore[union-attr]
+            return several.args[0][position]  # type: ignore[union-attr,index,return-value]
+    return None
 
 
 def without_first_writes(exported: ExportedProgram) -> None:
