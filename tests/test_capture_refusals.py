@@ -287,6 +287,23 @@ def test_a_program_prints_one_line_per_op(verified: Program) -> None:
     assert lines[0].endswith("[0]")
 
 
+def test_tensors_of_shapes_that_depend_on_values_are_broadcast() -> None:
+    """Squared errors broadcast what they get; nothing may ask which of such shapes is the larger."""
+
+    def some(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, target, mask = batch
+        return nn.functional.mse_loss(model(x)[mask], target[mask])
+
+    mask = torch.tensor([True, False, True, True, False])
+    x, target = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    model, v = nn.Linear(4, 3).double(), torch.randn(15).double()
+    H = fc.Hessian(fc.Objective(model, fc.ModelLoss(some), (x, target, mask)))
+    with pytest.warns(FlatcoreWarning, match="runs through torch autograd inside the native program"):
+        found = H @ v
+    chosen = fc.Hessian(fc.Objective(model, nn.MSELoss(), (x[mask], target[mask]))) @ v
+    assert torch.allclose(found, chosen, rtol=1e-12, atol=1e-14)
+
+
 def test_a_shape_that_depends_on_values_is_named() -> None:
     """As where the loss looks at some of the nodes of a graph alone; and the warning points at this file."""
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from .graph import outputs
+from .deferred import has_fixed_shape
+from .graph import arguments, outputs
 
 # Where torch keeps the kernels that are written in terms of other operations, and may then give a view.
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -26,8 +27,6 @@ _NEW_THOUGH_COMPOSITE = {
     _aten.group_norm.default,
     _aten.matmul.default,
 }
-
-
 _DROPOUT = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
 
 
@@ -52,15 +51,17 @@ def without_hidden_views(exported: ExportedProgram) -> None:
 def _shows(node: fx.Node) -> fx.Node | None:
     """The tensor that the node's result is, or is a view of."""
     if node.target in _DROPOUT:
-        x, probability, training = node.args
-        return x if not training or probability == 0 else None  # type: ignore[return-value]
+        a = arguments(node)
+        return a.input if not a.train or a.p == 0 else None
     if node.target is _aten.type_as.default:
         x, other = node.args
         return x if x.meta["val"].dtype == other.meta["val"].dtype else None  # type: ignore[union-attr,return-value]
     if node.target is operator.getitem:
         several, position = node.args
-        if several.target is _aten.broadcast_tensors.default:  # type: ignore[union-attr]
-            return several.args[0][position]  # type: ignore[union-attr,index,return-value]
+        # A shape that the data decide cannot be compared.
+        if several.target is _aten.broadcast_tensors.default and has_fixed_shape(node):  # type: ignore[union-attr]
+            x = several.args[0][position]  # type: ignore[union-attr,index]
+            return x if has_fixed_shape(x) else None  # type: ignore[arg-type,return-value]
     return None
 
 
