@@ -39,6 +39,7 @@ native_layer_norm.default nll_loss.default nll_loss2d.default norm.Scalar norm.S
 reflection_pad1d.default reflection_pad2d.default replication_pad1d.default replication_pad2d.default
 reshape_as.default sub.Scalar swapaxes.default swapdims.default
 tensor_split.indices tensor_split.sections to.device to.dtype to.dtype_layout to.other true_divide.Scalar
+type_as.default
 unsafe_chunk.default upsample_bicubic2d.default upsample_bilinear2d.default
 upsample_linear1d.default upsample_nearest1d.default upsample_nearest2d.default view_as.default
 """
