@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -213,10 +213,15 @@ class Run:
         return self.tally.n * (error / (self.rtol * size)) ** 2 if size else math.inf
 
 
-def student(n: float) -> float:
+@overload
+def student(n: float) -> float: ...
+@overload
+def student(n: torch.Tensor) -> torch.Tensor: ...
+def student(n: float | torch.Tensor) -> float | torch.Tensor:
     """What makes 2 standard errors of n samples an interval of 95 % (the quantile of Student's t over the
     normal one, to first order in 1 / n)."""
-    return 1 + 5 / (4 * max(n - 1, 1))
+    degrees = (n - 1).clamp_min(1) if isinstance(n, torch.Tensor) else max(n - 1, 1)
+    return 1 + 5 / (4 * degrees)
 
 
 def caution(n: float, skewness: float) -> float:

@@ -10,11 +10,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from .graph import arguments, aten_name, needed_nodes, outputs
+from .graph import COMPOSITE, arguments, aten_name, is_composite, needed_nodes, outputs
 from .lower import LOWERINGS
 
-# Where torch keeps the kernels that are written in terms of other operations.
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 Ops = set[torch._ops.OpOverload]
 
 
@@ -43,7 +41,7 @@ def functional_form(exported: ExportedProgram, active: Collection[fx.Node]) -> E
 
 def _decomposed(exported: ExportedProgram, ops: Ops) -> ExportedProgram:
     decomposed: ExportedProgram = exported.run_decompositions(
-        {op: partial(op._op_dk, _COMPOSITE) for op in ops}
+        {op: partial(op._op_dk, COMPOSITE) for op in ops}
     )
     return decomposed
 
@@ -81,5 +79,5 @@ def _unknown_composites(graph: fx.Graph) -> Ops:
         if isinstance(node.target, torch._ops.OpOverload)
         and node.target.namespace == "aten"
         and not _has_lowering(node)
-        and node.target.has_kernel_for_dispatch_key(_COMPOSITE)
+        and is_composite(node.target)
     }

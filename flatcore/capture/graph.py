@@ -83,6 +83,13 @@ def readable_path(path: str) -> str:
     return path.removeprefix("model.")
 
 
+def is_composite(op: torch._ops.OpOverload) -> bool:
+    """Does torch have a kernel of it that is written in terms of other operations?"""
+    return bool(op.has_kernel_for_dispatch_key(COMPOSITE))
+
+
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # where such kernels are kept
+
 # Ops that read only the shape of their first input: what they give does not depend on the parameters.
 FILL_VALUES: dict[str, Callable[[SimpleNamespace], Any]] = {
     "zeros_like.default": lambda a: 0,

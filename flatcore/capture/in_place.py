@@ -1,4 +1,4 @@
-"""Operations that write into a tensor which nothing has read yet, as the ones that give a new tensor instead.
+"""What a traced graph shows of writes: views of which the schema says nothing, and writes into what nothing else reads.
 
 Activations with ``inplace=True`` behind a normalisation, and sums ``out += shortcut``, are most of what writes.
 """
@@ -12,10 +12,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from .deferred import has_fixed_shape
-from .graph import arguments, outputs
+from .graph import arguments, is_composite, outputs
 
-# Where torch keeps the kernels that are written in terms of other operations, and may then give a view.
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _aten = torch.ops.aten
 _NEW_THOUGH_COMPOSITE = {
     _aten.linear.default,
@@ -66,8 +64,8 @@ def _shows(node: fx.Node) -> fx.Node | None:
 
 
 def without_first_writes(exported: ExportedProgram) -> None:
-    """Changes the graph where the tensor written into is new, so that no other is part of its memory, and nothing else
-    reads it, as a view would: what reads it later stands behind the operation's result in the graph."""
+    """Changes the graph: such a write becomes the operation that gives a new tensor. Where the tensor written into is
+    new, no other is part of its memory, and what reads it later reads the operation's result in the graph."""
     given = set(outputs(exported))
     for node in exported.graph.nodes:
         written = node.args[0] if node.args else None
@@ -86,7 +84,7 @@ def _gives_new(node: fx.Node) -> bool:
         return False
     if op._schema.returns[0].alias_info is not None:
         return False
-    return op in _NEW_THOUGH_COMPOSITE or not op.has_kernel_for_dispatch_key(_COMPOSITE)
+    return op in _NEW_THOUGH_COMPOSITE or not is_composite(op)
 
 
 def _functional(node: fx.Node) -> torch._ops.OpOverload | None:

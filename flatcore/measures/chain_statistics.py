@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from flatcore.sampling import student
+
 __all__ = ["BatchMeans", "Buckets", "batch_means", "effective_samples"]
 
 _BATCHES = 20
@@ -64,9 +66,7 @@ def _error(variance: Tensor, correlation: Tensor) -> Tensor:
     r = ((correlation + 1 / _BATCHES) / (1 - 4 / _BATCHES)).clamp(0, _MOST_CORRELATED)
     t = (1 + r) / (1 - r)
     square = variance * t / _BATCHES / (1 - t / _BATCHES).clamp_min(0.1)
-    student = 1 + 5 / (4 * (_BATCHES / t - 1).clamp_min(1))  # flatcore.sampling.student of that many samples
-    found: Tensor = student * square.sqrt()
-    return found
+    return student(_BATCHES / t) * square.sqrt()
 
 
 def batch_means(samples: Tensor) -> tuple[float, float]:
