@@ -1,11 +1,9 @@
-"""Products through torch autograd, one direction at a time: for models that have no program. Right for any
-model that torch can differentiate twice, and slow."""
+"""Products through torch autograd, one direction at a time: for models that have no program. Slower than a program;
+from the second product at a point on the gradient's graph is kept, as far as memory goes."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,13 +11,13 @@ from torch import Tensor, autograd
 from torch.autograd.graph import saved_tensors_hooks
 
 from flatcore import checks
+from flatcore.autograd_maps import Map, Outputs, agreement, hessian_map, inner, second_derivatives
 from flatcore.capture.batch import flatten_batch
 from flatcore.capture.cost import Cost
-from flatcore.capture.external import refuse_dead_ends
-from flatcore.capture.trial import gradient_sizes
 from flatcore.data import Batch
 from flatcore.errors import warn
 from flatcore.evaluate import Evaluation, plain_torch, rows_mix
+from flatcore.kept_maps import KeptMaps
 from flatcore.plan import Plan, PlanRow
 from flatcore.precision import Precision
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from flatcore.objective import Objective, Snapshot, WeightedBatch
 
 Mode = Literal["hessian", "ggn", "covariance"]
-Vectors = Sequence[Tensor]  # one tensor per parameter
 
 
 class AutogradBackend:
@@ -41,8 +38,10 @@ class AutogradBackend:
         self.reason = reason
         self._by_example = by_example
         self._symmetric = self._linear = False  # not checked yet
-        self._rows_mix: bool | None = None  # not tried yet
+        self._rows_mix: tuple[Snapshot, bool] | None = None  # where it was tried, and what was found
         self._precision_told = False
+        self._kept = KeptMaps(objective.budget.states)
+        self._sizes: dict[Mode, int] = {}
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, precision: Precision = "full") -> None:
         """Y = A V for the rows of V and Y, both (K, P). In full precision; said once where another is asked for."""
@@ -50,23 +49,50 @@ class AutogradBackend:
             self._precision_told = True
             message = f"precision={precision!r}: products through torch autograd are in full precision"
             warn(message)
-        objective = self.objective
-        Y.zero_()
-        with plain_torch(objective.layout.device):
+        with plain_torch(self.objective.layout.device):
             V = V.clone() if V.is_inference() else V
-            for batch in objective.batches():
-                evaluation, theta = self._evaluate(batch.batch, batch.index, at)
-                checks.check_finite_loss(float(evaluation.loss.detach()), batch.index)
-                if mode == "covariance" and self._one_by_one(evaluation, batch, at):
-                    self._covariance_by_example(batch, evaluation, V, Y, at)
-                    continue
-                with _second_derivatives():
-                    apply = self._map(mode, evaluation, theta, batch)
-                    if mode == "hessian" and not self._symmetric:
-                        self._check_symmetry(apply, theta)
-                    for v, y in zip(V, Y, strict=True):
-                        parts = apply(list(objective.layout.split(v).values()))
-                        y.add_(torch.cat([part.reshape(-1) for part in parts]), alpha=batch.weight)
+            try:
+                self._all_batches(mode, V, Y, at, self._kept.begin(at, mode))
+            except (RuntimeError, ValueError) as error:
+                # Memory is out, or a tensor that the code holds was written into, which torch has kept for later.
+                if not self._kept.forget(for_good=isinstance(error, torch.OutOfMemoryError)):
+                    raise
+                self._all_batches(mode, V, Y, at, again=False)
+
+    def _all_batches(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, again: bool) -> None:
+        """again: there was a product of this kind at this point, so more are to be expected."""
+        layout = self.objective.layout
+        Y.zero_()
+        for batch in self.objective.batches():
+            apply = self._kept.find(at, mode, batch.index) or self._map_of(mode, batch, V, Y, at)
+            if apply is None:
+                continue
+            if again:
+                self._kept.keep(at, mode, batch.index, apply, self._bytes(mode, batch))
+            with second_derivatives():
+                for v, y in zip(V, Y, strict=True):
+                    parts = apply(list(layout.split(v).values()))
+                    y.add_(torch.cat([part.reshape(-1) for part in parts]), alpha=batch.weight)
+
+    def _map_of(self, mode: Mode, batch: WeightedBatch, V: Tensor, Y: Tensor, at: Snapshot) -> Map | None:
+        """None for a covariance that has no map of the whole batch: its product is then in Y."""
+        evaluation, theta = self._evaluate(batch.batch, batch.index, at)
+        checks.check_finite_loss(float(evaluation.loss.detach()), batch.index)
+        if mode == "covariance" and self._one_by_one(evaluation, batch, at):
+            self._covariance_by_example(batch, evaluation, V, Y, at)
+            return None
+        with second_derivatives():
+            apply = self._map(mode, evaluation, theta, batch)
+            if mode == "hessian" and not self._symmetric:
+                self._check_symmetry(apply, theta)
+        return apply
+
+    def _bytes(self, mode: Mode, batch: WeightedBatch) -> float:
+        """What a batch's map holds, by the first batch's."""
+        first = next(iter(self.objective.batches()))
+        if mode not in self._sizes:
+            self._sizes[mode] = self._measure(mode, first, 0)[1]
+        return self._sizes[mode] * batch.examples / first.examples
 
     def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot, precision: Precision = "full") -> Tensor:
         """<v, A v> for the rows of V (K, P), from the products: (K,) float64 on the CPU."""
@@ -102,7 +128,7 @@ class AutogradBackend:
             batches=len(objective.data),
             examples=objective.examples,
             state_bytes=held,
-            kept_bytes=0,
+            kept_bytes=objective.budget.states,
             directions=1,
             _peak=lambda K: held,
             _flops=lambda K: (base + K * (one - base)) * batches,
@@ -131,7 +157,7 @@ class AutogradBackend:
             if mode == "covariance" and self._one_by_one(evaluation, batch, at):
                 self._covariance_by_example(batch, evaluation, V, torch.zeros_like(V), at)
                 return
-            with _second_derivatives():
+            with second_derivatives():
                 apply = self._map(mode, evaluation, theta, batch)
                 for v in V:
                     apply(list(layout.split(v).values()))
@@ -141,9 +167,7 @@ class AutogradBackend:
         theta = {name: value.detach().requires_grad_() for name, value in at.values.items()}
         return checks.evaluate(self.objective.evaluate, batch, theta, index), list(theta.values())
 
-    def _map(
-        self, mode: Mode, evaluation: Evaluation, theta: list[Tensor], batch: WeightedBatch
-    ) -> Callable[[Vectors], Vectors]:
+    def _map(self, mode: Mode, evaluation: Evaluation, theta: list[Tensor], batch: WeightedBatch) -> Map:
         if mode == "hessian":
             return hessian_map(evaluation.loss, theta)
         if not any(z.requires_grad for z in evaluation.outputs):
@@ -160,16 +184,16 @@ class AutogradBackend:
             return outputs.ggn_map()
         return outputs.covariance_map(batch.examples, self.objective.examples * batch.weight)
 
-    def _check_symmetry(self, apply: Callable[[Vectors], Vectors], theta: list[Tensor]) -> None:
+    def _check_symmetry(self, apply: Map, theta: list[Tensor]) -> None:
         """Some second derivatives in torch are wrong (2.13: of weight_norm), which shows as a lack of symmetry."""
         generator = torch.Generator("cpu").manual_seed(0)
         u, v = (
             [torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in theta] for _ in range(2)
         )
         Hu, Hv = apply(u), apply(v)
-        a, b = _inner(u, Hv), _inner(v, Hu)
-        scale = math.sqrt(_inner(Hu, Hu) * _inner(v, v)) + math.sqrt(_inner(Hv, Hv) * _inner(u, u))
-        if abs(a - b) > _agreement(theta[0].dtype) * scale:
+        a, b = inner(u, Hv), inner(v, Hu)
+        scale = math.sqrt(inner(Hu, Hu) * inner(v, v)) + math.sqrt(inner(Hv, Hv) * inner(u, u))
+        if abs(a - b) > agreement(theta[0].dtype) * scale:
             raise ValueError(
                 "model: torch's second derivative of the loss is not symmetric, so one of its operations "
                 f"differentiates wrongly: <u, H v> = {a:.6g} and <v, H u> = {b:.6g} for random u and v"
@@ -179,15 +203,15 @@ class AutogradBackend:
     def _one_by_one(self, evaluation: Evaluation, batch: WeightedBatch, at: Snapshot) -> bool:
         if self._by_example or not _rows_are_examples(evaluation, batch.examples):
             return True
-        if self._rows_mix is None and batch.examples > 1:
+        if batch.examples > 1 and (self._rows_mix is None or self._rows_mix[0] is not at):
 
             def rows(data: Batch) -> list[Tensor]:
                 outputs = checks.evaluate(self.objective.evaluate, data, at.values, batch.index).outputs
                 return [z for z, live in zip(outputs, evaluation.outputs, strict=True) if live.requires_grad]
 
             with torch.no_grad():
-                self._rows_mix = rows_mix(rows, batch.batch, batch.examples)
-        return bool(self._rows_mix)
+                self._rows_mix = at, rows_mix(rows, batch.batch, batch.examples)
+        return self._rows_mix is not None and self._rows_mix[1]
 
     def _covariance_by_example(
         self, batch: WeightedBatch, whole: Evaluation, V: Tensor, Y: Tensor, at: Snapshot
@@ -211,105 +235,12 @@ class AutogradBackend:
             Y.addr_(V @ g, g, alpha=1 / objective.examples)
         of_all = float(whole.loss.detach())
         # An example alone may have no loss at all: one with a standard deviation over the batch is then not a number.
-        if not abs(total - of_all) <= _agreement(objective.layout.dtype) * max(abs(total), abs(of_all)):
+        if not abs(total - of_all) <= agreement(objective.layout.dtype) * max(abs(total), abs(of_all)):
             raise ValueError(
                 "loss: the gradient covariance needs a loss that is the mean over the examples, got "
                 f"{of_all:.6g} for batch {batch.index} and {total:.6g} as the mean "
                 "over its examples one by one"
             )
-
-
-def hessian_map(loss: Tensor, theta: list[Tensor]) -> Callable[[Vectors], Vectors]:
-    """v -> H v by differentiating the gradient along v; the gradient's graph is kept."""
-    gradient = autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
-    return _transposed(gradient, theta)
-
-
-class Outputs:
-    """z(theta), the model's outputs, and L(z), with the products J v, J^T u and (d2L/dz2) t."""
-
-    def __init__(self, evaluation: Evaluation, theta: list[Tensor]) -> None:
-        self.theta = theta
-        self.live = [i for i, z in enumerate(evaluation.outputs) if z.requires_grad]
-        self.z = [evaluation.outputs[i] for i in self.live]
-        # detached, so that the loss is differentiated with respect to the outputs alone
-        leaves = [z.detach().clone().requires_grad_(i in self.live) for i, z in enumerate(evaluation.outputs)]
-        self.z_leaves = [leaves[i] for i in self.live]
-        self.dz = autograd.grad(
-            evaluation.loss_of(tuple(leaves)), self.z_leaves, create_graph=True, materialize_grads=True
-        )
-        self._refuse_other_ways(evaluation)
-        self.dummies = [torch.zeros_like(z, requires_grad=True) for z in self.z]
-        # J^T u is linear in u, so its derivative in u along v is J v.
-        pulled = autograd.grad(self.z, theta, self.dummies, create_graph=True, materialize_grads=True)
-        self.push = _transposed(pulled, self.dummies)
-
-    def pull(self, u: Vectors) -> Vectors:
-        return autograd.grad(self.z, self.theta, u, retain_graph=True, materialize_grads=True)
-
-    def check_transpose(self) -> None:
-        """A torch.autograd.Function may have a backward that is no derivative: <u, J v> = <J^T u, v> shows it."""
-        generator = torch.Generator("cpu").manual_seed(0)
-        v, u = (
-            [torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in ts]
-            for ts in (self.theta, self.z)
-        )
-        Jv = self.push(v)
-        for size in gradient_sizes(self.theta[0].dtype):
-            scaled = [size * x for x in u]
-            Ju = self.pull(scaled)
-            a, b = _inner(scaled, Jv), _inner(Ju, v)
-            scale = math.sqrt(_inner(scaled, scaled) * _inner(Jv, Jv)) + math.sqrt(
-                _inner(Ju, Ju) * _inner(v, v)
-            )
-            if math.isfinite(scale) and abs(a - b) > _agreement(self.theta[0].dtype) * scale:
-                raise ValueError(
-                    "model: expected a backward pass that is linear in the gradient it is given and can be "
-                    f"differentiated, got <u, J v> = {a:.6g} and <J^T u, v> = {b:.6g} for random u and v, so there is "
-                    "no Gauss-Newton matrix; look for a torch.autograd.Function that clips, normalises or detaches "
-                    "the gradient"
-                )
-
-    def ggn_map(self) -> Callable[[Vectors], Vectors]:
-        loss_hessian = _transposed(self.dz, self.z_leaves)
-        return lambda v: self.pull(loss_hessian(self.push(v)))
-
-    def covariance_map(self, examples: int, factor: float) -> Callable[[Vectors], Vectors]:
-        """v -> factor * sum_n J_n^T dz_n <dz_n, J_n v>, the rows of z in `examples` equal groups."""
-        rows = [dz.detach().reshape(examples, -1) for dz in self.dz]
-
-        def apply(v: Vectors) -> Vectors:
-            tangents = [t.reshape(examples, -1) for t in self.push(v)]
-            inner = sum((r * t).sum(1, keepdim=True) for r, t in zip(rows, tangents, strict=True)) * factor
-            return self.pull([(inner * r).view_as(z) for r, z in zip(rows, self.z, strict=True)])
-
-        return apply
-
-    def _refuse_other_ways(self, evaluation: Evaluation) -> None:
-        whole = autograd.grad(evaluation.loss, self.theta, retain_graph=True, materialize_grads=True)
-        through = self.pull([dz.detach() for dz in self.dz])
-        difference = sum(float((a - b).norm()) for a, b in zip(whole, through, strict=True))
-        if difference > _agreement(whole[0].dtype) * sum(float(a.norm()) for a in whole):
-            raise ValueError(
-                "loss: expected a loss that depends on the parameters through the model's output alone, "
-                "got one that depends on them in another way too (a penalty, say), for which there is no "
-                "Gauss-Newton matrix or gradient per example"
-            )
-
-
-def _transposed(values: Vectors, inputs: Vectors) -> Callable[[Vectors], Vectors]:
-    """v -> derivative of <values, v> in the inputs; values that do not depend on the inputs give nothing."""
-    live = [i for i, value in enumerate(values) if value.requires_grad]
-    refuse_dead_ends([values[i] for i in live])
-
-    def apply(v: Vectors) -> Vectors:
-        if not live:
-            return [torch.zeros_like(x) for x in inputs]
-        return autograd.grad(
-            [values[i] for i in live], inputs, [v[i] for i in live], retain_graph=True, materialize_grads=True
-        )
-
-    return apply
 
 
 def _rows_are_examples(evaluation: Evaluation, examples: int) -> bool:
@@ -319,27 +250,3 @@ def _rows_are_examples(evaluation: Evaluation, examples: int) -> bool:
 
 def _flat_gradient(loss: Tensor, theta: list[Tensor]) -> Tensor:
     return torch.cat([g.reshape(-1) for g in autograd.grad(loss, theta, materialize_grads=True)])
-
-
-def _inner(a: Vectors, b: Vectors) -> float:
-    return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
-
-
-def _agreement(dtype: torch.dtype) -> float:
-    """Two ways to one number agree to the square root of the precision, if they are the same number at
-    all."""
-    return math.sqrt(torch.finfo(dtype).eps)
-
-
-@contextlib.contextmanager
-def _second_derivatives() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        raise ValueError(
-            f"model: expected a loss that torch can differentiate twice, got {first_line!r}; write the operation that "
-            "it names in terms of others"
-        ) from error

@@ -38,8 +38,8 @@ PYTHON_LAYERS = {
     "means spectral",
     "capture": "capture",
     "objective": "data evaluate checks objective",
-    "operators": "tuning precision directions graphs compiled cut_rows autograd native backend example_outputs "
-    "example_sweeps output_rows operators",
+    "operators": "tuning precision directions graphs compiled cut_rows autograd_maps kept_maps autograd native "
+    "backend example_outputs example_sweeps output_rows operators",
     "estimators": "eigsh block_choice krylov_basis krylov_checkpoint warm_start trace sampling projected automatic "
     "by_example solve block_spectra density density_plot adaptive gram functionals",
     "measures": "measures",
