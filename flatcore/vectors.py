@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flatcore._C import engine
 from flatcore.parameters import did_you_mean
 
 Directions = Tensor | Mapping[str, Tensor]
@@ -108,6 +109,7 @@ def _rows_of_mapping(V: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, R
     rows = torch.empty(
         (1 if blocks is None else blocks, layout.size), dtype=layout.dtype, device=layout.device
     )
+    engine.use_large_pages(rows)
     for name, place in layout.slices.items():
         value = V[name].detach()
         columns_first = (value.unsqueeze(-1) if blocks is None else value).movedim(-1, 0)
@@ -154,4 +156,4 @@ def _unit_stride(rows: Tensor) -> Tensor:
     in_place = rows.shape[1] <= 1 or (
         rows.stride(1) == 1 and (rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1])
     )
-    return rows if in_place else rows.contiguous()
+    return rows if in_place else engine.contiguous_rows(rows)

@@ -1,4 +1,4 @@
-"""Products through autograd keep the gradient's graph from a point's second product on: when it is right, and when not."""
+"""Products through autograd keep the graph of the gradient from a point's second product on: when that is right."""
 
 from __future__ import annotations
 

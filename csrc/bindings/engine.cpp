@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "engine/contiguous_rows.h"
 #include "engine/float32_products.h"
 #include "engine/gemm_bf16.h"
 #include "engine/gemm_choice.h"
@@ -199,6 +200,8 @@ void bind_engine(py::module_ m) {
                "Bytes kept between products for the tensors of the next one, in all programs.");
     engine.def("use_large_pages", &use_large_pages, py::arg("tensor"),
                "Asks the system for large pages where a tensor's memory was not touched yet.");
+    engine.def("contiguous_rows", &contiguous_rows, py::arg("rows"), py::call_guard<py::gil_scoped_release>(),
+               "A copy of a matrix of any strides with each row in one piece.");
     engine.attr("gpu") = kGpu;
     py::class_<Float32Scope>(engine, "Float32Products", "How float32 is multiplied on a device meanwhile.")
         .def(py::init<const std::string&, const std::string&>(), py::arg("device"),
