@@ -292,3 +292,56 @@ class MaskOnly(nn.Module):
         y = self.front(x).tanh()
         m = (y / (1.5 + self.gate(x).tanh())) @ torch.ones(4, 1, dtype=x.dtype, device=x.device)
         return self.head(torch.where(m > 0.1, y, 2 * y.sin()))
+
+
+class Extremes(nn.Module):
+    """Greatest and least elements along any axes. Multiples of the levels, some of which are equal, are equal too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(5, 12), nn.Linear(25, 3)
+        self.levels = nn.Parameter(torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0]))
+        self.register_buffer("mask", torch.tensor([True, False, True, True]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)).unflatten(1, (3, 2, 2))  # (examples, 3, 2, 2)
+        equal = h.flatten(1)[:, :3, None] * self.levels  # (examples, 3, 5)
+        only = h.flatten(2).masked_fill(self.mask, -torch.inf)
+        none = only.masked_fill(~self.mask, -torch.inf).amax(2)
+        other = equal.flip(2)  # [2, 2, 1, 2, 1] of [1, 2, 1, 2, 2]
+        least, most = torch.clamp_min(equal, other), torch.clamp_max(equal, other)
+        parts = [
+            torch.maximum(equal, other).sin().mean(2) + torch.minimum(equal, other).square().mean(2),
+            (least.exp() * most).mean(2),
+            equal.transpose(1, 2).max(1)[0],
+            equal.min(-1, keepdim=True)[0] * self.levels.max(),
+            equal.amax(2) * self.levels.min() + self.levels.max(0)[0],
+            equal.amin((1, 2), keepdim=True) * equal.amax(1, keepdim=True)[..., :1],
+            h.max(1)[0] + h.amin((1, 3))[:, None] + (equal.amax() > 99).to(h),
+            h.min(2)[0].amax(1) * h.transpose(1, 3).amax((1, 2)).amin(1, keepdim=True),
+            only.max(2)[0] + torch.where(none < -99, 0.3, none),
+        ]
+        return self.out(torch.cat([part.flatten(1) for part in parts], 1))
+
+
+class Windows(nn.Module):
+    """Windows of images as columns, overlapping, apart, side by side and dilated, and added up again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Conv2d(2, 2, 2), nn.Linear(26, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (examples, 2, 7, 6)
+        h = torch.tanh(self.first(x))  # (examples, 2, 6, 5)
+        overlapping = F.unfold(h, 3, padding=(2, 1), stride=(1, 2))
+        added = F.fold(overlapping.square(), (6, 5), 3, padding=(2, 1), stride=(1, 2))
+        tiles = F.unfold(h, 2, padding=(1, 0), stride=2).sin()
+        tiles = F.fold(tiles, (6, 5), 2, padding=(1, 0), stride=2)
+        dilated = F.unfold(h, (2, 3), dilation=(3, 2))
+        again = F.fold(dilated.cos(), (6, 5), (2, 3), dilation=(3, 2))
+        apart = F.fold(F.unfold(h, (1, 2), stride=(2, 3)).exp(), (6, 5), (1, 2), stride=(2, 3))
+        outside = F.unfold(h[:, :, :1], (3, 2), (2, 1), (2, 2), (3, 3)).cos()  # some places see no element
+        outside = F.fold(outside, (1, 5), (3, 2), (2, 1), (2, 2), (3, 3))
+        one = torch.stack([F.fold(F.unfold(image, 2).square(), (6, 5), 2) for image in h[:, :1].unbind()])
+        parts = [added, tiles, again, apart, outside, one, h]
+        return self.out(torch.cat([F.adaptive_avg_pool2d(part, (1, 2)).flatten(1) for part in parts], 1))

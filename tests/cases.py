@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from case_models import (
     ACTIVATIONS,
     ComputedNorms,
+    Extremes,
     Heads,
     ImageRows,
     LeftMatrix,
@@ -26,6 +27,7 @@ from case_models import (
     Tied,
     TwoInputs,
     Unused,
+    Windows,
     cnn,
     depthwise,
     frozen_front,
@@ -297,6 +299,8 @@ CASES: tuple[Case, ...] = (
         nn.CrossEntropyLoss,
         lambda: (torch.randn(7, 3, 4), indices(7, 3, 2, classes=6), indices(7)),
     ),
+    case("extremes", Extremes, nn.CrossEntropyLoss, vectors(5, indices)),
+    case("windows", Windows, nn.CrossEntropyLoss, images(2, 7, 6, 5)),
     case("statistics", Statistics, nn.CrossEntropyLoss, vectors(5, indices)),
     case("penalised", mlp, plain(penalised), vectors(6, indices), "model_batch"),
 )

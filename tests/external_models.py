@@ -102,8 +102,7 @@ def unpooled(h: Tensor, w: Tensor) -> Tensor:
 
 # name -> f(h, w): (examples, WIDTH) and (WIDTH,) to (examples, anything). The examples stay apart.
 ROWWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "amax": lambda h, w: h * (h * w).amax(1, keepdim=True),
-    "max.dim": lambda h, w: h * (h * w).max(1, keepdim=True)[0],
+    "max both outputs": lambda h, w: h * torch.mul(*(h * w).max(1, keepdim=True)),
     "sort": lambda h, w: (h * w).sort(1)[0] * w,
     "sort both outputs": lambda h, w: torch.mul(*(h * w).sort(1)),
     "topk": lambda h, w: (h * w).topk(3, 1)[0].square(),

@@ -134,8 +134,9 @@ def test_hessian_is_the_models(case: Case) -> None:
     model, loss, batch = case.build(2, FLOAT64)
     program = program_for(case)
     parameters = [dict(model.named_parameters())[name] for name in program.parameters.values()]
-    # torch.autograd cannot batch the second derivative of a grouped transposed convolution (2.13).
-    one_by_one = case.name == "image-norms"
+    # torch.autograd cannot batch the second derivatives of a grouped transposed convolution and of the pooling of a
+    # permuted image (2.13).
+    one_by_one = case.name in ("image-norms", "extremes")
     expected = hessian(loss_of_model(model, loss, batch, case.loss_kind), parameters, one_by_one)
     actual = hessian(interpreted(program, model, loss, batch), parameters, one_by_one)
     assert expected.abs().max() > 0 or case.name == "l1"

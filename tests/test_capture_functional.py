@@ -117,6 +117,12 @@ def into_a_part(h: Tensor) -> Tensor:
     return h
 
 
+def into_an_empty_tensor(h: Tensor) -> Tensor:
+    out = h.new_empty(5, 4)
+    out[:, :1], out[:, 1:] = h[:, 3:], h[:, :3].sin()
+    return out
+
+
 def without_gradient(h: Tensor) -> Tensor:
     with torch.no_grad():
         scale = torch.full((4,), 0.5).add_(1)
@@ -135,17 +141,24 @@ WRITES = [
     into_what_has_the_type,
     into_what_was_read,
     into_a_part,
+    into_an_empty_tensor,
     without_gradient,
     normed_by_the_batch,
 ]
 
 
-@pytest.mark.parametrize("write", WRITES)
-def test_what_writes_is_not_taken_as_it_is(write: Callable[[Tensor], Tensor]) -> None:
+def of_the_type_of(h: Tensor) -> Tensor:
+    numbers = torch.tensor([0.1, 1.0, 2.0, 3.0])
+    return (h + numbers.type_as(h)) * (torch.arange(4) > 1).to(h) + torch.arange(4).type_as(h).exp() * h
+
+
+@pytest.mark.parametrize("write", [*WRITES, of_the_type_of])
+def test_what_writes_and_what_reads_a_type_alone(write: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model = Writes(write).double()
     batch = torch.randn(5, 6, dtype=torch.float64), torch.randint(3, (5,))
     program = program_of(model, F.cross_entropy, batch)
+    assert not any(op.external for op in program.ops)
     constants = program.prelude.run(batch_leaves(batch), named_tensors(model, None))
     found = interpret(program, dict(model.named_parameters()), constants)[program.loss]
     expected = F.cross_entropy(model(batch[0]), batch[1])

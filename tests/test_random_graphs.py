@@ -31,7 +31,7 @@ _adaptive_avg_pool2d.default _fused_rms_norm.default _log_softmax.default _nativ
 _native_batch_norm_legit_functional.default
 _prelu_kernel.default _safe_softmax.default _softmax.default
 _upsample_nearest_exact1d.default _upsample_nearest_exact2d.default _weight_norm_interface.default add.Scalar
-alpha_dropout.default broadcast_to.default concat.default concatenate.default
+alpha_dropout.default broadcast_tensors.default broadcast_to.default concat.default concatenate.default
 constant_pad_nd.default contiguous.default div.Scalar dropout.default expand_as.default
 feature_dropout.default lift_fresh_copy.default mT.default matrix_H.default
 max_pool2d_with_indices.default mul.Scalar narrow.default native_dropout.default native_group_norm.default

@@ -98,6 +98,7 @@ FILL_VALUES: dict[str, Callable[[SimpleNamespace], Any]] = {
     "empty_like.default": lambda a: 0,  # whoever reads it has written it first
     "zero.default": lambda a: 0,
     "fill.Scalar": lambda a: a.value,
+    "new_empty.default": lambda a: 0,
     "new_zeros.default": lambda a: 0,
     "new_ones.default": lambda a: 1,
     "new_full.default": lambda a: a.fill_value,

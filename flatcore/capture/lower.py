@@ -165,8 +165,8 @@ class Lowering:
         return Leaf(self.operand(node), None if dtype == self.dtype else _CASTS[dtype])
 
     def result(self, node: fx.Node) -> Result:
-        """What an active node was lowered to."""
-        return self._results[node]
+        """What an active node was lowered to; None for one that does not depend on the parameters."""
+        return self._results.get(node)
 
     def error(self, reason: str) -> CaptureError:
         """A CaptureError that names the operation being lowered and the module it stands in."""

@@ -186,7 +186,8 @@ def check(graph: Graph, whole: bool = True, single: bool = False, by_model: bool
         floor *= V.norm().item() if value.dim() == 2 else 1.0
         return ROUNDING * eps * (response + value.norm().item() + floor)
 
-    if not all(t.isfinite().all() for t in (expected.loss, expected.gradient, expected.hessian)):
+    found = (expected.loss, expected.gradient, expected.hessian, expected.ggn)
+    if not all(t is None or t.isfinite().all() for t in found):
         raise IllConditioned
     if allowed("hessian", torch.finfo(torch.float64).eps) > MEANINGFUL * max(
         expected.hessian.norm().item(), 1e-3

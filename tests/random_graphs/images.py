@@ -142,6 +142,29 @@ def adaptive_avg_pool1d(b: Builder) -> None:
     b.let(f"F.adaptive_avg_pool1d({b.pick(2, 3)}, {b.integer(1, 4)})")
 
 
+def _columns(b: Builder, *sizes: int) -> str:
+    """Arguments of windows over an image."""
+    padding, dilation = [b.integer(0, 2) for _ in sizes], [b.choice([1, 1, 2]) for _ in sizes]
+    kernel = [_kernel(b, *each) for each in zip(sizes, padding, dilation, strict=True)]
+    stride = kernel if b.chance(0.3) else [b.integer(1, 3) for _ in sizes]
+    return f"{tuple(kernel)}, {tuple(dilation)}, {tuple(padding)}, {tuple(stride)}"
+
+
+@op("im2col.default")
+def columns_of_images(b: Builder) -> None:
+    x = b.pick(3, 4)
+    b.let(f"F.unfold({x}, {_columns(b, *b.shape(x)[-2:])})")
+
+
+@op("col2im.default")
+def images_of_columns(b: Builder) -> None:
+    x = b.pick(3, 4)
+    sizes = b.shape(x)[-2:]
+    windows = _columns(b, *sizes)
+    columns = b.let(f"F.unfold({x}, {windows})")
+    b.let(f"F.fold({columns}, {sizes}, {windows})")
+
+
 def _interpolated(b: Builder, spatial: int, mode: str) -> None:
     x = b.pick(spatial + 2, spatial + 2)
     if b.chance():

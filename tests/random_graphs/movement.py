@@ -106,7 +106,7 @@ def expand(b: Builder) -> None:
         b.let(f"{y}.expand({tuple(front + left)})")
 
 
-@op("broadcast_tensors.default")
+@op()
 def broadcast_tensors(b: Builder) -> None:
     x = b.pick(min_rank=1)
     b.let(f"torch.broadcast_tensors({x}, {b.weight(b.broadcastable(b.shape(x)))})", count=2)

@@ -9,9 +9,6 @@ expressions(
     {
         "torch.sort({vector}, {dim})[0]": "",
         "torch.topk({vector}, 1, {dim})[0]": "",
-        "{vector}.amax({dim})": "",
-        "{vector}.amin({dim})": "",
-        "{vector}.max({dim})[0]": "",
         "{vector}.median({dim})[0]": "",
         "{positive}.prod()": "",
         "torch.cumprod(0.8 + 0.3 * torch.tanh({vector}), {dim})": "",

@@ -4,6 +4,7 @@ from . import (
     arithmetic,
     attention,
     convolution,
+    extremes,
     indexing,
     linear,
     loss,
@@ -15,12 +16,14 @@ from . import (
     resampling,
     shape,
     slices,
+    windows,
 )
 
 __all__ = [
     "arithmetic",
     "attention",
     "convolution",
+    "extremes",
     "indexing",
     "linear",
     "loss",
@@ -32,4 +35,5 @@ __all__ = [
     "resampling",
     "shape",
     "slices",
+    "windows",
 ]

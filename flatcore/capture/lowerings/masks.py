@@ -50,16 +50,34 @@ def _sign(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     return lower.emit("add", lower.unary("step", x), negative, alpha=-1.0)
 
 
-@lowers("maximum.default", "clamp_min.Tensor")
+@lowers("maximum.default")
 def _maximum(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    x, y = lower.operand(a.self), lower.operand(a.other if hasattr(a, "other") else a.min)
-    return lower.emit("where", _step_of_difference(lower, x, y), x, y)
+    x, y = lower.operand(a.self), lower.operand(a.other)
+    return _chosen(lower, _step_of_difference(lower, x, y), _step_of_difference(lower, y, x), x, y)
 
 
-@lowers("minimum.default", "clamp_max.Tensor")
+@lowers("minimum.default")
 def _minimum(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
-    x, y = lower.operand(a.self), lower.operand(a.other if hasattr(a, "other") else a.max)
-    return lower.emit("where", _step_of_difference(lower, y, x), x, y)
+    x, y = lower.operand(a.self), lower.operand(a.other)
+    return _chosen(lower, _step_of_difference(lower, y, x), _step_of_difference(lower, x, y), x, y)
+
+
+def _chosen(lower: Lowering, first: int, second: int, x: int, y: int) -> int:
+    """x or y; where they are equal both in equal parts, halved before they are added lest the sum overflows."""
+    both = lower.emit("add", lower.affine(x, 0.5), y, alpha=0.5)
+    return lower.emit("where", first, x, lower.emit("where", second, y, both))
+
+
+@lowers("clamp_min.Tensor")
+def _clamp_min(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    x, least = lower.operand(a.self), lower.operand(a.min)
+    return lower.emit("where", _step_of_difference(lower, least, x), least, x)
+
+
+@lowers("clamp_max.Tensor")
+def _clamp_max(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
+    x, most = lower.operand(a.self), lower.operand(a.max)
+    return lower.emit("where", _step_of_difference(lower, x, most), most, x)
 
 
 @lowers("threshold.default")

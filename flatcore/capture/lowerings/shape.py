@@ -77,6 +77,10 @@ def _broadcast(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[Resu
 def _copy(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> Result:
     """A cast to float32 inside a float64 model leaves a rounding; all else is computed in the program's dtype."""
     source, result = a.self.meta["val"], node.meta["val"]
+    if not lower.is_active(a.self):  # of what depends on the parameters, the type alone is read
+        if result.dtype not in REAL_DTYPES:
+            raise NoRuleError
+        return lower.constant(lower.prelude.call(torch.Tensor.to, lower.take(a.self), result.dtype))
     if isinstance(lower.result(a.self), Mask) and result.dtype in REAL_DTYPES:
         return lower.operand(a.self)
     if not (source.is_floating_point() and result.is_floating_point()):
