@@ -79,17 +79,13 @@ class Operator:
 
     def __matmul__(self, V: Directions) -> Any:
         def product(at: Snapshot) -> Any:
-            rows, restore = to_rows(V, self.objective.layout)
+            rows, restore = to_rows(V, self.objective.layout, self.objective.budget.directions)
             return restore(self._product(rows, at))
 
         return self.objective.at_present(product)
 
     def _product(self, V: Tensor, at: Snapshot) -> Tensor:
-        Y = torch.empty_like(V, memory_format=torch.contiguous_format)
-        if Y.is_inference():  # which no program could be trained through
-            with torch.inference_mode(False):
-                Y = torch.empty_like(V, memory_format=torch.contiguous_format)
-        engine.use_large_pages(Y)
+        Y = engine.fresh_rows(len(V), V.shape[1], V, self.objective.budget.directions)
         if V.shape[0]:
             with full_precision():
                 backend_for(self.objective, self.mode).product(self.mode, V, Y, at, self.precision)
@@ -106,7 +102,7 @@ class Operator:
         parameters' dtype: in float32, vectors whose entries lie far from one (1e-20, 1e20) lose the answer.
         """
         snapshot = self.objective.snapshot()
-        rows, _ = to_rows(V, self.objective.layout)
+        rows, _ = to_rows(V, self.objective.layout, self.objective.budget.directions)
         q = self._quadratic_form(rows, snapshot)
         return q[0] if is_single(V, self.objective.layout) else q
 

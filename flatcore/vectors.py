@@ -47,13 +47,15 @@ class Layout:
 Restore = Callable[[Tensor], "Tensor | dict[str, Tensor]"]
 
 
-def to_rows(V: Directions, layout: Layout) -> tuple[Tensor, Restore]:
+def to_rows(V: Directions, layout: Layout, spare: int) -> tuple[Tensor, Restore]:
     """The directions as rows (K, P), and the function that gives a result of that shape the form V had.
+
+    spare: bytes that may be kept for the next copy.
 
     A (P, K) matrix with strides (1, P) is used in place, as is a contiguous vector; any other is copied once.
     """
     if isinstance(V, Mapping):
-        return _rows_of_mapping(V, layout)
+        return _rows_of_mapping(V, layout, spare)
     if not isinstance(V, Tensor):
         raise TypeError(
             f"V: expected a torch.Tensor of shape ({layout.size},) or ({layout.size}, K), or a dict from "
@@ -66,8 +68,8 @@ def to_rows(V: Directions, layout: Layout) -> tuple[Tensor, Restore]:
         )
     _check_kind(V, "V", layout)
     if V.dim() == 1:
-        return _unit_stride(V.detach().unsqueeze(0)), lambda Y: Y[0]
-    return _unit_stride(V.detach().T), lambda Y: Y.T
+        return _unit_stride(V.detach().unsqueeze(0), spare), lambda Y: Y[0]
+    return _unit_stride(V.detach().T, spare), lambda Y: Y.T
 
 
 def is_single(V: Directions, layout: Layout) -> bool:
@@ -77,7 +79,7 @@ def is_single(V: Directions, layout: Layout) -> bool:
     return all(V[name].dim() == len(shape) for name, shape in layout.shapes.items())
 
 
-def _rows_of_mapping(V: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, Restore]:
+def _rows_of_mapping(V: Mapping[str, Tensor], layout: Layout, spare: int) -> tuple[Tensor, Restore]:
     unknown = [name for name in V if name not in layout.slices]
     if unknown:
         raise ValueError(
@@ -106,10 +108,8 @@ def _rows_of_mapping(V: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, R
             )
             raise ValueError(f"V[{name!r}]: expected shape {expected}, got {tuple(part.shape)}")
         blocks = columns
-    rows = torch.empty(
-        (1 if blocks is None else blocks, layout.size), dtype=layout.dtype, device=layout.device
-    )
-    engine.use_large_pages(rows)
+    like = next(iter(V.values()))
+    rows = engine.fresh_rows(1 if blocks is None else blocks, layout.size, like, spare)
     for name, place in layout.slices.items():
         value = V[name].detach()
         columns_first = (value.unsqueeze(-1) if blocks is None else value).movedim(-1, 0)
@@ -152,8 +152,8 @@ def _check_kind(value: Tensor, argument: str, layout: Layout) -> None:
         )
 
 
-def _unit_stride(rows: Tensor) -> Tensor:
+def _unit_stride(rows: Tensor, spare: int) -> Tensor:
     in_place = rows.shape[1] <= 1 or (
         rows.stride(1) == 1 and (rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1])
     )
-    return rows if in_place else engine.contiguous_rows(rows)
+    return rows if in_place else engine.contiguous_rows(rows, spare)

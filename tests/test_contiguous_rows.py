@@ -21,7 +21,7 @@ def test_any_strides(shape: tuple[int, int], dtype: torch.dtype) -> None:
     columns = torch.arange(K * P).reshape(P, K).to(dtype)
     wide = torch.arange(2 * K * 3 * P).reshape(3 * P, 2 * K).to(dtype)
     for rows in (columns.T, wide[::3, ::2].T, columns[:, :1].expand(P, K).T, wide.T[:K, P : 2 * P]):
-        copy = engine.contiguous_rows(rows)
+        copy = engine.contiguous_rows(rows, 0)
         assert copy.is_contiguous()
         assert torch.equal(copy, rows)
         assert copy.numel() == 0 or copy.data_ptr() != rows.data_ptr()
@@ -30,11 +30,11 @@ def test_any_strides(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_one_thread() -> None:
     columns = torch.randn(100_001, 3)
-    assert torch.equal(engine.contiguous_rows(columns.T), columns.T)
+    assert torch.equal(engine.contiguous_rows(columns.T, 0), columns.T)
 
 
 def test_inference_mode() -> None:
     with torch.inference_mode():
         columns = torch.randn(100_001, 3)
-        assert torch.equal(engine.contiguous_rows(columns.T), columns.T)
-    assert torch.equal(engine.contiguous_rows(columns.T), columns.T)
+        assert torch.equal(engine.contiguous_rows(columns.T, 0), columns.T)
+    assert torch.equal(engine.contiguous_rows(columns.T, 0), columns.T)

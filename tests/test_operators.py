@@ -266,7 +266,7 @@ def test_columns_stored_one_after_another_are_not_copied() -> None:
     model, loss, batches = build("mlp-ce")
     layout = fc.Objective(model, loss, batches).layout
     V = torch.randn(3, layout.size, dtype=torch.float64).T
-    rows, restore = to_rows(V, layout)
+    rows, restore = to_rows(V, layout, 0)
     assert rows.data_ptr() == V.data_ptr()
     assert restore(rows).stride() == (1, layout.size)
 

@@ -29,7 +29,7 @@ def directions(H: fc.Hessian, K: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def nothing_left() -> None:
     gc.collect()
-    assert engine.workspace_bytes() == 0
+    assert engine.workspace_bytes() == engine.spare_bytes() == 0
 
 
 def test_the_memory_stays_and_does_not_grow():
@@ -192,3 +192,73 @@ def test_a_child_forked_during_products_can_compute():
         stop.set()
         thread.join()
     assert torch.equal(H @ V, expected)
+
+
+def large(**options: int) -> fc.Hessian:
+    """Some 340,000 parameters: products of more than a MiB."""
+    torch.manual_seed(0)
+    model, loss, batch = mlp(16, 512, 512, 128, 10)
+    return fc.Hessian(fc.Objective(model, loss, batch, **options))
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_the_memory_of_a_result_serves_the_next(K: int):
+    H = large()
+    V = directions(H, K)
+    expected = (H @ V).clone()
+    assert engine.spare_bytes() > 0
+    first = H @ V
+    place = first.data_ptr()
+    second = H @ V  # while the first is in use
+    assert second.data_ptr() != place
+    assert torch.equal(first, expected)
+    del first
+    third = H @ V
+    assert third.data_ptr() == place
+    for result in (second, third):
+        assert torch.equal(result, expected)
+    del second, third
+    held = engine.spare_bytes()
+    for _ in range(5):
+        H @ V
+    assert engine.spare_bytes() == held
+    assert held <= 2 * (4 * V.numel() + 2**21)
+    kept = H @ V
+    del H
+    gc.collect()
+    assert engine.spare_bytes() == 0
+    assert torch.equal(kept, expected)
+
+
+def test_results_of_other_sizes():
+    H = large()
+    most = 0
+    for K in (1, 8, 2, 5, 16, 1):
+        V = directions(H, K)
+        for _ in range(2):
+            H @ V
+        assert engine.spare_bytes() <= 2 * (1.25 * 4 * V.numel() + 2**21)
+        most = max(most, engine.spare_bytes())
+    assert most >= 16 * 4 * H.shape[0]
+
+
+def test_no_spare_without_room():
+    H = large(memory=2**21)
+    for _ in range(3):
+        H @ directions(H, 2)
+    assert engine.spare_bytes() == 0
+
+
+def test_results_in_inference_mode():
+    H = large()
+    with torch.inference_mode():
+        for V in (directions(H, 2), directions(H, 2).T.contiguous().T):
+            assert not (H @ V).is_inference()
+
+
+def test_a_result_grows():
+    H = large()
+    y = H @ directions(H, 1)[:, 0]
+    expected = y.clone()
+    y.resize_(2 * H.shape[0])
+    assert torch.equal(y[: H.shape[0]], expected)

@@ -198,10 +198,18 @@ void bind_engine(py::module_ m) {
         "Number of threads that a large kernel loop really runs on.");
     engine.def("workspace_bytes", &workspace_bytes,
                "Bytes kept between products for the tensors of the next one, in all programs.");
-    engine.def("use_large_pages", &use_large_pages, py::arg("tensor"),
-               "Asks the system for large pages where a tensor's memory was not touched yet.");
-    engine.def("contiguous_rows", &contiguous_rows, py::arg("rows"), py::call_guard<py::gil_scoped_release>(),
-               "A copy of a matrix of any strides with each row in one piece.");
+    engine.def(
+        "fresh_rows",
+        [](int64_t K, int64_t P, const at::Tensor& like, int64_t most) {
+            return fresh_rows(K, P, like.options(), most);
+        },
+        py::arg("K"), py::arg("P"), py::arg("like"), py::arg("most"),
+        "A matrix (K, P), not written yet, of the kind of `like`, whose memory may be kept for the next "
+        "one.");
+    engine.def("spare_bytes", &spare_bytes, "Bytes kept for the next matrix of products.");
+    engine.def("contiguous_rows", &contiguous_rows, py::arg("rows"), py::arg("most"),
+               py::call_guard<py::gil_scoped_release>(),
+               "A copy of a matrix of any strides with each row in one piece, in `fresh_rows`.");
     engine.attr("gpu") = kGpu;
     py::class_<Float32Scope>(engine, "Float32Products", "How float32 is multiplied on a device meanwhile.")
         .def(py::init<const std::string&, const std::string&>(), py::arg("device"),

@@ -2,7 +2,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -16,11 +15,10 @@ constexpr int64_t kPiece = 1024;
 
 }  // namespace
 
-at::Tensor contiguous_rows(const at::Tensor& rows) {
+at::Tensor contiguous_rows(const at::Tensor& rows, int64_t most) {
     if (!rows.is_cpu()) return rows.contiguous();
     const int64_t K = rows.size(0), P = rows.size(1), row = rows.stride(0), column = rows.stride(1);
-    at::Tensor copy = at::empty({K, P}, rows.options());
-    use_large_pages(copy);
+    const at::Tensor copy = fresh_rows(K, P, rows.options(), most);
     AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "contiguous_rows", [&] {
         const scalar_t* from = rows.const_data_ptr<scalar_t>();
         scalar_t* to = copy.mutable_data_ptr<scalar_t>();

@@ -1,6 +1,8 @@
 #include "workspace.h"
 
+#include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/InferenceMode.h>
 #include <pthread.h>
 
 #ifdef __linux__
@@ -11,6 +13,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -19,9 +22,11 @@ namespace flatcore {
 
 namespace {
 
-constexpr size_t kSmallest = size_t{1} << 14;  // the C library serves less from pages it has
-constexpr size_t kAlignment = 256;             // of every buffer; two cache lines, more than any vector
-constexpr size_t kPage = size_t{1} << 21;      // a large page: one fault instead of 512
+constexpr size_t kSmallest = size_t{1} << 14;   // the C library serves less from pages it has
+constexpr size_t kAlignment = 256;              // of every buffer; two cache lines, more than any vector
+constexpr size_t kPage = size_t{1} << 21;       // a large page: one fault instead of 512
+constexpr size_t kLargeRows = size_t{1} << 20;  // for what is smaller a page more or less does not matter
+constexpr size_t kSpares = 2;                   // the directions and the products
 // Room for the gaps between buffers where one chunk has to hold what several did.
 constexpr double kGaps = 1.125;
 
@@ -38,6 +43,12 @@ struct Chunk {
     char* base;
     size_t size;
     std::map<size_t, size_t> free;  // offset -> bytes, no two adjacent
+};
+
+// Memory of a matrix that leaves a product.
+struct Rows {
+    void* data;
+    size_t bytes, most;
 };
 
 thread_local int entered = 0;
@@ -72,7 +83,39 @@ class Pool final : public c10::Allocator {
     }
     void remove_user() {
         const std::lock_guard lock(mutex_);
-        if (--users_ == 0) free_idle_chunks();
+        if (--users_ > 0) return;
+        free_idle_chunks();
+        free_spares();
+    }
+    // Empty where the system has no more memory.
+    c10::DataPtr allocate_rows(size_t bytes, size_t most) {
+        void* data = nullptr;
+        size_t size = rounded(bytes, kPage);
+        {
+            const std::lock_guard lock(mutex_);
+            const auto fits = [&](const Rows& spare) {
+                return spare.bytes >= size && spare.bytes <= size + size / 4;
+            };
+            const auto found = std::find_if(spares_.begin(), spares_.end(), fits);
+            if (found != spares_.end()) {
+                data = found->data;
+                size = found->bytes;
+                spares_.erase(found);
+            } else {
+                free_spares();  // of other sizes than are asked for now
+            }
+        }
+        if (!data) {
+            data = std::aligned_alloc(kPage, size);
+            if (!data) return {};
+            advise_large_pages(data, size);
+        }
+        c10::profiledCPUMemoryReporter().New(data, bytes);
+        return {data, new Rows{data, size, most}, &Pool::release_rows, c10::Device(c10::DeviceType::CPU)};
+    }
+    int64_t spare_bytes() {
+        const std::lock_guard lock(mutex_);
+        return static_cast<int64_t>(idle_bytes());
     }
     int64_t bytes() {
         const std::lock_guard lock(mutex_);
@@ -95,6 +138,28 @@ class Pool final : public c10::Allocator {
     static void release(void* data) {
         Pool& pool = instance();
         if (!pool.give_back(data)) pool.others_->raw_deallocate(data);
+    }
+
+    static void release_rows(void* context) {
+        const std::unique_ptr<Rows> rows(static_cast<Rows*>(context));
+        c10::profiledCPUMemoryReporter().Delete(rows->data);
+        Pool& pool = instance();
+        const std::lock_guard lock(pool.mutex_);
+        if (pool.users_ > 0 && pool.spares_.size() < kSpares && pool.idle_bytes() + rows->bytes <= rows->most)
+            pool.spares_.push_back(*rows);
+        else
+            std::free(rows->data);
+    }
+
+    size_t idle_bytes() const {
+        size_t bytes = 0;
+        for (const Rows& spare : spares_) bytes += spare.bytes;
+        return bytes;
+    }
+
+    void free_spares() {
+        for (const Rows& spare : spares_) std::free(spare.data);
+        spares_.clear();
     }
 
     // nullptr where the system has no more memory: then torch's allocator says so.
@@ -198,6 +263,7 @@ class Pool final : public c10::Allocator {
     std::mutex mutex_;
     std::vector<Chunk> chunks_;
     std::unordered_map<void*, size_t> buffers_;
+    std::vector<Rows> spares_;
     std::atomic<uintptr_t> low_{UINTPTR_MAX}, high_{0};
     size_t held_ = 0, in_use_ = 0, most_ = 0;
     int64_t users_ = 0;
@@ -214,12 +280,24 @@ Workspace::~Workspace() { --entered; }
 WorkspaceUser::WorkspaceUser() { Pool::instance().add_user(); }
 WorkspaceUser::~WorkspaceUser() { Pool::instance().remove_user(); }
 
-void use_large_pages(const at::Tensor& fresh) {
-    if (!fresh.is_cpu()) return;
-    const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-    const uintptr_t first = rounded(begin, kPage), last = (begin + fresh.nbytes()) / kPage * kPage;
-    if (first < last) advise_large_pages(reinterpret_cast<void*>(first), last - first);
+at::Tensor fresh_rows(int64_t K, int64_t P, const at::TensorOptions& options, int64_t most) {
+    const c10::InferenceMode off(false);
+    const caffe2::TypeMeta type = options.dtype();
+    const size_t bytes = static_cast<size_t>(K) * static_cast<size_t>(P) * type.itemsize();
+    if (!options.device().is_cpu() || bytes < kLargeRows) return at::empty({K, P}, options);
+    c10::DataPtr memory =
+        Pool::instance().allocate_rows(bytes, static_cast<size_t>(std::max<int64_t>(most, 0)));
+    if (!memory) return at::empty({K, P}, options);  // torch's allocator says that there is none
+    auto storage =
+        c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, std::move(memory),
+                                              c10::GetCPUAllocator(), /*resizable=*/true);
+    at::Tensor rows = at::detail::make_tensor<c10::TensorImpl>(
+        std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), type);
+    rows.unsafeGetTensorImpl()->set_sizes_contiguous({K, P});
+    return rows;
 }
+
+int64_t spare_bytes() { return Pool::instance().spare_bytes(); }
 
 int64_t workspace_bytes() { return Pool::instance().bytes(); }
 

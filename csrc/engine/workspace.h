@@ -29,9 +29,13 @@ class WorkspaceUser {
     WorkspaceUser& operator=(const WorkspaceUser&) = delete;
 };
 
-// Asks the system to back `fresh`, not written yet, by large pages: one fault for 512. For results, which
-// leave.
-void use_large_pages(const at::Tensor& fresh);
+// A matrix (K, P) for directions or products, which leave a product; not written yet, and never an inference
+// tensor. A large one on the CPU lies on large pages, one fault for 512. While there is a WorkspaceUser its
+// memory is kept when it is freed, two matrices and `most` bytes at most, for the next one of about its size.
+at::Tensor fresh_rows(int64_t K, int64_t P, const at::TensorOptions& options, int64_t most);
+
+// Bytes that are kept for the next of them.
+int64_t spare_bytes();
 
 // Bytes of all chunks.
 int64_t workspace_bytes();
