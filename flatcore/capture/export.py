@@ -183,7 +183,9 @@ def _export(wrapper: _Wrapper, leaves: list[Tensor]) -> ExportedProgram:
         if "fake tensor in the exported program constant's list" in lines[0]:
             reason = "it hides tensors from the trace, through .data or requires_grad_() on an input, say"
         if depends_on_values(error):
-            reason = "its control flow depends on tensor values, which a program cannot follow"
+            reason = (
+                f"its control flow depends on tensor values{_place(error)}, which a program cannot follow"
+            )
         raise CaptureError(reason, path=_traced_module(error, wrapper)) from error
 
 
@@ -191,6 +193,12 @@ def depends_on_values(error: Exception) -> bool:
     """Did torch meet a number that is known only when the model runs? It calls them u0, u1, ..."""
     line = next(iter(str(error).strip().splitlines()), "")
     return "data-dependent" in line or bool(re.fullmatch(r"u\d+ -> u\d+", line))
+
+
+def _place(error: Exception) -> str:
+    """The line of code at which torch met such a number, where it says so."""
+    found = re.search(r"^Caused by:.*?([^\s(/\\\\]+\.py):(\d+) in ", str(error), re.MULTILINE)
+    return f" ({found[1]}, line {found[2]})" if found else ""
 
 
 def _traced_module(error: BaseException, wrapper: nn.Module) -> str:
