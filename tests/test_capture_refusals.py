@@ -146,7 +146,8 @@ def test_batch_normalisation_in_training_mode_is_refused_by_name() -> None:
         (hooked, r"Tensor\.register_hook in module 'layer\.0'"),
         (
             branching,
-            r"cannot capture module 'layer\.0': its control flow depends on tensor values \(test_capture_refusals\.py, line \d+\)",
+            r"cannot capture module 'layer\.0': its control flow depends on tensor values "
+            r"\(test_capture_refusals\.py, line \d+\)",
         ),
         (lambda m, x: m.missing(x), r"cannot capture module 'layer\.0': .*no attribute 'missing'"),
     ],

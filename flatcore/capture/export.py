@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import traceback
 import warnings
@@ -195,10 +196,15 @@ def depends_on_values(error: Exception) -> bool:
     return "data-dependent" in line or bool(re.fullmatch(r"u\d+ -> u\d+", line))
 
 
-def _place(error: Exception) -> str:
-    """The line of code at which torch met such a number, where it says so."""
-    found = re.search(r"^Caused by:.*?([^\s(/\\\\]+\.py):(\d+) in ", str(error), re.MULTILINE)
-    return f" ({found[1]}, line {found[2]})" if found else ""
+def _place(error: BaseException) -> str:
+    """The last line of code outside torch that led to an exception; nothing for code without a file."""
+    ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+    places = [
+        f" ({os.path.basename(frame.f_code.co_filename)}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if os.path.isfile(frame.f_code.co_filename) and not frame.f_code.co_filename.startswith(ours)
+    ]
+    return places[-1] if places else ""
 
 
 def _traced_module(error: BaseException, wrapper: nn.Module) -> str:
