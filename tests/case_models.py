@@ -345,3 +345,32 @@ class Windows(nn.Module):
         one = torch.stack([F.fold(F.unfold(image, 2).square(), (6, 5), 2) for image in h[:, :1].unbind()])
         parts = [added, tiles, again, apart, outside, one, h]
         return self.out(torch.cat([F.adaptive_avg_pool2d(part, (1, 2)).flatten(1) for part in parts], 1))
+
+
+class Recurrent(nn.Module):
+    """All kinds of recurrent layers, one behind the other, with the last states of each in the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2, num_layers=2, bidirectional=True, batch_first=True)
+        self.projected = nn.LSTM(4, 3, proj_size=2, bias=False, batch_first=True)
+        self.gru = nn.GRU(2, 2, bidirectional=True)
+        self.tanh, self.relu = nn.RNN(4, 3), nn.RNN(3, 2, nonlinearity="relu", bias=False)
+        self.lstm_cell, self.gru_cell = nn.LSTMCell(2, 3), nn.GRUCell(3, 2, bias=False)
+        self.tanh_cell, self.relu_cell = nn.RNNCell(2, 2), nn.RNNCell(2, 2, bias=False, nonlinearity="relu")
+        self.start = nn.Parameter(torch.tensor([0.3, -0.2, 0.5]))
+        self.out = nn.Linear(41, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (examples, 4, 3)
+        start = (torch.arange(1, 5).to(x)[:, None, None] * self.start[:2]).expand(4, len(x), 2).contiguous()
+        y, lstm = self.lstm(x, (start, start.sin()))
+        y, projected = self.projected(y)
+        y, gru = self.gru(y.transpose(0, 1))
+        y, tanh = self.tanh(y, self.start.expand(1, len(x), 3).contiguous())
+        y, relu = self.relu(y)
+        states = [*lstm, *projected, gru, tanh, relu]
+        parts = [state.transpose(0, 1).flatten(1) for state in states]
+        h, c = self.lstm_cell(y[0], (parts[5][:, :3], parts[5][:, -3:]))
+        g = self.gru_cell(h, y[1])
+        parts += [h, c, self.relu_cell(self.tanh_cell(g, y[2]), g), g[:, :1]]
+        return self.out(torch.cat([y.sum(0), *parts], 1))

@@ -23,6 +23,7 @@ from case_models import (
     NormedWeight,
     PerPosition,
     Pooled,
+    Recurrent,
     Scalars,
     Tied,
     TwoInputs,
@@ -301,6 +302,7 @@ CASES: tuple[Case, ...] = (
     ),
     case("extremes", Extremes, nn.CrossEntropyLoss, vectors(5, indices)),
     case("windows", Windows, nn.CrossEntropyLoss, images(2, 7, 6, 5)),
+    case("recurrent", Recurrent, nn.CrossEntropyLoss, lambda: (torch.randn(5, 4, 3), indices(5))),
     case("statistics", Statistics, nn.CrossEntropyLoss, vectors(5, indices)),
     case("penalised", mlp, plain(penalised), vectors(6, indices), "model_batch"),
 )

@@ -92,6 +92,13 @@ def hooked(self: Inner, x: Tensor) -> Tensor:
     return y
 
 
+def recurrent(m: Inner, x: Tensor, layers: int) -> Tensor:
+    """Drops between its layers, as a net in train mode."""
+    h = m.linear(x)[:, None]
+    weights = [torch.eye(3)] * (2 * layers)
+    return torch.rnn_tanh(h, torch.zeros(layers, 1, 3), weights, False, layers, 0.5, True, False, False)[0]
+
+
 REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "once": (lambda m, x: Once.apply(m.linear(x)), "Once.apply", "once only"),
     "item": (
@@ -107,6 +114,11 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "detach": (lambda m, x: m.linear(x).detach() * m.linear(x), "aten.detach.default", "stops the gradient"),
     "no_grad": (without_gradient, "torch.no_grad", "stops the gradient"),
     "dropout": (lambda m, x: F.dropout(m.linear(x)), "aten.dropout.default", "random"),
+    "dropout between layers": (
+        lambda m, x: recurrent(m, x, 2)[:, 0],
+        "aten.rnn_tanh.input",
+        "random",
+    ),
     "noise": (lambda m, x: m.linear(x + torch.randn_like(x)), "aten.randn_like.default", "random"),
     "buffer": (counting, "aten.add.Tensor", "layer.0.count"),
     "cast": (lambda m, x: m.linear(x).half().float(), "aten.to.dtype", "precision"),
@@ -121,6 +133,13 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
         "prec",
     ),
 }
+
+
+def test_one_recurrent_layer_drops_nothing() -> None:
+    batch = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    model = Outer(lambda m, x: recurrent(m, x, 1)[:, 0])
+    program = program_of(model, nn.CrossEntropyLoss(), batch)
+    assert [op.kind for op in program.ops].count("linear") == 7  # one for all inputs, one a step
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -63,7 +63,9 @@ def refuse_random(nodes: Iterable[fx.Node]) -> None:
             continue
         given = vars(arguments(node))
         training = given.get("train", given.get("training", True))
-        probability = given.get("p", given.get("dropout_p", 1.0))
+        probability = given.get("p", given.get("dropout_p", given.get("dropout", 1.0)))
+        if given.get("num_layers") == 1:  # of a recurrent net, which drops between its layers
+            continue
         if training and probability:
             raise CaptureError(
                 "draws random numbers; call model.eval() first", op=str(node.target), path=module_path(node)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import contractions, images, movement, pointwise, unsupported  # noqa: F401  (register their ops)
+from . import contractions, images, movement, pointwise, recurrent, unsupported  # noqa: F401  (register their ops)
 from .builder import NAMES, OPS, TWICE, UNSUPPORTED, Builder
 from .losses import LOSSES, outputs
 

@@ -84,7 +84,7 @@ def permute(b: Builder) -> None:
     b.let(f"{x}.permute({tuple(order)})")
 
 
-@op("transpose.int")
+@op("transpose.int", "swapaxes.default", "swapdims.default")
 def transpose(b: Builder) -> None:
     x = b.pick(min_rank=1)
     first = b.choice(["transpose", "swapaxes", "swapdims"])
