@@ -38,10 +38,12 @@ class AutogradBackend:
         self.reason = reason
         self._by_example = by_example
         self._symmetric = self._linear = False  # not checked yet
-        self._rows_mix: tuple[Snapshot, bool] | None = None  # where it was tried, and what was found
+        self._rows_mix: tuple[Snapshot, dict[int, bool]] | None = (
+            None  # where it was tried, and what was found
+        )
         self._precision_told = False
         self._kept = KeptMaps(objective.budget.states)
-        self._sizes: dict[Mode, int] = {}
+        self._sizes: dict[tuple[Mode, tuple[torch.Size, ...]], float] = {}
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, precision: Precision = "full") -> None:
         """Y = A V for the rows of V and Y, both (K, P). In full precision; said once where another is asked for."""
@@ -51,24 +53,36 @@ class AutogradBackend:
             warn(message)
         with plain_torch(self.objective.layout.device):
             V = V.clone() if V.is_inference() else V
-            try:
-                self._all_batches(mode, V, Y, at, self._kept.begin(at, mode))
-            except (RuntimeError, ValueError) as error:
-                # Memory is out, or a tensor that the code holds was written into, which torch has kept for later.
-                if not self._kept.forget(for_good=isinstance(error, torch.OutOfMemoryError)):
-                    raise
+            if not self._with_kept_maps(mode, V, Y, at):
                 self._all_batches(mode, V, Y, at, again=False)
+
+    def _with_kept_maps(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot) -> bool:
+        """False where that has to be done again, without: memory is out, or a tensor that the code holds was written
+        into, which torch had kept for later. What was kept is then free."""
+        try:
+            self._all_batches(mode, V, Y, at, self._kept.begin(at, mode))
+        except (RuntimeError, ValueError) as error:
+            out = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if not out and "modified by an inplace operation" not in str(error):
+                raise
+            if not self._kept.forget(for_good=out):
+                raise
+            return False
+        return True
 
     def _all_batches(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, again: bool) -> None:
         """again: there was a product of this kind at this point, so more are to be expected."""
         layout = self.objective.layout
         Y.zero_()
         for batch in self.objective.batches():
-            apply = self._kept.find(at, mode, batch.index) or self._map_of(mode, batch, V, Y, at)
+            apply = self._kept.find(at, mode, batch.index)
             if apply is None:
-                continue
-            if again:
-                self._kept.keep(at, mode, batch.index, apply, self._bytes(mode, batch))
+                # Measured first: another evaluation may write into what the map holds.
+                size = self._bytes(mode, batch) if again else math.inf
+                apply = self._map_of(mode, batch, V, Y, at)
+                if apply is None:
+                    continue
+                self._kept.keep(at, mode, batch.index, apply, size)
             with second_derivatives():
                 for v, y in zip(V, Y, strict=True):
                     parts = apply(list(layout.split(v).values()))
@@ -88,11 +102,22 @@ class AutogradBackend:
         return apply
 
     def _bytes(self, mode: Mode, batch: WeightedBatch) -> float:
-        """What a batch's map holds, by the first batch's."""
-        first = next(iter(self.objective.batches()))
-        if mode not in self._sizes:
-            self._sizes[mode] = self._measure(mode, first, 0)[1]
-        return self._sizes[mode] * batch.examples / first.examples
+        """What a batch's map holds, by the first batch of its shapes; infinite where that is not known, or where it
+        holds memory of the model's code, which may be written into when the model runs again."""
+        key = mode, tuple(t.shape for t in flatten_batch(batch.batch)[0])
+        if key not in self._sizes:
+            cost = Cost()
+            try:
+                with saved_tensors_hooks(cost.note, lambda t: t):
+                    self._run(mode, batch, 0, cost)
+            except (
+                Exception
+            ):  # hooks that the model does not allow, say: the products tell what else is wrong
+                return math.inf
+            own = (*self.objective.snapshot().values.values(), *self.objective.model.parameters())
+            foreign = cost.older - {t.untyped_storage().data_ptr() for t in own}
+            self._sizes[key] = math.inf if foreign else cost.saved
+        return self._sizes[key]
 
     def quadratic_form(self, mode: Mode, V: Tensor, at: Snapshot, precision: Precision = "full") -> Tensor:
         """<v, A v> for the rows of V (K, P), from the products: (K,) float64 on the CPU."""
@@ -203,15 +228,20 @@ class AutogradBackend:
     def _one_by_one(self, evaluation: Evaluation, batch: WeightedBatch, at: Snapshot) -> bool:
         if self._by_example or not _rows_are_examples(evaluation, batch.examples):
             return True
-        if batch.examples > 1 and (self._rows_mix is None or self._rows_mix[0] is not at):
+        if batch.examples == 1:
+            return False
+        if self._rows_mix is None or self._rows_mix[0] is not at:
+            self._rows_mix = at, {}
+        found = self._rows_mix[1]
+        if batch.index not in found:
 
             def rows(data: Batch) -> list[Tensor]:
                 outputs = checks.evaluate(self.objective.evaluate, data, at.values, batch.index).outputs
                 return [z for z, live in zip(outputs, evaluation.outputs, strict=True) if live.requires_grad]
 
             with torch.no_grad():
-                self._rows_mix = at, rows_mix(rows, batch.batch, batch.examples)
-        return self._rows_mix is not None and self._rows_mix[1]
+                found[batch.index] = rows_mix(rows, batch.batch, batch.examples)
+        return found[batch.index]
 
     def _covariance_by_example(
         self, batch: WeightedBatch, whole: Evaluation, V: Tensor, Y: Tensor, at: Snapshot

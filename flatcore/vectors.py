@@ -153,7 +153,8 @@ def _check_kind(value: Tensor, argument: str, layout: Layout) -> None:
 
 
 def _unit_stride(rows: Tensor, spare: int) -> Tensor:
-    in_place = rows.shape[1] <= 1 or (
-        rows.stride(1) == 1 and (rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1])
-    )
+    in_pieces = rows.stride(1) == 1 and (rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1])
+    in_place = (
+        rows.shape[1] <= 1 or in_pieces
+    ) and not rows.is_neg()  # a view whose numbers are the negative
     return rows if in_place else engine.contiguous_rows(rows, spare)

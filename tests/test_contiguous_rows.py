@@ -38,3 +38,15 @@ def test_inference_mode() -> None:
         columns = torch.randn(100_001, 3)
         assert torch.equal(engine.contiguous_rows(columns.T, 0), columns.T)
     assert torch.equal(engine.contiguous_rows(columns.T, 0), columns.T)
+
+
+def test_views_of_negatives() -> None:
+    """torch negates lazily: what lies in memory is the negative of what the view shows."""
+    columns = torch.randn(1030, 3, dtype=torch.complex128).conj().imag
+    assert columns.is_neg()
+    assert torch.equal(engine.contiguous_rows(columns.T, 0), columns.T.clone())
+
+
+def test_too_many() -> None:
+    with pytest.raises(RuntimeError, match="overflow"):
+        engine.contiguous_rows(torch.ones(16, 1).expand(16, 2**57 + 16384).T, 0)

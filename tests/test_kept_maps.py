@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch.nn.utils import parameters_to_vector
 
 import flatcore as fc
 from flatcore import autograd_maps
+from flatcore.autograd import AutogradBackend
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatcore.errors.FlatcoreWarning")
 
@@ -25,18 +29,21 @@ class Counted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
-        self.scale = torch.ones(5, dtype=torch.float64)  # no buffer: nothing tells when it changes
 
     def forward(self, x: Tensor) -> Tensor:
         Counted.total += 1
-        h = self.first(x)
-        return self.last(torch.tanh(h * self.scale) if bool(h.abs().sum() > 0) else h)
+        return self.last(self.hidden(x, self.first(x)))
+
+    def hidden(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(h) if bool(h.abs().sum() > 0) else h
 
 
-def counted(**options: Any) -> tuple[Counted, fc.Objective, list[tuple[Tensor, Tensor]]]:
+def counted(
+    kind: type[Counted] = Counted, **options: Any
+) -> tuple[Any, fc.Objective, list[tuple[Tensor, Tensor]]]:
     batches = build("mlp-ce")[2]
     torch.manual_seed(1)
-    model = Counted().double()
+    model = kind().double()
     return model, fc.Objective(model, F.cross_entropy, batches, **options), batches
 
 
@@ -84,15 +91,145 @@ def test_nothing_is_kept_without_room() -> None:
     assert evaluations(H, v) == len(batches)
 
 
-def test_what_torch_has_kept_is_written_into() -> None:
-    """The scale is neither parameter nor buffer; torch refuses to differentiate what was computed with the old one."""
-    model, objective, batches = counted()
+class Scaled(Counted):
+    """The scale is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones(5, dtype=torch.float64)
+
+    def hidden(self, x: Tensor, h: Tensor) -> Tensor:
+        return super().hidden(x, h * self.scale)
+
+
+class Scratch(Counted):
+    """Every batch's forward writes over what the last one's graph holds; .data tells nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scratch = torch.zeros(13, 5, dtype=torch.float64)
+
+    def hidden(self, x: Tensor, h: Tensor) -> Tensor:
+        self.scratch.data[: len(x)].copy_(torch.cos(x[:, :1]).expand(len(x), 5))
+        return super().hidden(x, h) * self.scratch[: len(x)]
+
+
+class OpenScratch(Counted):
+    """The same with writes that torch sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scratch = torch.zeros(13, 5, dtype=torch.float64)
+
+    def hidden(self, x: Tensor, h: Tensor) -> Tensor:
+        self.scratch[: len(x)].copy_(torch.cos(x[:, :1]).expand(len(x), 5))
+        return super().hidden(x, h) * self.scratch[: len(x)]
+
+
+class Cosine(Counted):
+    """The same function without the scratch."""
+
+    def hidden(self, x: Tensor, h: Tensor) -> Tensor:
+        return super().hidden(x, h) * torch.cos(x[:, :1])
+
+
+@pytest.mark.parametrize("kind", [Scaled, Scratch, OpenScratch])
+def test_memory_of_the_code_is_not_kept(kind: type[Counted]) -> None:
+    model, objective, batches = counted(kind)
+    H = fc.Hessian(objective)
+    v = torch.randn(H.shape[0], dtype=H.dtype)
+    weights = [len(x) for x, _ in batches]
+    for _ in range(4):
+        if kind is Scaled:
+            model.scale.mul_(0.5)
+        plain = counted(Cosine)[0] if kind is not Scaled else model
+        each = [reference(fc.Hessian, plain, F.cross_entropy, batch) @ v for batch in batches]
+        expected = sum(n * y for n, y in zip(weights, each, strict=True)) / sum(weights)
+        assert_close(H @ v, expected)
+
+
+def test_what_torch_has_kept_is_written_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it kept, torch would refuse to differentiate what was computed with the old scale."""
+    monkeypatch.setattr(AutogradBackend, "_bytes", lambda *_: 0.0)
+    model, objective, batches = counted(Scaled)
     H = fc.Hessian(objective)
     v = torch.randn(H.shape[0], dtype=H.dtype)
     for _ in range(3):
         H @ v
+    assert evaluations(H, v) == 0
     model.scale.mul_(0.5)
     assert_close(H @ v, reference(fc.Hessian, model, F.cross_entropy, joined(batches)) @ v)
+
+
+class OneReader:
+    """Batches that can be read again, but not by two at a time."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches, self.reading = batches, False
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        assert not self.reading
+        self.reading = True
+        for x, y in self.batches:
+            yield x.clone(), y.clone()
+        self.reading = False
+
+
+def test_a_loader_is_read_by_one_at_a_time() -> None:
+    model, _, batches = counted()
+    H = fc.Hessian(fc.Objective(model, F.cross_entropy, OneReader(batches), memory=2000))
+    v = torch.randn(H.shape[0], dtype=H.dtype)
+    expected = H @ v
+    for _ in range(3):
+        assert torch.equal(H @ v, expected)
+
+
+def test_batches_of_other_shapes_are_measured() -> None:
+    """A first batch of one row tells nothing of the second's."""
+
+    class Rows(Counted):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean(1)
+
+    data = [(torch.randn(2, n, 4, dtype=torch.float64), torch.tensor([0, 1])) for n in (1, 500)]
+    H = fc.Hessian(fc.Objective(Rows().double(), F.cross_entropy, data, memory=150_000))
+    v = torch.randn(H.shape[0], dtype=H.dtype)
+    H @ v
+    H @ v
+    assert evaluations(H, v) == 1
+
+
+def test_graphs_are_freed() -> None:
+    """What measures a graph must not make it hold itself."""
+    _, objective, _ = counted()
+    H = fc.Hessian(objective)
+    v = torch.randn(H.shape[0], dtype=H.dtype)
+    live = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            y = x.exp()
+            ctx.save_for_backward(y)
+            live.append(weakref.ref(y.untyped_storage()))
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            return dy * ctx.saved_tensors[0]
+
+    class Watching(Counted):
+        def hidden(self, x: Tensor, h: Tensor) -> Tensor:
+            return Watched.apply(super().hidden(x, h))
+
+    _, objective, _ = counted(Watching)
+    H = fc.Hessian(objective)
+    for _ in range(3):
+        H @ v
+    H.plan()
+    del H, objective
+    gc.collect()
+    assert not [ref for ref in live if ref() is not None]
 
 
 def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,3 +277,18 @@ def test_whether_rows_mix_is_found_at_every_point() -> None:
         model.gate.fill_(1.0)
     with pytest.raises(ValueError, match="the mean over the examples"):
         C @ v
+
+
+class MixingSome(Counted):
+    """Its rows mix in batches that begin with a large number."""
+
+    def hidden(self, x: Tensor, h: Tensor) -> Tensor:
+        return h + h.mean(0) if bool(x[0, 0] > 5) else h
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_whether_rows_mix_is_found_for_every_batch(order: list[int]) -> None:
+    batches = [(torch.randn(4, 4, dtype=torch.float64) + 9 * i, torch.tensor([0, 1, 2, 0])) for i in order]
+    C = fc.GradientCovariance(fc.Objective(MixingSome().double(), F.cross_entropy, batches))
+    with pytest.raises(ValueError, match="the mean over the examples"):
+        C @ torch.randn(C.shape[0], dtype=C.dtype)

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/util/safe_numerics.h>
 #include <pthread.h>
 
 #ifdef __linux__
@@ -283,8 +284,10 @@ WorkspaceUser::~WorkspaceUser() { Pool::instance().remove_user(); }
 at::Tensor fresh_rows(int64_t K, int64_t P, const at::TensorOptions& options, int64_t most) {
     const c10::InferenceMode off(false);
     const caffe2::TypeMeta type = options.dtype();
-    const size_t bytes = static_cast<size_t>(K) * static_cast<size_t>(P) * type.itemsize();
-    if (!options.device().is_cpu() || bytes < kLargeRows) return at::empty({K, P}, options);
+    uint64_t bytes = 0;
+    const bool too_many = c10::mul_overflows(static_cast<uint64_t>(K), static_cast<uint64_t>(P), &bytes) ||
+                          c10::mul_overflows(bytes, type.itemsize(), &bytes);
+    if (too_many || !options.device().is_cpu() || bytes < kLargeRows) return at::empty({K, P}, options);
     c10::DataPtr memory =
         Pool::instance().allocate_rows(bytes, static_cast<size_t>(std::max<int64_t>(most, 0)));
     if (!memory) return at::empty({K, P}, options);  // torch's allocator says that there is none

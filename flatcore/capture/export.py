@@ -198,7 +198,7 @@ def depends_on_values(error: Exception) -> bool:
 
 def _place(error: BaseException) -> str:
     """The last line of code outside torch that led to an exception; nothing for code without a file."""
-    ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+    ours = tuple(os.path.join(os.path.dirname(f), "") for f in (torch.__file__, os.path.dirname(__file__)))
     places = [
         f" ({os.path.basename(frame.f_code.co_filename)}, line {line})"
         for frame, line in traceback.walk_tb(error.__traceback__)
