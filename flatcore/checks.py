@@ -52,10 +52,11 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}; wrap functions in one"
         )
-    if isinstance(model, torch.jit.ScriptModule):
+    compiled = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if compiled is not None:
         raise TypeError(
-            "model: expected a torch.nn.Module, got one of torch.jit, whose code is compiled already; pass the "
-            "module that it was made from"
+            f"model: expected a torch.nn.Module, got one of torch.jit{f' as {compiled!r}' if compiled else ''}, whose "
+            "code is compiled already; use the module that it was made from"
         )
     if {p.device.type for p in model.parameters()} == {"meta"}:
         raise ValueError(
