@@ -60,8 +60,8 @@ def test_model_is_not_a_module() -> None:
 def test_model_of_jit(compiled: Callable[[nn.Module], nn.Module]) -> None:
     with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got one of torch\.jit"):
         fc.Objective(compiled(nn.Linear(3, 2)), nn.MSELoss(), (torch.ones(1, 3), torch.ones(1, 2)))
+    inside = nn.Sequential(compiled(nn.Linear(3, 2)))
     with pytest.raises(TypeError, match=r"got one of torch\.jit as '0', whose"):
-        inside = nn.Sequential(compiled(nn.Linear(3, 2)))
         fc.Objective(inside, nn.MSELoss(), (torch.ones(1, 3), torch.ones(1, 2)))
 
 
