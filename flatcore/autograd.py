@@ -38,9 +38,8 @@ class AutogradBackend:
         self.reason = reason
         self._by_example = by_example
         self._symmetric = self._linear = False  # not checked yet
-        self._rows_mix: tuple[Snapshot, dict[int, bool]] | None = (
-            None  # where it was tried, and what was found
-        )
+        # The point at which it was tried, and what was found, by batch.
+        self._rows_mix: tuple[Snapshot, dict[int, bool]] | None = None
         self._precision_told = False
         self._kept = KeptMaps(objective.budget.states)
         self._sizes: dict[tuple[Mode, tuple[torch.Size, ...]], float] = {}
@@ -110,9 +109,8 @@ class AutogradBackend:
             try:
                 with saved_tensors_hooks(cost.note, lambda t: t):
                     self._run(mode, batch, 0, cost)
-            except (
-                Exception
-            ):  # hooks that the model does not allow, say: the products tell what else is wrong
+            # The model may not allow hooks, say; if something else is wrong, the products tell.
+            except Exception:
                 return math.inf
             own = (*self.objective.snapshot().values.values(), *self.objective.model.parameters())
             foreign = cost.older - {t.untyped_storage().data_ptr() for t in own}

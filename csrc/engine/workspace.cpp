@@ -88,6 +88,7 @@ class Pool final : public c10::Allocator {
         free_idle_chunks();
         free_spares();
     }
+
     // Empty where the system has no more memory.
     c10::DataPtr allocate_rows(size_t bytes, size_t most) {
         void* data = nullptr;
