@@ -78,8 +78,9 @@ class Objective:
     targets), as from one big batch. A loss with reduction="sum" is taken with one batch only.
 
     The parameters are read when something is computed: after a step of an optimiser the same objective gives
-    the curvature at the new point. Buffers, and batches given as tensors or in a list, may change in place
-    too. What is none of these (a number in a module, a tensor that a function closes over) must stay as it
+    the curvature at the new point. Buffers, frozen parameters, and batches given as tensors or in a list, may
+    change in place too, where torch counts it: a write through `.data` or numpy into these leaves no trace, and
+    is not seen. What is none of these (a number in a module, a tensor that a function closes over) must stay as it
     is: make a new objective after changing it. Other threads may use objectives, also of the same model,
     but must not run the model itself meanwhile.
 
