@@ -30,10 +30,11 @@ Mode = Literal["hessian", "ggn", "covariance"]
 class AutogradBackend:
     """Hessian, GGN and gradient covariance of an objective by repeated differentiation.
 
+    kept: what all backends of an objective keep, in one budget.
     by_example: each example's gradient from a batch of its own, whatever the shape of the model's output.
     """
 
-    def __init__(self, objective: Objective, reason: str, by_example: bool = False) -> None:
+    def __init__(self, objective: Objective, reason: str, kept: KeptMaps, by_example: bool = False) -> None:
         self.objective = objective
         self.reason = reason
         self._by_example = by_example
@@ -41,7 +42,7 @@ class AutogradBackend:
         # The point at which it was tried, and what was found, by batch.
         self._rows_mix: tuple[Snapshot, dict[int, bool]] | None = None
         self._precision_told = False
-        self._kept = KeptMaps(objective.budget.states)
+        self._kept = kept
         self._sizes: dict[tuple[Mode, tuple[torch.Size, ...]], float] = {}
 
     def product(self, mode: Mode, V: Tensor, Y: Tensor, at: Snapshot, precision: Precision = "full") -> None:
@@ -77,7 +78,7 @@ class AutogradBackend:
             apply = self._kept.find(at, mode, batch.index)
             if apply is None:
                 # Measured first: another evaluation may write into what the map holds.
-                size = self._bytes(mode, batch) if again else math.inf
+                size = self._bytes(mode, batch) if again and not self._by_example else math.inf
                 apply = self._map_of(mode, batch, V, Y, at)
                 if apply is None:
                     continue

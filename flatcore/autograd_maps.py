@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, autograd
 
 from flatcore.capture.external import refuse_dead_ends
 from flatcore.capture.trial import gradient_sizes
+from flatcore.errors import told_as
 from flatcore.evaluate import Evaluation
 
 Vectors = Sequence[Tensor]  # one tensor per parameter
@@ -119,15 +120,11 @@ def agreement(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).eps)
 
 
-@contextlib.contextmanager
-def second_derivatives() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        raise ValueError(
-            f"model: expected a loss that torch can differentiate twice, got {first_line!r}; write the operation that "
-            "it names in terms of others"
-        ) from error
+def second_derivatives() -> contextlib.AbstractContextManager[None]:
+    """For what torch is asked to differentiate twice."""
+    return told_as(
+        lambda said: ValueError(
+            f"model: expected a loss that torch can differentiate twice, got {said!r}; write the operation that it "
+            "names in terms of others"
+        )
+    )

@@ -11,6 +11,7 @@ from flatcore.autograd import AutogradBackend, Mode
 from flatcore.capture import NO_VALUE, NOT_DERIVATIVE
 from flatcore.cut_rows import ROWS_MIX
 from flatcore.errors import CaptureError, NotTwiceDifferentiableError, warn
+from flatcore.kept_maps import KeptMaps
 from flatcore.native import NativeBackend
 from flatcore.objective import Objective, Snapshot
 from flatcore.plan import Plan
@@ -37,6 +38,7 @@ class Backends:
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
         self._others: dict[tuple[str, bool], AutogradBackend] = {}
+        self._kept = KeptMaps(objective.budget.states)
         self._native: NativeBackend | None = None
         self._told = self._once = False
         try:
@@ -61,7 +63,7 @@ class Backends:
             )
         by_example = reason == ROWS_MIX or (self._once and mode == "covariance")
         if (reason, by_example) not in self._others:
-            backend = AutogradBackend(self._objective, reason, by_example)
+            backend = AutogradBackend(self._objective, reason, self._kept, by_example)
             if self._once and not by_example:
                 _try(backend, mode, reason)
             self._others[reason, by_example] = backend

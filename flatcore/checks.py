@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flatcore.capture.batch import batch_leaves
 from flatcore.data import Batch
+from flatcore.errors import first_line
 from flatcore.evaluate import Evaluation, ModelLoss, hf_loss, once_differentiable
 
 _NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
@@ -166,10 +167,9 @@ def evaluate(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        first_line = (str(error).strip() or "no message").splitlines()[0]
         raise ValueError(
             f"data: the model or the loss rejected batch {index} of shapes {_shapes(batch)}: "
-            f"{type(error).__name__}: {first_line}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     check_loss(result.loss, index)
     return result

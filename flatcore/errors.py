@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+
+import torch
 
 
 class FlatcoreWarning(UserWarning):
@@ -16,6 +20,22 @@ def warn(message: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, FlatcoreWarning, stacklevel=level)  # noqa: TID251
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says first; torch goes on with stacks and advice."""
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+@contextlib.contextmanager
+def told_as(exception: Callable[[str], Exception]) -> Iterator[None]:
+    """What torch refuses, as exception(first line of what it says); that memory is out stays what it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise exception(first_line(error)) from error
 
 
 class CaptureError(Exception):

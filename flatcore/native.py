@@ -28,7 +28,7 @@ from flatcore.cut_rows import mixing
 from flatcore.data import Batch
 from flatcore.directions import Directions
 from flatcore.environment import ONE_AT_A_TIME
-from flatcore.errors import CaptureError
+from flatcore.errors import CaptureError, first_line
 from flatcore.evaluate import ModelLoss, once_differentiable, plain_torch
 from flatcore.graphs import Graphs, pays
 from flatcore.plan import Plan
@@ -255,8 +255,7 @@ class NativeBackend:
                 raise CaptureError(
                     "the shape of a tensor depends on the values of another, which a program cannot follow"
                 ) from error
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            raise CaptureError(f"{type(error).__name__}: {first_line}") from error
+            raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
         if program.reduction == "sum":
             objective.refuse_sum()
         unknown = {op.kind for op in program.ops} - set(engine.op_kinds())

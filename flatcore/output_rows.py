@@ -15,7 +15,7 @@ from torch import Tensor, autograd
 from flatcore import checks
 from flatcore.capture.batch import flatten_batch
 from flatcore.data import Batch
-from flatcore.errors import NoRowsError
+from flatcore.errors import NoRowsError, told_as
 from flatcore.evaluate import plain_torch
 from flatcore.objective import Objective, Snapshot, WeightedBatch
 
@@ -204,16 +204,9 @@ class OutputRows:
         return [torch.stack(parts) for parts in zip(*one_by_one, strict=True)]
 
 
-@contextlib.contextmanager
-def _differentiable() -> Iterator[None]:
+def _differentiable() -> contextlib.AbstractContextManager[None]:
     """What the engine can do and plain torch cannot (it writes in place, say) leaves no rows."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        raise NoRowsError(f"torch could not differentiate model and loss: {first_line}") from error
+    return told_as(lambda said: NoRowsError(f"torch could not differentiate model and loss: {said}"))
 
 
 def _flat(z: Sequence[Tensor], parts: int) -> Tensor:

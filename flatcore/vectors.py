@@ -140,6 +140,10 @@ def _transposed_hint(V: Tensor, layout: Layout) -> str:
 
 
 def _check_kind(value: Tensor, argument: str, layout: Layout) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{argument}: expected a dense tensor, got one of layout {value.layout}; convert it with .to_dense()"
+        )
     if value.dtype != layout.dtype:
         raise TypeError(
             f"{argument}: expected {layout.dtype} like the parameters, got {value.dtype}; convert it with "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flatcore import _C
-from flatcore.errors import warn
+from flatcore.errors import first_line, warn
 from flatcore.linear import LinearView, as_operator
 from flatcore.results import Eigenpairs
 
@@ -85,7 +85,6 @@ def _telling(view: LinearView) -> LinearView:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            raise _ProductError(f"its product raised {type(error).__name__}: {first_line}") from error
+            raise _ProductError(f"its product raised {type(error).__name__}: {first_line(error)}") from error
 
     return LinearView(view.P, view.dtype, view.device, product, view.parameter_slices, view.name)

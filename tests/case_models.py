@@ -315,7 +315,7 @@ class Extremes(nn.Module):
             (least.exp() * most).mean(2),
             equal.transpose(1, 2).max(1)[0],
             equal.min(-1, keepdim=True)[0] * self.levels.max(),
-            equal.amax(2) * self.levels.min() + self.levels.max(0)[0],
+            equal.amax(2) * self.levels.min().amin(-1) + self.levels.max(0)[0].amax(0),
             equal.amin((1, 2), keepdim=True) * equal.amax(1, keepdim=True)[..., :1],
             h.max(1)[0] + h.amin((1, 3))[:, None] + (equal.amax() > 99).to(h),
             h.min(2)[0].amax(1) * h.transpose(1, 3).amax((1, 2)).amin(1, keepdim=True),

@@ -332,6 +332,8 @@ VECTORS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("dtype", lambda: torch.ones(P, dtype=torch.float64), ["V:", "torch.float32", "torch.float64", ".to("]),
     ("integers", lambda: torch.ones(P, dtype=torch.int64), ["V:", "torch.int64"]),
     ("device", lambda: torch.ones(P, device="meta"), ["V:", "cpu", "meta"]),
+    ("sparse", lambda: torch.ones(P).to_sparse(), ["V:", "dense", "torch.sparse_coo", ".to_dense()"]),
+    ("sparse part", lambda: parts(**{"0.bias": torch.ones(6).to_sparse()}), ["V['0.bias']:", "dense"]),
     ("list", lambda: [1.0] * P, ["V:", "torch.Tensor", "list"]),
     ("number", lambda: 2.0, ["V:", "torch.Tensor", "float"]),
     ("unknown name", lambda: parts(wieght=torch.ones(3)), ["V:", "'wieght'"]),

@@ -43,8 +43,11 @@ def test_inference_mode() -> None:
 def test_views_of_negatives() -> None:
     """torch negates lazily: what lies in memory is the negative of what the view shows."""
     columns = torch.randn(1030, 3, dtype=torch.complex128).conj().imag
-    assert columns.is_neg()
-    assert torch.equal(engine.contiguous_rows(columns.T, 0), columns.T.clone())
+    for rows in (columns.T, torch._neg_view(torch.randn(3, 1030))):
+        assert rows.is_neg()
+        copy = engine.contiguous_rows(rows, 0)
+        assert not copy.is_neg()
+        assert torch.equal(copy, rows.clone())
 
 
 def test_too_many() -> None:

@@ -201,9 +201,6 @@ def test_batches_of_other_shapes_are_measured() -> None:
 
 def test_graphs_are_freed() -> None:
     """What measures a graph must not make it hold itself."""
-    _, objective, _ = counted()
-    H = fc.Hessian(objective)
-    v = torch.randn(H.shape[0], dtype=H.dtype)
     live = []
 
     class Watched(torch.autograd.Function):
@@ -224,6 +221,7 @@ def test_graphs_are_freed() -> None:
 
     _, objective, _ = counted(Watching)
     H = fc.Hessian(objective)
+    v = torch.randn(H.shape[0], dtype=H.dtype)
     for _ in range(3):
         H @ v
     H.plan()

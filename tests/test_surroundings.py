@@ -14,6 +14,7 @@ from torch import nn
 
 import flatcore as fc
 from flatcore.autograd import AutogradBackend
+from flatcore.kept_maps import KeptMaps
 
 
 def objective(dtype: torch.dtype = torch.float32) -> fc.Objective:
@@ -102,7 +103,7 @@ def test_made_under_a_default_device(kind: type[fc.Hessian], shared: fc.Objectiv
 def test_default_device_without_a_program(shared: fc.Objective) -> None:
     """Through autograd: products agree with the engine's to rounding."""
     expected = fc.Hessian(shared).to_dense()
-    backend = AutogradBackend(shared, "asked for by this test")
+    backend = AutogradBackend(shared, "asked for by this test", KeptMaps(0))
     V = torch.eye(expected.shape[0])
     with default_device("meta"):
         Y = torch.empty_like(V)

@@ -16,7 +16,8 @@ constexpr int64_t kPiece = 1024;
 }  // namespace
 
 at::Tensor contiguous_rows(const at::Tensor& rows, int64_t most) {
-    if (!rows.is_cpu() || rows.is_neg()) return rows.contiguous();
+    // torch negates views lazily; what lies in memory is then the negative of what they show.
+    if (!rows.is_cpu() || rows.is_neg()) return rows.resolve_neg().contiguous();
     const int64_t K = rows.size(0), P = rows.size(1), row = rows.stride(0), column = rows.stride(1);
     const at::Tensor copy = fresh_rows(K, P, rows.options(), most);
     AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "contiguous_rows", [&] {

@@ -20,7 +20,7 @@ from ..lower import Lowering, NoRuleError, lowers
 def _first(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> tuple[int, None]:
     sign = -1.0 if "min" in str(node.target) else 1.0
     x = lower.affine(lower.operand(a.self), sign)
-    greatest = _pooled(lower, _rows(lower, x, [a.dim] if lower.rank(x) else []))
+    greatest = _pooled(lower, _rows(lower, x, [a.dim]))
     return lower.view(lower.affine(greatest, sign), node.meta["val"][0].shape), None
 
 
@@ -46,7 +46,8 @@ def _all_in_equal_parts(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> i
 
 def _rows(lower: Lowering, x: int, dims: Iterable[int]) -> int:
     """x as (before, elements to compare, behind)."""
-    shape, axes = lower.shape(x), sorted(dim % lower.rank(x) for dim in dims)
+    shape = lower.shape(x)
+    axes = sorted(dim % lower.rank(x) for dim in dims) if shape else []  # a number has none, whatever is said
     if 0 in shape:
         raise NoRuleError
     if axes and axes != list(range(axes[0], axes[-1] + 1)):

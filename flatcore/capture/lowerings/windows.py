@@ -23,10 +23,15 @@ def _columns(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     return lower.view(lower.permute(x, [*front, rows, columns, height, width]), node.meta["val"].shape)
 
 
+def _count(size: int, kernel: int, dilation: int, stride: int) -> int:
+    """How many windows an axis has."""
+    return (size - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def _windows(lower: Lowering, x: int, dim: int, kernel: int, dilation: int, stride: int) -> int:
     """Axis `dim` as two: the places in a window, and the windows."""
     shape = lower.shape(x)
-    count = (shape[dim] - dilation * (kernel - 1) - 1) // stride + 1
+    count = _count(shape[dim], kernel, dilation, stride)
     if stride == kernel and dilation == 1:
         apart = lower.slice(x, dim, 0, count * kernel)
         return _swapped(lower, lower.view(apart, (*shape[:dim], count, kernel, *shape[dim + 1 :])), dim)
@@ -41,10 +46,7 @@ def _image(lower: Lowering, node: fx.Node, a: SimpleNamespace) -> int:
     kernel, dilation, padding, stride = map(pair, (a.kernel_size, a.dilation, a.padding, a.stride))
     *front, channels, height, width = node.meta["val"].shape
     sizes = (height + 2 * padding[0], width + 2 * padding[1])
-    counts = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, d, k, s in zip(sizes, dilation, kernel, stride, strict=True)
-    ]
+    counts = map(_count, sizes, kernel, dilation, stride)
     x = lower.view(x, (*front, channels, *kernel, *counts))
     rank = lower.rank(x)
     x = lower.permute(x, [*range(rank - 4), rank - 4, rank - 2, rank - 3, rank - 1])
